@@ -1,0 +1,84 @@
+"""How a causal language model is called here: its backbone, then its head at target positions only.
+
+B batch, T tokens, N target tokens, H hidden, V vocabulary. The `forward` of the CausalLM is replaced
+on the instance, so that the wrapped model (DDP, DeepSpeed, PEFT) is what gets called and every hook
+of theirs runs; a loss built outside of that call is silently wrong under ZeRO-3.
+"""
+
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kd.data.masks import IGNORED
+from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
+
+
+@dataclass
+class LossInputs:
+    """What the head needs beside hidden states. No tensor tuple, so that no wrapper casts it."""
+
+    labels: Tensor  # (B, T), not shifted
+    objective: Objective
+    vocabulary: int
+    teacher: TeacherSignal | None = None
+
+
+def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """((B, T) bool: positions that predict a target, (N,) the targets), shifted by one."""
+    positions = torch.zeros_like(labels, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:] != IGNORED
+    return positions, labels[:, 1:][positions[:, :-1]]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The model's head as the fused loss takes it: scale and soft-cap come from the config.
+
+    Granite divides its logits, Cohere multiplies them, Gemma 2 and 3 cap them.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    settings = config.to_dict()
+    scale = settings.get("logit_scale") or 1.0
+    scale /= settings.get("logits_scaling") or 1.0
+    return Head(layer.weight, layer.bias, scale, settings.get("final_logit_softcapping"))
+
+
+def backbone_only(model: PreTrainedModel) -> None:
+    """Make model(...) return the last hidden states, (B, T, H): a teacher is called like this."""
+
+    def forward(self, **inputs):
+        return self.base_model(**inputs, use_cache=False).last_hidden_state
+
+    model.forward = types.MethodType(forward, model)
+
+
+def return_loss(model: PreTrainedModel) -> None:
+    """Make model(..., loss_inputs=LossInputs) return {"loss": sum, "metrics": sums}.
+
+    The head module's own forward becomes the fused loss, because only inside a call of that module
+    does ZeRO-3 gather its weight. Raises ValueError where the head is replaced by a full copy.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) and type(head).__name__ != "TrainableTokensWrapper":
+        raise ValueError(
+            f"the student's head is a {type(head).__name__}; wanted a plain Linear: leave the head "
+            "out of lora_target_modules"
+        )
+
+    def head_forward(hidden: Tensor, labels: Tensor, inputs: LossInputs):
+        return linear_distillation_loss(
+            hidden, labels, head_of(model), inputs.objective, inputs.vocabulary, inputs.teacher
+        )
+
+    def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
+        hidden = self.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # (B, T, H)
+        positions, labels = target_positions(loss_inputs.labels)
+        loss, metrics = self.get_output_embeddings()(hidden[positions], labels, loss_inputs)
+        return {"loss": loss, "metrics": metrics}
+
+    head.forward = head_forward
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,284 @@
+"""The keys of a recipe, and the one parser for recipe files and command-line flags.
+
+Precedence: dataclass default < recipe < launch profile < command line. The recipe is spelt as
+command-line tokens and put in front of the others, so that both have the same validation.
+"""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its line of `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelSettings:
+    """How the trained model is loaded and which of its weights are trained."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "type of the frozen or fully trained weights"
+    )
+    quantization: Literal["none", "nf4"] = setting(
+        "none", "nf4: the frozen base in 4 bits (QLoRA); needs lora_rank"
+    )
+    lora_rank: int = setting(0, "rank of the LoRA adapters; 0 trains every weight")
+    lora_alpha: float = setting(16.0, "scale of the adapters' product, divided by lora_rank")
+    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "modules with adapters; all-linear: every Linear but the head"},
+    )
+    train_template_tokens: bool = setting(
+        False, "with LoRA, also train the embeddings of the chat template's special tokens"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
+        "sdpa", "attention of student and teacher"
+    )
+    chat_template: str | None = setting(
+        None, "file with a Jinja chat template, in place of the tokenizer's own"
+    )
+
+    def __post_init__(self) -> None:
+        if self.quantization != "none" and not self.lora_rank:
+            raise ValueError(
+                f"quantization: {self.quantization} with lora_rank: 0. Four-bit weights cannot be "
+                "trained: set lora_rank (16, say), or quantization: none"
+            )
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank: {self.lora_rank}; wanted 0 (train all) or more")
+        if self.train_template_tokens and not self.lora_rank:
+            raise ValueError(
+                "train_template_tokens: true with lora_rank: 0. Full training trains every "
+                "embedding already: remove the key, or set lora_rank"
+            )
+        require_file("chat_template", self.chat_template)
+
+
+@dataclass
+class DataSettings:
+    """What is trained on; see `kd.data.sources` for the keys of one source."""
+
+    data: str = setting("", "JSON list of sources: [{path, split, count, columns, ...}, ...]")
+    eval_data: str | None = setting(None, "the same for the held-out rows")
+    max_length: int = setting(1024, "tokens a row at most; longer rows are cut at the end")
+    packing: bool = setting(False, "several documents a row, no attention between them")
+    mixture_seed: int = setting(
+        0, "draws the rows of every source; apart from `seed`, so that seeds share their rows"
+    )
+    train_rows: int | None = setting(None, "use only the first rows of the mixture (a trial run)")
+
+    def __post_init__(self) -> None:
+        self.sources = parse_json_list("data", self.data)
+        self.eval_sources = parse_json_list("eval_data", self.eval_data)
+        if not self.sources:
+            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
+
+
+@dataclass
+class ObjectiveSettings:
+    """loss = soft_weight * divergence + (1 - soft_weight) * cross-entropy, a target token."""
+
+    divergence: Divergence = setting("forward_kl", "between teacher and student distributions")
+    soft_weight: float = setting(1.0, "1: divergence alone (distill); 0: cross-entropy alone (sft)")
+    temperature: float = setting(1.0, "divides both models' logits in the divergence")
+    temperature_squared: bool = setting(
+        False, "multiply the divergence (value and gradient) by temperature^2, as Hinton (2015)"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.soft_weight <= 1.0:
+            raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature: {self.temperature}; wanted more than 0")
+
+
+@dataclass
+class TeacherSettings:
+    """The model that is learnt from."""
+
+    teacher: str = setting("", "hub name or folder")
+    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "auto: the type the checkpoint has"
+    )
+    teacher_deepspeed: str | None = setting(
+        None, "a ZeRO-3 JSON: the teacher is sharded over all processes; without: whole on each"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ValueError("teacher: not given; wanted a hub name or a folder")
+        require_file("teacher_deepspeed", self.teacher_deepspeed)
+
+
+@dataclass
+class TrainingSettings(TrainingArguments):
+    """Transformers' training arguments, with one batch size in place of three."""
+
+    global_batch_size: int = setting(0, "rows an optimizer step, over all processes")
+    max_per_device_train_batch_size: int = setting(8, "cap on the micro-batch; a profile sets it")
+    per_device_train_batch_size: int | None = setting(None, "derived from global_batch_size")
+    gradient_accumulation_steps: int | None = setting(None, "derived from global_batch_size")
+    per_device_eval_batch_size: int | None = setting(None, "the training micro-batch by default")
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    save_total_limit: int | None = setting(2, "checkpoints kept")
+    remove_unused_columns: bool = setting(False, "the collator decides what the models see")
+    ddp_find_unused_parameters: bool | None = setting(False, "every trained weight gets a gradient")
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir: not given; wanted the folder of this run")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = derive_batch(
+            self.global_batch_size,
+            processes,
+            self.max_per_device_train_batch_size,
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+        )
+        self.global_batch_size = (
+            processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
+        )
+        self.per_device_eval_batch_size = (
+            self.per_device_eval_batch_size or self.per_device_train_batch_size
+        )
+        super().__post_init__()
+
+
+def derive_batch(
+    global_batch: int,
+    processes: int,
+    cap: int,
+    micro: int | None = None,
+    accumulation: int | None = None,
+) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) with global = processes * micro * accumulation.
+
+    The micro-batch is the largest divisor of global_batch / processes that is at most `cap`.
+    What is given is taken as it is. Raises ValueError where the numbers do not divide.
+    """
+    if micro and accumulation:
+        return micro, accumulation
+    if global_batch < 1:
+        raise ValueError("global_batch_size: not given; wanted rows an optimizer step (32, say)")
+    if global_batch % processes:
+        near = [n for n in range(1, 2 * global_batch + 1) if n % processes == 0]
+        best = min(near, key=lambda n: abs(n - global_batch)) if near else processes
+        raise ValueError(
+            f"global_batch_size: {global_batch} does not divide by {processes} processes; "
+            f"the nearest that does is {best}"
+        )
+    rows = global_batch // processes
+    for name, given in (
+        ("per_device_train_batch_size", micro),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if given and rows % given:
+            raise ValueError(
+                f"{name}: {given} does not divide the {rows} rows a process "
+                f"(global_batch_size {global_batch} / {processes} processes)"
+            )
+    if accumulation:
+        return rows // accumulation, accumulation
+    micro = micro or max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(cap, 1))
+    return micro, rows // micro
+
+
+def require_file(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"{key}: no file {path}; wanted the path of an existing file")
+
+
+def parse_json_list(key: str, text: str | None) -> list[dict]:
+    """The list of objects that a recipe key holds once it is spelt as a flag."""
+    if not text:
+        return []
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key}: not JSON ({error}); wanted a list of objects: {text}") from error
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"{key}: found {text}; wanted a list of objects [{{path: ...}}, ...]")
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        double = {key for key in keys if keys.count(key) > 1}
+        if double:
+            raise ValueError(f"line {node.start_mark.line + 1}: key given twice: {sorted(double)}")
+        return super().construct_mapping(node, deep)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def recipe_tokens(file: str) -> list[str]:
+    """A recipe file as command-line tokens."""
+    require_file("config", file)
+    try:
+        recipe = yaml.load(Path(file).read_text(), _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file}: found {type(recipe).__name__}; wanted keys and values")
+    tokens = []
+    for key, value in recipe.items():
+        if value is None or value == "" or value == []:
+            raise ValueError(f"{file}: {key} is empty; give it a value or remove the line")
+        tokens.append(f"--{key}")
+        if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)):
+            tokens.append(json.dumps(value))
+        elif isinstance(value, list):
+            tokens += [str(item) for item in value]
+        else:
+            tokens.append(str(value).lower() if isinstance(value, bool) else str(value))
+    return tokens
+
+
+def parse(*dataclasses: type, argv: list[str] | None = None, description: str = "") -> tuple:
+    """One instance of every dataclass from `--config FILE` and flags; later tokens win.
+
+    Raises ValueError on unknown keys (with the nearest right one), wrong choices and types.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclasses, allow_abbrev=False, description=description)
+    parser.add_argument("--config", help="recipe: a YAML file of the keys below")
+    position = argv.index("--config") if "--config" in argv else None
+    if position is not None:
+        if position + 1 >= len(argv):
+            raise ValueError("--config: no file given")
+        tokens = recipe_tokens(argv[position + 1])
+        argv = tokens + argv[:position] + argv[position + 2 :]
+    known = parser._option_string_actions
+    for token in argv:
+        name = token.split("=")[0]
+        if name.startswith("--") and name not in known:
+            raise ValueError(unknown_key(name[2:], [key[2:] for key in known]))
+    parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    return parsed[: len(dataclasses)]  # the rest is the name space of --config
+
+
+def unknown_key(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists the keys"
+    return f"unknown key {name}{hint}"

@@ -1,0 +1,78 @@
+"""A teacher that runs in the training step, whole on every process or sharded over all of them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import transformers.integrations.deepspeed as integration
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kd.losses.fused import TeacherSignal
+from kd.models.heads import backbone_only, head_of, target_positions
+from kd.recipe import ModelSettings, TeacherSettings
+
+
+class LiveTeacher:
+    """Gives the hidden states at a batch's target positions, and the head that reads them."""
+
+    def __init__(self, settings: TeacherSettings, model: ModelSettings, device: torch.device):
+        self.sharded = settings.teacher_deepspeed is not None
+        if self.sharded:
+            from kd.models.sharding import load_sharded
+
+            self.call, self.module = load_sharded(
+                settings.teacher,
+                settings.teacher_deepspeed,
+                model.attn_implementation,
+                settings.teacher_dtype,
+            )
+        else:
+            self.module = load_whole(settings, model, device)
+            self.call = self.module
+
+    @contextlib.contextmanager
+    def signal(self, batch: dict[str, Tensor]) -> Iterator[TeacherSignal]:
+        """The signal for one micro-batch; the head stays gathered until the block ends.
+
+        Every rank must call it equally often, also with no target token: a sharded teacher
+        gathers its layers from all of them.
+        """
+        with torch.no_grad():
+            hidden = self.call(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        positions, _ = target_positions(batch["labels"])
+        with self.gathered_head():
+            yield TeacherSignal(hidden[positions], head_of(self.module))
+
+    def gathered_head(self) -> contextlib.AbstractContextManager:
+        if not self.sharded:
+            return contextlib.nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(list(self.module.get_output_embeddings().parameters()))
+
+
+def load_whole(settings: TeacherSettings, model: ModelSettings, device: torch.device):
+    """The unsharded teacher, frozen; quantised checkpoints load as Transformers loads them."""
+    dtype = settings.teacher_dtype
+    with without_zero_init():
+        teacher = AutoModelForCausalLM.from_pretrained(
+            settings.teacher,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=model.attn_implementation,
+            device_map={"": device},
+        )
+    teacher.eval().requires_grad_(False)
+    backbone_only(teacher)
+    return teacher
+
+
+@contextlib.contextmanager
+def without_zero_init() -> Iterator[None]:
+    """With the student under ZeRO-3 from_pretrained would shard this model as well."""
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept

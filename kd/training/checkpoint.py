@@ -1,0 +1,57 @@
+"""Where a run goes on, and what it leaves: settings, command, commit, versions."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end: trainer_state.json is written last."""
+    found = [
+        folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (folder / "trainer_state.json").is_file()
+    ]
+    newest = max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def write_record(output_dir: str, settings: tuple) -> None:
+    """Leave run.json: every key's value, the command, the commit and the versions."""
+    recipe: dict[str, Any] = {}
+    for part in settings:
+        to_dict = getattr(part, "to_dict", lambda part=part: dataclasses.asdict(part))
+        recipe.update(to_dict())
+    record = {
+        "command": sys.argv,
+        "commit": commit(),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
+        "recipe": recipe,
+    }
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    (Path(output_dir) / "run.json").write_text(text)
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a + behind it where files were changed since."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,156 @@
+"""One training run from settings to a saved model: what train/sft.py and train/distill.py share."""
+
+import dataclasses
+import os
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from kd.data.masks import EncodedRow, encode_rows
+from kd.data.packing import Collator, pack, padding_share
+from kd.data.sources import check_sources, load_rows
+from kd.losses.fused import Objective
+from kd.models.load import load_trained, parameter_counts
+from kd.models.tokenizer import check_same_tokenizer, load_tokenizer
+from kd.recipe import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    TeacherSettings,
+    TrainingSettings,
+)
+from kd.teachers.live import LiveTeacher
+from kd.training.checkpoint import last_checkpoint, write_record
+from kd.training.exit import is_done, mark_done
+from kd.training.trainer import DistillationTrainer, causal_lm
+
+
+def train(
+    name: str,
+    model_settings: ModelSettings,
+    data: DataSettings,
+    training: TrainingSettings,
+    teacher_settings: TeacherSettings | None = None,
+    objective_settings: ObjectiveSettings | None = None,
+) -> None:
+    """Train the model `name`, resuming where an earlier run of the same command stopped.
+
+    Raises ValueError for every mistake that can be seen before a model is loaded.
+    """
+    check_sources(data.sources)
+    check_sources(data.eval_sources)
+    check_precision(model_settings, training)
+    if is_done(training.output_dir):
+        say(training, f"{training.output_dir} is finished already; remove it to train anew")
+        return
+    tokenizer = load_tokenizer(name, model_settings.chat_template)
+    if teacher_settings:
+        share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
+    rows, eval_rows = prepare_rows(data, tokenizer, training)
+    settings = [model_settings, data, training, teacher_settings, objective_settings]
+    if training.process_index == 0:
+        write_record(training.output_dir, [s for s in settings if s])
+
+    # Transformers reads the place of its TensorBoard files from here; one folder across restarts.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{training.output_dir}/tensorboard"
+    set_seed(training.seed)
+    model = load_trained(name, model_settings, tokenizer)
+    objective, teacher = Objective(), None
+    if teacher_settings and objective_settings:
+        objective = Objective(**dataclasses.asdict(objective_settings))
+        teacher = LiveTeacher(teacher_settings, model_settings, training.device)
+    trainer = DistillationTrainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        objective=objective,
+        vocabulary=len(tokenizer),
+        teacher=teacher,
+    )
+    trainer.add_callback(SavesGenerationConfig(trainer))
+    say(training, describe(trainer, training))
+    checkpoint = last_checkpoint(training.output_dir)
+    if checkpoint:
+        say(training, f"going on from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = dict(result.metrics)
+    if eval_rows:
+        metrics |= trainer.evaluate()
+    save_model(trainer)
+    if training.process_index == 0:
+        mark_done(training.output_dir, metrics)
+        print(f"saved to {training.output_dir}")
+
+
+def check_precision(model: ModelSettings, training: TrainingSettings) -> None:
+    """Raise ValueError where weight updates or activations would be lost without a word."""
+    deepspeed = getattr(training, "deepspeed_plugin", None) is not None
+    if not model.lora_rank and model.dtype != "float32" and not deepspeed:
+        raise ValueError(
+            f"dtype: {model.dtype} with every weight trained and no DeepSpeed: small updates round "
+            "to nothing, since no float32 copy is kept; set dtype: float32 (bf16: true still "
+            "computes in bfloat16), or set lora_rank"
+        )
+
+
+def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse different vocabularies; a student without a chat template takes its teacher's."""
+    check_same_tokenizer(teacher, student)
+    if student.chat_template is None:
+        student.chat_template = teacher.chat_template
+
+
+def prepare_rows(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, training: TrainingSettings
+) -> tuple[list[list[EncodedRow]], list[list[EncodedRow]] | None]:
+    """(training rows, held-out rows), each a list of documents a row."""
+    progress = training.process_index == 0 and not training.disable_tqdm
+
+    def encode(sources: list[dict], packing: bool) -> list[list[EncodedRow]]:
+        raw = load_rows(sources, data.mixture_seed)
+        encoded, report = encode_rows(raw, tokenizer, data.max_length, progress)
+        say(training, str(report))
+        return pack(encoded, data.max_length) if packing else [[row] for row in encoded]
+
+    rows = encode(data.sources, data.packing)
+    return rows, encode(data.eval_sources, False) if data.eval_sources else None
+
+
+def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
+    """The few lines that let a stranger check a run before it starts."""
+    trained, total = parameter_counts(trainer.model)
+    micro, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    rows = trainer.train_dataset
+    targets = sum(row.targets for documents in rows for row in documents) / len(rows)
+    return (
+        f"parameters: {trained:,} trained of {total:,}\n"
+        f"rows a step: {training.global_batch_size} = {training.world_size} processes x {micro} "
+        f"rows x {steps} accumulation; about {targets * training.global_batch_size:.0f} target "
+        f"tokens\npadding: {padding_share(rows, micro):.0%} of a micro-batch\n"
+        f"objective: {trainer.objective}"
+    )
+
+
+class SavesGenerationConfig(TrainerCallback):
+    """An adapter's checkpoint has no generation_config of its own; without one it may not stop."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.config = causal_lm(trainer.model).generation_config
+
+    def on_save(self, args, state, control, **_) -> None:
+        if state.is_world_process_zero:
+            self.config.save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+
+def save_model(trainer: DistillationTrainer) -> None:
+    """Weights or adapter, tokenizer, chat template and generation_config in output_dir."""
+    trainer.save_model()
+    if trainer.args.process_index == 0:
+        causal_lm(trainer.model).generation_config.save_pretrained(trainer.args.output_dir)
+
+
+def say(training: TrainingSettings, text: str) -> None:
+    if training.process_index == 0:
+        print(text, flush=True)

@@ -1,0 +1,67 @@
+"""The reference divergences against torch and the textbook formula in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import kl_div, log_softmax, softmax
+
+from kd.losses.divergences import DIVERGENCES, entropy, forward_kl, jensen_shannon
+from kd.losses.divergences import reverse_kl, soft_cross_entropy
+
+
+def logits(seed: int, scale: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(5, 33, generator=generator, dtype=torch.float64)
+
+
+SEEDS = st.integers(0, 10_000)
+SCALES = st.sampled_from([0.01, 1.0, 30.0, 1000.0])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@given(seed=SEEDS, scale=SCALES, temperature=st.sampled_from([0.5, 1.0, 4.0]))
+@settings(deadline=None, max_examples=40)
+def test_divergences_are_zero_at_equality_and_never_negative(name, seed, scale, temperature):
+    a, b = logits(seed, scale), logits(seed + 1, scale)
+    divergence = DIVERGENCES[name]
+    assert torch.all(divergence(a, a + 3.0, temperature).abs() < 1e-11)  # a shift is no change
+    assert torch.all(divergence(a, b, temperature) >= -1e-12)
+    assert torch.isfinite(divergence(a, b, temperature)).all()
+
+
+@given(seed=SEEDS, temperature=st.sampled_from([0.5, 1.0, 4.0]))
+@settings(deadline=None, max_examples=40)
+def test_each_divergence_equals_an_independent_formula(seed, temperature):
+    teacher, student = logits(seed, 2.0), logits(seed + 1, 2.0)
+    log_p, log_q = (log_softmax(x / temperature, -1) for x in (teacher, student))
+    p, q = softmax(teacher / temperature, -1), softmax(student / temperature, -1)
+    m = (p + q) / 2
+
+    def torch_kl(log_b, a):
+        return kl_div(log_b, a, reduction="none").sum(-1)
+
+    cases = [
+        (forward_kl, torch_kl(log_q, p)),
+        (reverse_kl, torch_kl(log_p, q)),
+        (jensen_shannon, (torch_kl(m.log(), p) + torch_kl(m.log(), q)) / 2),
+        (soft_cross_entropy, -(p * log_q).sum(-1)),
+    ]
+    for function, wanted in cases:
+        found = function(teacher, student, temperature)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_entropy_of_uniform_logits_is_log_of_their_number():
+    uniform = torch.zeros(3, 32, dtype=torch.float64)
+    torch.testing.assert_close(
+        entropy(uniform), torch.full((3,), math.log(32), dtype=torch.float64)
+    )
+
+
+def test_an_impossible_token_of_the_teacher_counts_nothing():
+    teacher = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
+    student = torch.zeros(1, 3, dtype=torch.float64)
+    torch.testing.assert_close(forward_kl(teacher, student).item(), math.log(3 / 2))

@@ -1,0 +1,30 @@
+"""Fine-tune a model on text and chat: full weights, LoRA or QLoRA.
+
+launch/cpu.sh train/sft.py --config recipes/tiny/sft.yaml
+"""
+
+from dataclasses import dataclass
+
+from kd.recipe import DataSettings, ModelSettings, TrainingSettings, parse, setting
+from kd.training.exit import run
+from kd.training.session import train
+
+
+@dataclass
+class SftSettings:
+    model: str = setting("", "hub name or folder of the model to train")
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model: not given; wanted a hub name or a folder")
+
+
+def main() -> None:
+    sft, model, data, training = parse(
+        SftSettings, ModelSettings, DataSettings, TrainingSettings, description=__doc__
+    )
+    train(sft.model, model, data, training)
+
+
+if __name__ == "__main__":
+    run(main)
