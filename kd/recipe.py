@@ -27,8 +27,8 @@ def setting(default: Any, help: str) -> Any:
 class ModelSettings:
     """How the trained model is loaded and which of its weights are trained."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = setting(
-        "bfloat16", "type of the frozen or fully trained weights"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "type of the weights; auto: that of bf16 / fp16, where no float32 copy is needed"
     )
     quantization: Literal["none", "nf4"] = setting(
         "none", "nf4: the frozen base in 4 bits (QLoRA); needs lora_rank"

@@ -51,8 +51,8 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """sum p x over V, where 0 * -inf counts as 0."""
-    return torch.where(p > 0, p * x, torch.zeros_like(p)).sum(-1)
+    """sum p x over V, where 0 * -inf counts as 0, and NaN stays NaN."""
+    return torch.where(p == 0, torch.zeros_like(p), p * x).sum(-1)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

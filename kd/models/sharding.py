@@ -45,6 +45,7 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
     )
     with no_init_weights(), init:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # no_init_weights skips it, and an untied head would stay as it was made
     model.eval().requires_grad_(False)
     fill_shards(model, files)
     backbone_only(model)
@@ -114,9 +115,8 @@ def fill_shards(model: nn.Module, files: dict[str, Path]) -> None:
 
     Raises ValueError naming tensor and file where one is missing or has another shape.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     rank = dist.get_rank()
-    parameters = [(n, p) for n, p in model.named_parameters() if n not in tied or n in files]
+    parameters = list(model.named_parameters())  # a tied tensor once, under its first name
     handles: dict[Path, object] = {}
     for name, parameter in tqdm(
         parameters, desc="streaming the teacher", unit="tensor", disable=rank != 0

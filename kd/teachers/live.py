@@ -47,9 +47,11 @@ class LiveTeacher:
     def gathered_head(self) -> contextlib.AbstractContextManager:
         if not self.sharded:
             return contextlib.nullcontext()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return GatheredParameters(list(self.module.get_output_embeddings().parameters()))
+        return deepspeed.zero.GatheredParameters(
+            list(self.module.get_output_embeddings().parameters())
+        )
 
 
 def load_whole(settings: TeacherSettings, model: ModelSettings, device: torch.device):

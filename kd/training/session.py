@@ -38,7 +38,7 @@ def train(
     """
     check_sources(data.sources)
     check_sources(data.eval_sources)
-    check_precision(model_settings, training)
+    model_settings = with_dtype(model_settings, training)
     if is_done(training.output_dir):
         say(training, f"{training.output_dir} is finished already; remove it to train anew")
         return
@@ -84,15 +84,24 @@ def train(
         print(f"saved to {training.output_dir}")
 
 
-def check_precision(model: ModelSettings, training: TrainingSettings) -> None:
-    """Raise ValueError where weight updates or activations would be lost without a word."""
+def with_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSettings:
+    """The settings with `dtype: auto` decided by the precision of the launch profile.
+
+    Raises ValueError where weight updates would round to nothing without a word.
+    """
     deepspeed = getattr(training, "deepspeed_plugin", None) is not None
-    if not model.lora_rank and model.dtype != "float32" and not deepspeed:
+    no_copy = not model.lora_rank and not deepspeed  # DeepSpeed keeps float32 copies, DDP does not
+    dtype = model.dtype
+    if dtype == "auto":
+        half = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
+        dtype = "float32" if no_copy else half
+    if no_copy and dtype != "float32":
         raise ValueError(
-            f"dtype: {model.dtype} with every weight trained and no DeepSpeed: small updates round "
-            "to nothing, since no float32 copy is kept; set dtype: float32 (bf16: true still "
-            "computes in bfloat16), or set lora_rank"
+            f"dtype: {dtype} with every weight trained and no DeepSpeed: small updates round to "
+            "nothing, since no float32 copy is kept; set dtype: float32 (bf16: true still computes "
+            "in bfloat16), or set lora_rank"
         )
+    return dataclasses.replace(model, dtype=dtype)
 
 
 def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax, softmax
 
-from kd.losses.divergences import DIVERGENCES, entropy, forward_kl, jensen_shannon
-from kd.losses.divergences import reverse_kl, soft_cross_entropy
+from kd.losses.divergences import (
+    DIVERGENCES,
+    entropy,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    soft_cross_entropy,
+)
 
 
 def logits(seed: int, scale: float) -> torch.Tensor:
@@ -65,3 +71,10 @@ def test_an_impossible_token_of_the_teacher_counts_nothing():
     teacher = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
     student = torch.zeros(1, 3, dtype=torch.float64)
     torch.testing.assert_close(forward_kl(teacher, student).item(), math.log(3 / 2))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_broken_model_is_not_hidden(name):
+    """NaN logits on either side give NaN, not a divergence of 0 that looks like success."""
+    good, bad = torch.zeros(1, 3), torch.full((1, 3), math.nan)
+    assert DIVERGENCES[name](bad, good).isnan().all() and DIVERGENCES[name](good, bad).isnan().all()

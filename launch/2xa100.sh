@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Two A100 (40 or 80 GB each, NVLink): bf16, student under ZeRO-2, teacher sharded over both by ZeRO-3.
+# Rehearsed on CPUs only so far; not measured on A100s.
+#   launch/2xa100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
+set -euo pipefail
+accelerate_config=accelerate_configs/2xa100.yaml
+flags=(--bf16 true --max_per_device_train_batch_size 4 --gradient_checkpointing true)
+distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json)
+source "$(dirname "$0")/profile.sh"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One H100 (80 GB), or NUM_PROCESSES=8 of them: bf16, the teacher whole on one GPU, or sharded by
+# --teacher_deepspeed ds_configs/teacher_zero3.json on several. Rehearsed on CPUs only so far; not measured.
+#   launch/h100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
+set -euo pipefail
+accelerate_config=accelerate_configs/h100.yaml
+flags=(--bf16 true --max_per_device_train_batch_size 8 --gradient_checkpointing true)
+distill_flags=()
+source "$(dirname "$0")/profile.sh"

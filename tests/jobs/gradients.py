@@ -1,0 +1,159 @@
+"""One start of 1 or 2 ranks, many cells: the gradients of the first step through the real Trainer.
+
+torchrun --nproc-per-node 2 tests/jobs/gradients.py WORK
+
+WORK/cells.json is a list of {name, engine, micro, accumulation, padding, mode, teacher}. Writes
+WORK/<name>.pt of every cell, and WORK/logits.json of the sharded against the whole teacher.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from deepspeed.utils import safe_get_full_grad
+
+from kd.data.masks import IGNORED, encode_rows
+from kd.data.packing import Collator, pack
+from kd.losses.fused import Objective
+from kd.models.load import load_trained
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
+from kd.teachers.live import LiveTeacher
+from kd.training.exit import leave
+from kd.training.trainer import DistillationTrainer
+from tests.small import small_rows
+
+ROWS = 8
+SHARDED = "ds_configs/teacher_zero3.json"
+
+
+class Recorder(DistillationTrainer):
+    """Keeps the gradient of every trained tensor as it is before clipping and the update."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.found: dict[str, torch.Tensor] = {}
+
+    def training_step(self, model, *args, **kw):
+        if self.is_deepspeed_enabled and not hasattr(model, "recorded"):
+            model.recorded, step = True, model.step
+
+            def recording_step(*a, **k):
+                if model.is_gradient_accumulation_boundary():
+                    self.record(safe_get_full_grad)
+                return step(*a, **k)
+
+            model.step = recording_step
+        loss = super().training_step(model, *args, **kw)
+        if not self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self.record(lambda parameter: parameter.grad)
+        return loss
+
+    def record(self, gradient_of):
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self.found[name] = gradient_of(parameter).detach().clone()
+
+
+def gradients(work: Path, cell: dict) -> dict[str, torch.Tensor]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    mode, engine = cell["mode"], cell["engine"]
+    tokenizer = load_tokenizer(str(work / "student"))
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    documents = pack(rows, 200) if mode == "packed" else [[row] for row in rows]
+    args = TrainingSettings(
+        output_dir=str(work / "out"),
+        per_device_train_batch_size=cell["micro"],
+        gradient_accumulation_steps=cell["accumulation"],
+        use_cpu=True,
+        max_steps=1,
+        report_to=["none"],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        deepspeed=None if engine == "ddp" else engine,
+    )
+    model_settings = ModelSettings(dtype="float32", lora_rank=4 if mode == "lora" else 0)
+    teacher = TeacherSettings(
+        teacher=str(work / "teacher"),
+        teacher_dtype="float32",
+        teacher_deepspeed=SHARDED if cell["teacher"] == "sharded" else None,
+    )
+    torch.manual_seed(0)
+    model = load_trained(str(work / "student"), model_settings, tokenizer)
+    if mode == "lora":  # B starts at 0, and with it the gradient of A
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    trainer = Recorder(
+        model=model,
+        args=args,
+        train_dataset=documents,
+        data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell["padding"]),
+        processing_class=tokenizer,
+        objective=Objective(soft_weight=0.5, temperature=2.0, temperature_squared=True),
+        vocabulary=len(tokenizer),
+        teacher=LiveTeacher(teacher, model_settings, args.device),
+    )
+    trainer.train()
+    return trainer.found
+
+
+@torch.no_grad()
+def sharded_logits(work: Path) -> dict:
+    """Largest difference of the sharded teachers' logits to the whole ones', three forwards each."""
+    differences, held = {}, {}
+    for name in ("teacher", "student"):  # an untied head, and a tied one
+        for dtype in ("float32", "bfloat16"):
+            settings = {"teacher": str(work / name), "teacher_dtype": dtype}
+            whole = LiveTeacher(TeacherSettings(**settings), ModelSettings(), torch.device("cpu"))
+            sharded = LiveTeacher(
+                TeacherSettings(**settings, teacher_deepspeed=SHARDED),
+                ModelSettings(),
+                torch.device("cpu"),
+            )
+            worst = 0.0
+            for length in (9 + 8 * dist.get_rank(), 24, 3):  # lengths differ between ranks
+                ids = torch.arange(3, 3 + length)[None]
+                labels = torch.full_like(ids, IGNORED)
+                if length != 9:  # rank 0 has no target token in its first forward
+                    labels[:, 1:] = ids[:, 1:]
+                batch = {
+                    "input_ids": ids,
+                    "position_ids": torch.arange(length)[None],
+                    "labels": labels,
+                }
+                with sharded.signal(batch) as ours, whole.signal(batch) as truth:
+                    assert ours.hidden.shape == truth.hidden.shape
+                    logits = ours.head.logits(ours.hidden, 300)
+                    difference = logits - truth.head.logits(truth.hidden, 300)
+                    worst = max([worst, *difference.abs().flatten().tolist()])
+            differences[f"{name} {dtype}"] = worst
+            shards = [p.ds_tensor.numel() for p in sharded.module.parameters()]
+            held[f"{name} {dtype}"] = sum(shards) / sum(
+                p.numel() for p in whole.module.parameters()
+            )
+    return {"differences": differences, "held": held}
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    for cell in json.loads((work / "cells.json").read_text()):
+        found = gradients(work, cell)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(found, work / f"{cell['name']}.pt")
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        result = sharded_logits(work)
+        (work / f"logits-{dist.get_rank()}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.barrier()
+    leave(0)

@@ -1,0 +1,81 @@
+"""Small real models, a tokenizer and rows for the tests; everything is made here, nothing loaded."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "A list keeps things in order, and a dictionary finds them by their names.",
+    "Nobody reads a log until the day on which it is the only witness.",
+    "Grown-ups call it caching when they do not want to do the same work twice.",
+    "The river was low that summer, and the mill stood still for nine weeks.",
+    "What is measured on one machine is a rumour on the next one.",
+]
+
+
+def small_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a ChatML template; <|im_end|> ends a turn."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+def small_model(tokenizer, hidden: int = 32, seed: int = 0, **changes) -> Qwen2ForCausalLM:
+    """A random Qwen2 model; its vocabulary is padded beyond the tokenizer's, as real ones are."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        **{
+            "vocab_size": len(tokenizer) + 7,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "initializer_range": 0.2,  # far from uniform, so that mistakes show in the numbers
+        }
+        | changes
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def save_small(folder: Path, tokenizer=None, **model) -> Path:
+    """A model and its tokenizer in a folder, as a hub repository has them."""
+    tokenizer = tokenizer or small_tokenizer()
+    small_model(tokenizer, **model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_rows(count: int) -> list[dict]:
+    """Chat and plain-text rows of very different lengths, in turn."""
+    rows = []
+    for i in range(count):
+        text = " ".join(TEXT[j % len(TEXT)] for j in range(i, i + 1 + i % 3))
+        if i % 2:
+            rows.append({"text": text})
+            continue
+        question = {"role": "user", "content": f"Say something about {text.split()[1]}."}
+        rows.append({"messages": [question, {"role": "assistant", "content": text}]})
+    return rows
