@@ -12,7 +12,11 @@ while [[ ${1:-} == --* ]]; do
     case $1 in
         --dry-run) dry_run=1 ;;
         --cpu)
-            launcher+=(--cpu --num_processes 2)
+            # accelerate's own --cpu would drop DeepSpeed, so a copy of the configuration says it.
+            mkdir -p runs/rehearsal
+            sed 's/^use_cpu: .*/use_cpu: true/; s/^num_processes: .*/num_processes: 2/' \
+                "$accelerate_config" > "runs/rehearsal/${accelerate_config##*/}"
+            launcher[3]=runs/rehearsal/${accelerate_config##*/}
             rehearsal=(--use_cpu true --fp16 false --bf16 true)
             export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;;
         *) echo "$0: unknown option $1; wanted --dry-run or --cpu, then a script" >&2; exit 2 ;;

@@ -50,7 +50,16 @@ def load_rows(sources: list[dict], seed: int) -> list[dict]:
     return [row for source in sources for row in source_rows(source, seed)]
 
 
-def source_rows(source: dict, seed: int) -> list[dict]:
+def load_prompts(sources: list[dict], seed: int) -> list[list[dict]]:
+    """Of every row of a mixture the messages before the first answer: what a teacher is asked.
+
+    Rows have messages, with or without answers, or prompt. Raises ValueError naming file and line.
+    """
+    check_sources(sources)
+    return [row["messages"] for source in sources for row in source_rows(source, seed, to_prompt)]
+
+
+def source_rows(source: dict, seed: int, convert: Callable[..., dict] | None = None) -> list[dict]:
     path, columns = source["path"], source.get("columns", {})
     raw, place = read_jsonl(path) if is_local(path) else read_hub(source)
     chosen = range(len(raw))
@@ -59,7 +68,8 @@ def source_rows(source: dict, seed: int) -> list[dict]:
             raise ValueError(f"data: {path}: count {source['count']}, but it has {len(raw)} rows")
         # Path in the seed: two sources of equal length do not draw the same numbers.
         chosen = random.Random(f"{seed} {path}").sample(chosen, source["count"])
-    return [to_row(raw[i], columns, source.get("system"), place(i)) for i in chosen]
+    convert = convert or to_row
+    return [convert(raw[i], columns, source.get("system"), place(i)) for i in chosen]
 
 
 def read_jsonl(path: str) -> tuple[list[dict], Callable[[int], str]]:
@@ -106,14 +116,40 @@ def to_row(raw: dict, columns: dict[str, str], system: str | None, place: str) -
             f"{place}: fields {sorted(raw)}; wanted messages, prompt and completion, or text "
             "(columns: {text: its_name} maps other names)"
         )
+    check_messages(messages, place)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{place}: no assistant message, so nothing to learn")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages}
+
+
+def to_prompt(raw: dict, columns: dict[str, str], system: str | None, place: str) -> dict:
+    """The messages before the first answer. Raises ValueError where there is no question."""
+    get = lambda key: raw.get(columns.get(key, key))  # noqa: E731
+    if get("messages") is not None:
+        messages = [dict(message) for message in get("messages")]
+    elif get("prompt") is not None:
+        messages = [{"role": "user", "content": get("prompt")}]
+    else:
+        raise ValueError(
+            f"{place}: fields {sorted(raw)}; wanted messages or prompt "
+            "(columns: {prompt: its_name} maps other names)"
+        )
+    check_messages(messages, place)
+    answered = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+    messages = messages[: next(answered, len(messages))]
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError(f"{place}: no user message before the first answer, so nothing to ask")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages}
+
+
+def check_messages(messages: list[dict], place: str) -> None:
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise ValueError(
                 f"{place}: message {str(message)[:80]}; wanted a role of {', '.join(ROLES)} "
                 "and a content string"
             )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{place}: no assistant message, so nothing to learn")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages}

@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,7 +43,9 @@ def head_of(model: PreTrainedModel) -> Head:
     settings = config.to_dict()
     scale = settings.get("logit_scale") or 1.0
     scale /= settings.get("logits_scaling") or 1.0
-    return Head(layer.weight, layer.bias, scale, settings.get("final_logit_softcapping"))
+    # PEFT's wrapper for trained tokens passes on the weight, with its rows replaced, and no more.
+    plain = layer.original_module if isinstance(layer, TrainableTokensWrapper) else layer
+    return Head(layer.weight, plain.bias, scale, settings.get("final_logit_softcapping"))
 
 
 def backbone_only(model: PreTrainedModel) -> None:
@@ -61,7 +64,7 @@ def return_loss(model: PreTrainedModel) -> None:
     does ZeRO-3 gather its weight. Raises ValueError where the head is replaced by a full copy.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) and type(head).__name__ != "TrainableTokensWrapper":
+    if not isinstance(head, nn.Linear | TrainableTokensWrapper):
         raise ValueError(
             f"the student's head is a {type(head).__name__}; wanted a plain Linear: leave the head "
             "out of lora_target_modules"

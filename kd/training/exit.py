@@ -22,8 +22,8 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        where = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{where}error: {error}", file=sys.stderr)
         leave(2)
     if dist.is_initialized():
         dist.barrier()

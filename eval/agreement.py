@@ -1,0 +1,81 @@
+"""Measure how near students' distributions are to their teacher's at held-out target tokens.
+
+python eval/agreement.py --teacher runs/teacher --models student=runs/student \
+    --data '[{"path": "heldout.jsonl"}]' --out_dir results
+
+Kullback-Leibler divergence both ways in nats a token, equal most probable tokens, the teacher's
+most probable token among the student's five, and both cross-entropies; one file a model,
+OUT_DIR/agreement/NAME.json. The teacher runs once for all models: its hidden states at the target
+tokens wait in memory.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.evaluation.likelihood import make_batches, row_sums, teacher_states
+from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
+from kd.evaluation.results import agreement_result, describe, is_measured, write_result
+from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
+from kd.models.tokenizer import check_same_tokenizer
+from kd.recipe import parse, setting
+from kd.training.exit import run
+
+
+@dataclass
+class AgreementSettings:
+    teacher: str = setting("", "hub name or folder of the model that is compared with")
+    out_dir: str = setting("results", "folder of the results; agreement/NAME.json in it")
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ValueError("teacher: not given; wanted a hub name or a folder")
+        check_path("teacher", self.teacher)
+
+
+def main() -> None:
+    settings, agreement = parse(EvaluationSettings, AgreementSettings, description=__doc__)
+    tokenizer = settings.tokenizer(agreement.teacher)  # its template is every model's here
+    for path in settings.named_models.values():
+        check_same_tokenizer(tokenizer, settings.tokenizer(path))
+    raw = load_sources(settings.sources, settings.mixture_seed)
+    wanted = missing_results(settings, agreement, rows_hash(raw), tokenizer)
+    if not wanted:
+        return
+    rows = encode_heldout(raw, tokenizer, settings.max_length)
+    batches = make_batches(rows, tokenizer.pad_token_id, settings.batch_size)
+    teacher = teacher_states(settings.load(agreement.teacher), batches, len(tokenizer))
+    for name, (file, description) in wanted.items():
+        model = settings.load(settings.named_models[name])
+        sums = row_sums(model, batches, len(tokenizer), teacher, description=name)
+        del model  # before the next one is loaded
+        result = agreement_result(rows, sums)
+        write_result(file, description, result)
+        show(name, result, file)
+
+
+def missing_results(
+    settings: EvaluationSettings, agreement: AgreementSettings, rows: str, tokenizer
+) -> dict[str, tuple[Path, dict]]:
+    """{name: (file, description)} of the models that were not measured like this yet."""
+    teacher = {"teacher": agreement.teacher, "teacher_files_hash": fingerprint(agreement.teacher)}
+    wanted = {}
+    for name, path in settings.named_models.items():
+        file = Path(agreement.out_dir) / "agreement" / f"{name}.json"
+        description = describe(settings, path, rows, tokenizer, **teacher)
+        if not is_measured(file, description):
+            wanted[name] = (file, description)
+    return wanted
+
+
+def show(name: str, result: dict, file: Path) -> None:
+    for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
+        print(
+            f"{name}, {source}: KL(teacher || student) {means['forward_kl']:.4g}, KL(student || "
+            f"teacher) {means['reverse_kl']:.4g} nats a token; top-1 agreement "
+            f"{means['top1_agreement']:.1%}, in the five first {means['top5_overlap']:.1%}"
+        )
+    print(f"wrote {file}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""The plots of a report: bars of the figures, and the loss terms of the training runs."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from kd.evaluation.summary import METRICS, split_seed  # noqa: E402
+from kd.training.checkpoint import last_checkpoint  # noqa: E402
+
+BARS = ("text_perplexity", "chat_perplexity", "forward_kl")
+TERMS = ("loss", "cross_entropy", "divergence")
+GREY = "0.6"
+
+
+def plot_bars(settings: dict[str, dict], file: Path) -> bool:
+    """A panel for each of BARS, with the deviation over seeds; False where all are missing."""
+    shown = {
+        metric: cells
+        for metric in BARS
+        if (
+            cells := {
+                name: group["metrics"][metric]
+                for name, group in settings.items()
+                if isinstance(group["metrics"][metric], dict)
+            }
+        )
+    }
+    if not shown:
+        return False
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), squeeze=False)
+    for axis, (metric, cells) in zip(axes[0], shown.items(), strict=True):
+        students = [name for name in cells if settings[name]["role"] == "student"]
+        colours = [f"C{students.index(name)}" if name in students else GREY for name in cells]
+        means = [cell["mean"] for cell in cells.values()]
+        axis.bar(range(len(cells)), means, color=colours)
+        for x, cell in enumerate(cells.values()):
+            if cell["deviation"] is not None:
+                axis.errorbar(x, cell["mean"], cell["deviation"], color="black", capsize=4)
+        axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
+        axis.set_title(METRICS[metric].label + (", nats a token" if metric == "forward_kl" else ""))
+    save(figure, file)
+    return True
+
+
+def find_histories(runs: list[str]) -> dict[str, Path | None]:
+    """{run: its trainer_state.json}: its own, else its newest checkpoint's, else None."""
+    found: dict[str, Path | None] = {}
+    for run in runs:
+        checkpoint = last_checkpoint(run)
+        candidates = [Path(run)] + ([Path(checkpoint)] if checkpoint else [])
+        files = [folder / "trainer_state.json" for folder in candidates]
+        found[run] = next((file for file in files if file.is_file()), None)
+    return found
+
+
+def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
+    """Loss terms over steps: a colour a setting, a line a seed, points for held-out values."""
+    logs = {
+        Path(run).name: json.loads(state.read_text())["log_history"]
+        for run, state in histories.items()
+        if state is not None
+    }
+    terms = [t for t in TERMS if any(t in entry for log in logs.values() for entry in log)]
+    if not terms:
+        return False
+    settings = list(dict.fromkeys(split_seed(run)[0] for run in logs))
+    figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.6), squeeze=False)
+    for axis, term in zip(axes[0], terms, strict=True):
+        labelled = set()
+        for run, log in logs.items():
+            setting = split_seed(run)[0]
+            colour = f"C{settings.index(setting)}"
+            points = [(entry["step"], entry[term]) for entry in log if term in entry]
+            if points:
+                label = None if setting in labelled else setting
+                labelled.add(setting)
+                axis.plot(*zip(*points, strict=True), color=colour, lw=1, alpha=0.8, label=label)
+            key = f"eval_{term}"
+            heldout = [(entry["step"], entry[key]) for entry in log if key in entry]
+            if heldout:
+                axis.plot(*zip(*heldout, strict=True), "o", color=colour, ms=4)
+        axis.set_title(term.replace("_", " ") + ", nats a token")
+        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize="small")
+    save(figure, file)
+    return True
+
+
+def save(figure: Figure, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

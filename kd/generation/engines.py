@@ -1,0 +1,175 @@
+"""What answers prompts. An engine takes conversations and a seed for each, and returns answers.
+
+B batch, T tokens, V vocabulary. Here is one engine, `model.generate` on left-padded batches in this
+process; a server needs only the same method.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kd.data.masks import render
+from kd.models.tokenizer import generation_config, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    stopped: bool  # at an end token; False: cut at max_new_tokens
+    tokens: int  # drawn, the end token included
+
+
+class Engine(Protocol):
+    def answer(self, conversations: list[list[dict]], seeds: list[int]) -> list[Answer]: ...
+
+
+def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel | PeftModel:
+    """A model of a hub name or folder, or base and adapter of an adapter's folder, on `device`."""
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path if adapter else name
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device)
+    if adapter:
+        # Not merged: in 16 bits a merge rounds the adapter away in part.
+        model = PeftModel.from_pretrained(model, name, torch_device=device)
+        if (Path(name) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, name: str, system_prompt: str | None
+) -> None:
+    """Raise ValueError where there is no chat template, or it loses the system prompt."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template, so it cannot be asked; take a model "
+            "trained on conversations, or put chat_template.jinja into its folder"
+        )
+    if system_prompt is None:
+        return
+    roles = {"system": system_prompt, "user": "a"}
+    messages = [{"role": role, "content": content} for role, content in roles.items()]
+    try:
+        seen = system_prompt.strip() in render(messages, tokenizer, add_generation_prompt=True)
+    except TemplateError:  # some templates refuse the role, others leave it out
+        seen = False
+    if not seen:
+        raise ValueError(
+            f"system_prompt: the chat template of {name} has no place for system messages; put "
+            "the instruction into the prompts, or take another template"
+        )
+
+
+def sampling_processors(temperature: float, top_p: float, seeds: list[int]) -> LogitsProcessorList:
+    """What makes greedy decoding draw from softmax(logits / temperature) cut at top_p."""
+    if temperature == 0.0:
+        return LogitsProcessorList()
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_p < 1.0:
+        processors.append(TopPLogitsWarper(top_p))
+    processors.append(GumbelNoise(seeds))
+    return processors
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to scores, (B, V), so that their argmax is an exact sample of the softmax.
+
+    Every row has a generator of its own, so its draws do not depend on its neighbours;
+    `model.generate` itself samples a whole batch from one. The Gumbel-max trick: Maddison et al.
+    2014, "A* Sampling", section 2.
+    """
+
+    def __init__(self, seeds: list[int]) -> None:
+        self.seeds = seeds
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.generators:
+            new = [torch.Generator(scores.device) for _ in self.seeds]
+            self.generators = [g.manual_seed(s) for g, s in zip(new, self.seeds, strict=True)]
+        # float64: in float32 the largest noise is 16.6, and ties among 150k tokens are common.
+        uniform = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)  # (B, V)
+        for row, generator in zip(uniform, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return scores - uniform.log_().neg_().log_()
+
+
+class LocalEngine:
+    """`model.generate` in this process, the whole model on one device.
+
+    Raises ValueError, before the weights are loaded, where the chat template does not serve.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        device: str,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        system_prompt: str | None = None,
+    ) -> None:
+        self.tokenizer = load_tokenizer(name)
+        check_template(self.tokenizer, name, system_prompt)
+        self.name, self.temperature, self.top_p = name, temperature, top_p
+        self.model = load_answering_model(name, getattr(torch, dtype), device)
+        # The folder's own settings (end tokens, repetition penalty) stay; what draws is ours. As
+        # the model's own, too: generate fills what is None from there.
+        self.config = generation_config(self.model, self.tokenizer)
+        drawing = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length")
+        self.config.update(**dict.fromkeys(drawing), do_sample=False, num_beams=1)
+        self.config.max_new_tokens = max_new_tokens
+        self.model.generation_config = self.config
+
+    def encode(self, conversations: list[list[dict]]) -> dict[str, Tensor]:
+        """Left-padded input_ids and attention_mask, (B, T)."""
+        texts = [render(c, self.tokenizer, add_generation_prompt=True) for c in conversations]
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,  # the template wrote them
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device)
+        width, new = batch["input_ids"].shape[1], self.config.max_new_tokens
+        limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        if limit is not None and width + new > limit:
+            raise ValueError(
+                f"a prompt of {width} tokens with max_new_tokens: {new} passes the {limit} "
+                f"positions of {self.name}; shorten the prompts or the answers"
+            )
+        return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    @torch.inference_mode()
+    def answer(self, conversations: list[list[dict]], seeds: list[int]) -> list[Answer]:
+        """One answer a conversation. `seeds` has one number for each, its own random stream."""
+        batch = self.encode(conversations)
+        out = self.model.generate(
+            **batch,
+            generation_config=self.config,
+            logits_processor=sampling_processors(self.temperature, self.top_p, seeds),
+        )
+        return [self.read(row) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
+
+    def read(self, ids: list[int]) -> Answer:
+        """Drawn ids up to their first end token; what is behind it is padding."""
+        ends = (i for i, token in enumerate(ids) if token in self.config.eos_token_id)
+        end = next(ends, len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(text, end < len(ids), min(end + 1, len(ids)))

@@ -1,0 +1,71 @@
+"""Targets: assistant turns with their end token, all of a text, never the first token of a row."""
+
+import pytest
+from small import CHATML, small_tokenizer
+
+from kd.data.masks import IGNORED, encode_rows
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is a list? <b>"},
+    {"role": "assistant", "content": "A thing in order."},
+    {"role": "user", "content": "And?\n\n"},
+    {"role": "assistant", "content": "Names find it \u00e9\u4e2d."},
+]
+WITH_MARKERS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def targets(row, tokenizer) -> str:
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_MARKERS])
+def test_targets_of_a_chat_are_every_answer_and_its_end_token(tokenizer, template):
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = template
+    (row,), report = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
+    assert targets(row, tokenizer) == (
+        "A thing in order.<|im_end|>Names find it \u00e9\u4e2d.<|im_end|>"
+    )
+    assert report.targets == row.targets and report.tokens == len(row)
+
+
+def test_targets_of_a_text_are_all_tokens_but_the_first_and_an_end_token(tokenizer):
+    (row,), _ = encode_rows([{"text": "A list keeps things."}], tokenizer, 512, progress=False)
+    assert row.labels[0] == IGNORED and row.labels[1:] == row.input_ids[1:]
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_end_token_is_a_target_where_it_also_pads():
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    (row,), _ = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
+    assert row.labels.count(tokenizer.eos_token_id) == 2
+
+
+def test_rows_without_a_target_are_dropped_and_counted(tokenizer):
+    rows = [{"messages": CONVERSATION}, {"text": "A list keeps things in order."}]
+    kept, report = encode_rows(rows, tokenizer, 12, progress=False)
+    assert (report.read, report.kept, report.without_target, report.cut) == (2, 1, 1, 2)
+    assert "1 dropped without a target" in str(report) and len(kept[0]) == 12
+    with pytest.raises(ValueError, match="no row with a target token is left"):
+        encode_rows(rows[:1], tokenizer, 12, progress=False)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
+
+
+def test_chat_without_a_template_is_refused():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)

@@ -1,0 +1,88 @@
+"""What the tests of kd/evaluation share: held-out rows, a tokenizer, tiny models, a command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [
+    "The teacher gives its distribution, the student learns it.",
+    "Zw\u00f6lf Boxk\xe4mpfer jagen Viktor quer \xfcber den gro\xdfen Sylter Deich. \u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
+    "Short text.",
+    "A longer text that says the same thing over and over, " * 12,
+]
+CHATS = [
+    [("user", "What is it?"), ("assistant", "A thing.")],
+    [("system", "Be brief."), ("user", "And this?"), ("assistant", "Another thing of its kind.")],
+    [("user", "a question so long that nothing of its answer is left " * 6), ("assistant", "No.")],
+    [("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "Yes, two.")],
+]
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MAX_LENGTH = 64  # cuts one text, and the answer of one chat row away
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def new_model(vocabulary: int, hidden: int, seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # distributions far from uniform
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sources(house: Path) -> list[dict]:
+    return [{"path": str(house / "text.jsonl")}, {"path": str(house / "chat.jsonl")}]
+
+
+def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run an entry point as a user does, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, f"eval/{script}", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )

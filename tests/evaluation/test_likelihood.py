@@ -1,0 +1,252 @@
+"""Likelihood and agreement against the models' own loss and torch's kl_div, in float64."""
+
+import gc
+import json
+import math
+import runpy
+import sys
+import weakref
+
+import pytest
+import torch
+from held_out import MAX_LENGTH, ROOT, TEXTS, command, sources
+from peft import PeftModel
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kd.data.masks import IGNORED
+from kd.evaluation.answers import sample_answers
+from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
+from kd.evaluation.models import load_model
+from kd.evaluation.results import agreement_result, likelihood_result
+from kd.evaluation.rows import encode_heldout, load_sources
+
+
+@pytest.fixture(scope="module")
+def tokenizer(house):
+    return AutoTokenizer.from_pretrained(house / "student")
+
+
+@pytest.fixture(scope="module")
+def rows(house, tokenizer):
+    return encode_heldout(load_sources(sources(house), 0), tokenizer, MAX_LENGTH)
+
+
+def model(house, name, dtype="float64"):
+    return load_model(str(house / name), dtype, "sdpa", "cpu")
+
+
+def measured(found, rows, tokenizer, size=3, teacher=None):
+    batches = make_batches(rows, tokenizer.pad_token_id, size)
+    states = teacher and teacher_states(teacher, batches, len(tokenizer))
+    return row_sums(found, batches, len(tokenizer), states)
+
+
+def own_loss(found, row):
+    """The model's own summed loss of one row without padding."""
+    ids, labels = torch.tensor([row.encoded.input_ids]), torch.tensor([row.encoded.labels])
+    with torch.no_grad():
+        return float(found(input_ids=ids, labels=labels).loss.double()) * row.encoded.targets
+
+
+def target_logits(found, row, vocabulary):
+    """(N, V) at the positions that predict targets, from the whole (1, T, V)."""
+    labels = torch.tensor(row.encoded.labels)
+    with torch.no_grad():
+        logits = found(input_ids=torch.tensor([row.encoded.input_ids])).logits[0]
+    return logits[:-1][labels[1:] != IGNORED][:, :vocabulary].double()
+
+
+def test_sums_equal_the_models_own_loss(house, rows, tokenizer):
+    expected = [own_loss(model(house, "student"), row) for row in rows]
+    found = measured(model(house, "student"), rows, tokenizer)[:, 0]
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter_tokens"])
+def test_an_adapter_is_measured_with_all_that_it_trained(house, rows, tokenizer, name):
+    base = AutoModelForCausalLM.from_pretrained(house / "student", dtype=torch.float64)
+    adapted = PeftModel.from_pretrained(base, house / name).eval()
+    expected = torch.tensor([own_loss(adapted, row) for row in rows]).double()
+    found = measured(model(house, name), rows, tokenizer)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    plain = measured(model(house, "student"), rows, tokenizer)[:, 0]
+    assert ((found - plain).abs() > 0.01).all()
+
+
+def test_batch_size_and_padding_do_not_change_the_sums(house, rows, tokenizer):
+    for names in (("student", None), ("student", "teacher")):
+        single, several, whole = (
+            measured(
+                model(house, names[0]), rows, tokenizer, n, names[1] and model(house, names[1])
+            )
+            for n in (1, 3, 100)
+        )
+        torch.testing.assert_close(single, several, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(single, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_keep_their_index_where_others_are_dropped(rows):
+    assert [(row.source, row.index) for row in rows] == [
+        *(("text", i) for i in range(4)),
+        *(("chat", i) for i in (0, 1, 3)),
+    ]
+
+
+def test_bytes_are_those_of_the_target_text(rows, tokenizer):
+    for row, text in zip(rows[:3], TEXTS, strict=False):
+        first = tokenizer.decode(row.encoded.input_ids[:1])
+        assert row.bytes == len(text.encode()) - len(first.encode())
+    cut = rows[3]  # by max_length, so that no end-of-sequence token is left
+    assert len(cut.encoded) == MAX_LENGTH
+    assert row_text(cut, tokenizer) == TEXTS[3][: len(row_text(cut, tokenizer))]
+    assert cut.bytes == len(tokenizer.decode(cut.encoded.input_ids[1:]).encode())
+    assert all(row.bytes is None for row in rows[4:])
+
+
+def row_text(row, tokenizer):
+    return tokenizer.decode(row.encoded.input_ids)
+
+
+def test_bits_per_byte_and_perplexity_follow_from_the_rows(house, rows, tokenizer):
+    nats = [own_loss(model(house, "student"), row) for row in rows]
+    result = likelihood_result(rows, measured(model(house, "student"), rows, tokenizer))
+    size = sum(row.bytes for row in rows[:4])
+    bits = sum(nats[:4]) / math.log(2) / size
+    targets = [row.encoded.targets for row in rows]
+    assert result["sources"]["text"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert result["overall"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert result["kinds"]["chat"]["bits_per_byte"] is None
+    for means, part in (
+        (result["sources"]["text"], slice(0, 4)),
+        (result["kinds"]["chat"], slice(4, None)),
+        (result["overall"], slice(None)),
+    ):
+        wanted = math.exp(sum(nats[part]) / sum(targets[part]))
+        assert means["tokens"] == sum(targets[part])
+        assert means["perplexity"] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_agrees_with_itself(house, rows, tokenizer, dtype):
+    sums = measured(
+        model(house, "teacher", dtype), rows, tokenizer, 2, model(house, "teacher", dtype)
+    )
+    overall = agreement_result(rows, sums)["overall"]
+    assert overall["forward_kl"] == overall["reverse_kl"] == 0.0
+    assert overall["top1_agreement"] == overall["top5_overlap"] == 1.0
+    assert overall["cross_entropy"] == overall["teacher_cross_entropy"]
+
+
+def test_agreement_equals_kl_div_of_whole_logits(house, rows, tokenizer):
+    found = measured(
+        model(house, "student"), rows, tokenizer, teacher=model(house, "teacher")
+    ).tolist()
+    student, teacher = model(house, "student"), model(house, "teacher")
+    for row, sums in zip(rows, found, strict=True):
+        q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
+        labels = torch.tensor([label for label in row.encoded.labels if label != IGNORED])
+        best = p.argmax(-1)
+        wanted = {
+            "cross_entropy": -q.gather(-1, labels[:, None]).sum(),
+            "teacher_cross_entropy": -p.gather(-1, labels[:, None]).sum(),
+            "forward_kl": kl_div(q, p, reduction="sum", log_target=True),
+            "reverse_kl": kl_div(p, q, reduction="sum", log_target=True),
+            "top1_agreement": (q.argmax(-1) == best).sum(),
+            "top5_overlap": (q.topk(5, -1).indices == best[:, None]).any(-1).sum(),
+        }
+        assert dict(zip(AGREEMENT, sums, strict=True)) == pytest.approx(
+            {key: float(value) for key, value in wanted.items()}, rel=1e-6
+        )
+
+
+def test_a_measured_model_leaves_memory_before_the_next_is_loaded(house, rows, tokenizer):
+    gc.disable()
+    found = model(house, "student")
+    measured(found, rows, tokenizer)
+    alive = weakref.ref(found.model.layers[0].mlp.up_proj)
+    del found
+    try:
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_answers_are_the_argmax_until_the_models_own_end(house, tokenizer):
+    messages = [{"role": "user", "content": "What is it?"}]
+    found = model(house, "student")
+    (answer,) = sample_answers(found, tokenizer, [messages], max_new_tokens=12)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    new = []
+    while len(new) < 12 and found.generation_config.eos_token_id not in new:
+        with torch.no_grad():
+            new.append(int(found(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+    assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_the_scripts_write_what_the_library_measures(house, rows, tokenizer, tmp_path, monkeypatch):
+    names = ["teacher", "student", "adapter"]
+    models = [f"{name}={house / name}" for name in names]
+    common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--dtype"]
+    common += ["float32", "--out_dir", tmp_path, "--models"]
+    ran = command("perplexity.py", *common, *models)
+    assert ran.returncode == 0, ran.stderr
+    config = tmp_path / "agreement.yaml"
+    config.write_text(f"teacher: {house / 'teacher'}\ndata: {json.dumps(sources(house))}\n")
+    ran = command("agreement.py", "--config", config, *common[2:], *models[1:])
+    assert ran.returncode == 0, ran.stderr
+    sums = measured(
+        model(house, "student", "float32"), rows, tokenizer, 8, model(house, "teacher", "float32")
+    )
+    likelihood = json.loads((tmp_path / "perplexity" / "student.json").read_text())
+    agreement = json.loads((tmp_path / "agreement" / "student.json").read_text())
+    for written, key, column in (
+        (likelihood, "nats", 0),
+        (agreement, "cross_entropy", 0),
+        (agreement, "teacher_cross_entropy", 1),
+        (agreement, "forward_kl", 2),
+    ):
+        found = [row[key] for row in written["rows"]]
+        assert found == pytest.approx(sums[:, column].tolist(), rel=1e-5)
+        assert [row["index"] for row in written["rows"]] == [row.index for row in rows]
+    assert likelihood["settings"]["dtype"] == "float32" and likelihood["versions"]["torch"]
+    check_what_is_measured_again(house, tmp_path, common, models, monkeypatch)
+
+
+def check_what_is_measured_again(house, out, common, models, monkeypatch):
+    """A second run measures only a model whose files have changed since."""
+    times = {name: written(out, name) for name in ("teacher", "student")}
+    config = house / "student" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, common), *models[:2]])
+    runpy.run_path(str(ROOT / "eval" / "perplexity.py"), run_name="__main__")
+    assert written(out, "teacher") == times["teacher"]
+    assert written(out, "student") > times["student"]
+
+
+def written(out, name):
+    return (out / "perplexity" / f"{name}.json").stat().st_mtime_ns
+
+
+def test_different_tokenizers_are_refused_before_a_model_is_loaded(house, tmp_path):
+    ran = command(
+        *("agreement.py", "--teacher", house / "teacher", "--models", f"other={house / 'other'}"),
+        *("--data", json.dumps(sources(house)), "--out_dir", tmp_path),
+    )
+    assert ran.returncode == 2
+    assert "different tokenizers" in ran.stderr and "Loading" not in ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_are_written_side_by_side(house, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    ran = command(
+        *("answers.py", "--models", f"a={house / 'teacher'}", f"b={house / 'adapter'}"),
+        *("--data", json.dumps(sources(house)[1:]), "--count", 2, "--max_new_tokens", 4),
+        *("--out", out),
+    )
+    assert ran.returncode == 0, ran.stderr
+    written_rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"][-1]["content"] for row in written_rows] == ["What is it?", "And this?"]
+    assert [row["reference"] for row in written_rows][0] == "A thing."
+    assert all(set(row["answers"]) == {"a", "b"} for row in written_rows)

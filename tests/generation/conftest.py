@@ -1,0 +1,93 @@
+"""A tiny Qwen2 with random weights, its tokenizer, and prompts; all made here, no network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = [
+    "what",
+    "is",
+    "a",
+    "list",
+    "map",
+    "set",
+    "tree",
+    "node",
+    "key",
+    "value",
+    "loop",
+    "sort",
+    "join",
+    "file",
+    "line",
+]
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[dict]]:
+    """Forty conversations of unequal length; every other one has a system prompt of its own."""
+    found = []
+    for i in range(40):
+        words = " ".join(WORDS[(i * k) % len(WORDS)] for k in range(2, 4 + i % 7))
+        own = [{"role": "system", "content": f"be kind {i % 3}"}] if i % 2 else []
+        found.append([*own, {"role": "user", "content": f"{words} {i}?"}])
+    return found
+
+
+@pytest.fixture(scope="session")
+def prompts_file(prompts: list[list[dict]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as chat rows with an answer, which generation must drop."""
+    path = tmp_path_factory.mktemp("prompts") / "chat.jsonl"
+    old = {"role": "assistant", "content": "an old answer"}
+    path.write_text("".join(json.dumps({"messages": [*p, old]}) + "\n" for p in prompts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Few tokens, so that random weights draw the end token within a few dozen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=64, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    )
+    texts = [" ".join(WORDS), "0123456789?.\n", "system user assistant be kind answer briefly"]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model; its generation_config knows EOS alone, not the template's end."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    path = tmp_path_factory.mktemp("models") / "teacher"
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

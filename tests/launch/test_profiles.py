@@ -1,0 +1,82 @@
+"""Every recipe on every profile: the printed command parses, and its batch divides."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, start, succeed
+from transformers import TrainingArguments
+
+from kd.recipe import TrainingSettings, parse
+
+PROFILES = ("cpu", "2xt4", "2xa100", "h100")
+RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
+
+
+def script_of(recipe: Path) -> str:
+    keys = yaml.safe_load((ROOT / recipe).read_text())
+    return (
+        f"train/{'generate' if 'prompts' in keys else 'distill' if 'teacher' in keys else 'sft'}.py"
+    )
+
+
+def dry_run(profile: str, *arguments) -> list[str]:
+    return shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", *arguments))
+
+
+def settings_of(script: str) -> list[type]:
+    """The dataclasses that a script parses, from the script itself."""
+    names: dict = {"__name__": "parsed"}
+    exec(compile((ROOT / script).read_text(), script, "exec"), names)  # defines main, runs nothing
+    return [v for k, v in names.items() if k.endswith("Settings") and isinstance(v, type)]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_recipe_parses_on_every_profile(recipe, profile, monkeypatch):
+    script = script_of(recipe)
+    command = dry_run(profile, script, "--config", recipe)
+    config = yaml.safe_load((ROOT / command[command.index("--config_file") + 1]).read_text())
+    assert (ROOT / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", str(config["num_processes"]))
+    # Transformers' own part asks for the profile's GPUs and for a process group: not here.
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    parsed = parse(*settings_of(script), argv=command[command.index(script) + 1 :])
+    training = [part for part in parsed if isinstance(part, TrainingSettings)]
+    wanted = yaml.safe_load((ROOT / recipe).read_text()).get("global_batch_size")
+    assert [part.global_batch_size for part in training] == [wanted] * len(training)
+
+
+def test_command_line_flags_stand_behind_the_profile_and_win():
+    command = dry_run("2xa100", "train/sft.py", "--config", "x.yaml", "--bf16", "false")
+    assert command.index("--bf16") < command.index("--config") < len(command) - 2
+    assert command[-2:] == ["--bf16", "false"]
+
+
+def test_only_distill_gets_the_flags_of_the_teacher():
+    assert "--teacher_deepspeed" in dry_run("2xa100", "train/distill.py")
+    assert "--teacher_deepspeed" not in dry_run("2xa100", "train/sft.py")
+    assert dry_run("2xa100", "train/generate.py")[-1] == "train/generate.py"
+
+
+@pytest.mark.parametrize("arguments", [(), ("train/missing.py",), ("--dryrun", "train/sft.py")])
+def test_a_wrong_call_of_a_profile_says_how_it_is_called(arguments):
+    done = start("launch/cpu.sh", *arguments)
+    assert done.returncode == 2 and "SCRIPT" in done.stdout or "wanted" in done.stdout
+
+
+def test_small_variants_have_the_keys_of_the_recipes_they_stand_for():
+    for small in (ROOT / "recipes" / "small").glob("*.yaml"):
+        text = small.read_text()
+        original = text.split("variant of ")[1].split(":")[0]
+        keys, wanted = yaml.safe_load(text), yaml.safe_load((ROOT / original).read_text())
+        assert keys.keys() == wanted.keys(), small
+
+
+def test_mixture_of_experiment_a_has_the_reported_counts():
+    recipe = yaml.safe_load((ROOT / "recipes/a_qwen2.5_1.5b_to_0.5b/1_teacher.yaml").read_text())
+    counts = [source["count"] for source in recipe["data"]]
+    assert sum(counts[:2]) == 80_000 and counts[1] == 16_000
+    assert counts[2:] == [6000, 1000, 1000, 1000, 1000, 200, 100] and sum(counts[2:]) == 10_300

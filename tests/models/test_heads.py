@@ -1,0 +1,96 @@
+"""The student called through its replaced forward gives the loss and gradients of its own logits."""
+
+import pytest
+import torch
+from small import save_small, small_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from kd.losses.fused import Objective
+from kd.models.heads import LossInputs, head_of, return_loss
+from kd.models.load import load_trained
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings
+from kd.training.trainer import causal_lm
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+REAL_HEADS = {
+    "gemma2 caps its logits": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, final_logit_softcapping=3.0)
+    ),
+    "granite divides its logits": lambda: GraniteForCausalLM(
+        GraniteConfig(**SIZES, logits_scaling=5.0)
+    ),
+    "cohere multiplies its logits": lambda: CohereForCausalLM(
+        CohereConfig(**SIZES, logit_scale=0.25)
+    ),
+}
+
+
+@pytest.mark.parametrize("build", REAL_HEADS.values(), ids=REAL_HEADS.keys())
+def test_scale_and_softcap_of_real_heads_are_in_the_loss(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    ids = torch.randint(3, 60, (2, 12))
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    wanted = cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    labels = torch.cat([torch.full((2, 1), -100), ids[:, 1:]], 1)
+    return_loss(model)
+    positions = torch.arange(12).expand(2, 12)
+    found = model(ids, positions, LossInputs(labels, Objective(), 64))["loss"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert head_of(model).scale != 1.0 or head_of(model).softcap == 3.0
+
+
+def test_trained_template_tokens_get_the_gradient_of_embedding_and_tied_head(tmp_path):
+    tokenizer = small_tokenizer()
+    save_small(tmp_path / "model", tokenizer)
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    settings = ModelSettings(dtype="float32", lora_rank=2, train_template_tokens=True)
+    ids = torch.tensor([[1, 9, 10, 2, 1, 30, 31, 2]])
+    labels = torch.cat([torch.full((1, 1), -100), ids[:, 1:]], 1)
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = load_trained(str(tmp_path / "model"), settings, tokenizer)
+        if fused:
+            return_loss(causal_lm(model))
+            inputs = LossInputs(labels, Objective(), len(tokenizer))
+            loss = model(ids, position_ids=torch.arange(8)[None], loss_inputs=inputs)["loss"]
+        else:
+            logits = model(input_ids=ids).logits[0, :-1, : len(tokenizer)]
+            loss = cross_entropy(logits, ids[0, 1:], reduction="sum")
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert any("trainable_tokens_delta" in name for name in found[0])
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6)
+        assert wanted.abs().sum() > 0 or "lora_A" in name
+
+
+def test_a_head_that_lora_replaces_is_refused(tmp_path):
+    save_small(tmp_path / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    settings = ModelSettings(dtype="float32", lora_rank=2, lora_target_modules=["lm_head"])
+    model = load_trained(str(tmp_path / "model"), settings, tokenizer)
+    with pytest.raises(ValueError, match="wanted a plain Linear"):
+        return_loss(causal_lm(model))

@@ -1,0 +1,49 @@
+"""One vocabulary for teacher and student, every end token, and tokens nobody trained."""
+
+import pytest
+import torch
+from small import small_model, small_tokenizer
+from tokenizers import AddedToken
+
+from kd.models.tokenizer import (
+    check_same_tokenizer,
+    end_tokens,
+    generation_config,
+    template_tokens,
+    untrained_tokens,
+)
+
+
+def test_equal_vocabularies_pass_and_the_first_difference_is_named():
+    tokenizer = small_tokenizer()
+    check_same_tokenizer(tokenizer, small_tokenizer())
+    other = small_tokenizer(330)
+    with pytest.raises(ValueError, match="different tokenizers: id 320 is .* for the teacher") as e:
+        check_same_tokenizer(other, tokenizer)
+    assert "'absent' for the student (320 tokens)" in str(e.value)
+
+
+def test_end_tokens_are_eos_and_what_the_template_puts_behind_an_answer():
+    tokenizer = small_tokenizer()
+    assert end_tokens(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_tokens(tokenizer) == [0, 2]
+    model = small_model(tokenizer)
+    model.generation_config.eos_token_id = 7  # what a base model brings along stays
+    assert generation_config(model, tokenizer).eos_token_id == [0, 2, 7]
+
+
+def test_template_tokens_are_the_special_ones_alone():
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<unused>")]})
+    assert template_tokens(tokenizer) == [1, 2]
+
+
+def test_tokens_that_no_text_trained_are_found():
+    torch.manual_seed(0)
+    embedding = torch.randn(50, 32)
+    assert untrained_tokens(embedding, [1, 2, 3]) == []
+    embedding[1] = 0.01 * embedding[1]  # tiny, as Llama 3's reserved tokens
+    embedding[3] = embedding[2] + 0.01  # twins: pushed the same way, never told apart
+    assert untrained_tokens(embedding, [1, 2, 3]) == [1, 2, 3]
+    assert untrained_tokens(embedding, [1, 2, 4]) == [1]

@@ -1,0 +1,114 @@
+"""One parser for files and flags: precedence, validation, and the derived batch."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from kd.recipe import DataSettings, ModelSettings, ObjectiveSettings, derive_batch, parse, setting
+
+
+@dataclass
+class Numbers:
+    rate: float = setting(1.0, "a rate")
+    count: int = setting(1, "a count")
+    names: list[str] | None = setting(None, "names")
+    flag: bool = setting(False, "a flag")
+
+
+def write(tmp_path, text: str) -> str:
+    (tmp_path / "recipe.yaml").write_text(text)
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_command_line_wins_over_profile_wins_over_recipe_wins_over_default(tmp_path):
+    recipe = write(tmp_path, "rate: 2e-5\ncount: 2\n")
+    (numbers,) = parse(Numbers, argv=["--count", "3", "--config", recipe])  # a profile's flag
+    assert (numbers.rate, numbers.count) == (2e-5, 3)
+    (numbers,) = parse(Numbers, argv=["--count", "3", "--config", recipe, "--count", "4"])
+    assert numbers.count == 4
+
+
+def test_scientific_notation_lists_and_booleans_of_yaml_are_read_as_meant(tmp_path):
+    recipe = write(tmp_path, "rate: 2e-5\nnames: [a, b]\nflag: true\n")
+    (numbers,) = parse(Numbers, argv=["--config", recipe])
+    assert numbers == Numbers(2e-5, 1, ["a", "b"], True)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rat: 1", "unknown key rat; did you mean rate"),
+        ("count: many", "invalid int value: 'many'"),
+        ("count: 1.5", "invalid int value"),
+        ("rate:", "rate is empty"),
+        ("count: 1\ncount: 2", "key given twice"),
+        ("- a\n- b", "found list; wanted keys and values"),
+        ("rate: [1", "recipe.yaml"),
+    ],
+)
+def test_wrong_recipes_are_stopped_with_the_reason(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Numbers, argv=["--config", write(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--rat", "1"], "did you mean rate"),
+        (["--rate"], "expected one argument"),
+        (["--config", "missing.yaml"], "no file missing.yaml"),
+        (["--config"], "no file given"),
+        (["stray"], "stray"),
+    ],
+)
+def test_wrong_flags_are_stopped_with_the_reason(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Numbers, argv=argv)
+
+
+@pytest.mark.parametrize(
+    "settings, changes, message",
+    [
+        (ModelSettings, {"quantization": "nf4"}, "set lora_rank"),
+        (ModelSettings, {"train_template_tokens": True}, "lora_rank: 0"),
+        (ModelSettings, {"chat_template": "no.jinja"}, "no file no.jinja"),
+        (ObjectiveSettings, {"soft_weight": 1.5}, "wanted 0 to 1"),
+        (ObjectiveSettings, {"temperature": 0.0}, "wanted more than 0"),
+        (DataSettings, {}, "no source given"),
+        (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
+        (DataSettings, {"data": "[1]"}, "wanted a list of objects"),
+        (DataSettings, {"data": '[{"path": "a"}]', "max_length": 1}, "wanted 2 or more"),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_loaded(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ((64, 2, 8), (8, 4)),
+        ((64, 2, 7), (4, 8)),  # the largest divisor of 32 that is at most 7
+        ((6, 2, 8), (3, 1)),
+        ((64, 1, 8, 16), (16, 4)),  # given: taken as it is, over the cap
+        ((64, 2, 8, None, 16), (2, 16)),
+        ((64, 2, 8, 3, 5), (3, 5)),
+    ],
+)
+def test_micro_batch_is_the_largest_divisor_under_the_cap(given, wanted):
+    assert derive_batch(*given) == wanted
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((0, 1, 8), "not given"),
+        ((10, 4, 8), "does not divide by 4 processes; the nearest that does is 8"),
+        ((8, 2, 8, 3), "per_device_train_batch_size: 3 does not divide the 4 rows"),
+        ((8, 2, 8, None, 3), "gradient_accumulation_steps: 3 does not divide the 4 rows"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_an_error(given, message):
+    with pytest.raises(ValueError, match=message):
+        derive_batch(*given)
