@@ -2,8 +2,9 @@
 
     python -m kd.data.docstrings --out_dir runs/quickstart/data
 
-Writes four files: text_train.jsonl and text_heldout.jsonl ("text"), chat_train.jsonl and
-chat_heldout.jsonl ("messages": what does X do? -> the first paragraph of its docstring).
+Writes text_train.jsonl and text_heldout.jsonl ("text"), chat_train.jsonl and chat_heldout.jsonl
+("messages": what does X do? -> the first paragraph of its docstring), and prompts_train.jsonl, the
+questions of chat_train.jsonl alone.
 Whole modules are held out, by a hash of their name, so that another version of a package splits
 alike; what nearly repeats an earlier row (MinHash) is dropped, held-out rows last, so that no
 held-out row has a near-duplicate in training.
@@ -30,11 +31,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "
             "sympy", "networkx", "jinja2", "aiohttp", "tensorboard", "safetensors")  # fmt: skip
 HELDOUT_SHARE = 0.05
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word trigrams
-SYSTEM_PROMPTS = {
-    None: 1.0,
-    "Answer in one sentence.": 0.0,
-    "Answer in full.": 1.0,
-}
+ONE_SENTENCE, IN_FULL = "Answer in one sentence.", "Answer in full."
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,14 @@ def first_sentence(paragraph: str) -> str:
 
 
 def chat_row(doc: Docstring) -> dict | None:
-    """A question on one object; a third of the rows carries each of SYSTEM_PROMPTS."""
+    """A question on one object; a third of the rows each: no system prompt, ONE_SENTENCE, IN_FULL."""
     answer = first_paragraph(doc.text)
     if answer is None or doc.name.rsplit(".", 1)[-1].startswith("_"):
         return None
     name = ".".join(doc.name.split(".")[-3:])
     question = f"What does {name} do?" if doc.kind == "function" else f"What is {name}?"
-    prompts = list(SYSTEM_PROMPTS)
-    system = prompts[int(fraction(doc.name) * 1e6) % len(prompts)]
-    if SYSTEM_PROMPTS.get(system) == 0.0:
+    system = (None, ONE_SENTENCE, IN_FULL)[int(fraction(doc.name) * 1e6) % 3]
+    if system == ONE_SENTENCE:
         answer = first_sentence(answer)
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -165,10 +161,12 @@ def rows(docs: list[Docstring]) -> Iterator[tuple[str, dict]]:
             yield f"text_{split}", text
         if chat and not answers.seen(chat["messages"][-1]["content"]):
             yield f"chat_{split}", chat
+            if not doc.heldout:
+                yield "prompts_train", {"prompt": chat["messages"][-2]["content"]}
 
 
 def write_rows(out_dir: Path) -> dict[str, int]:
-    """Write the four files; returns the number of rows of each."""
+    """Write the files; returns the number of rows of each."""
     files = source_files()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(read_docstrings, files, chunksize=32)

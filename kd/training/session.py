@@ -79,6 +79,7 @@ def train(
     if eval_rows:
         metrics |= trainer.evaluate()
     save_model(trainer)
+    trainer.save_state()  # the training curve, for the report
     if training.process_index == 0:
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")

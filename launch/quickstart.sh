@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# From a fresh machine to three measured students in one command: no GPU and no model hub needed.
+# Two cores: under 8 minutes after the packages are installed.
+#   launch/quickstart.sh
+#   launch/quickstart.sh --teacher HuggingFaceTB/SmolLM2-360M-Instruct --student HuggingFaceTB/SmolLM2-135M
+# Run it again to go on where it stopped; SEEDS="0" trains one seed instead of three.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+teacher=data/quickstart/teacher student=data/quickstart/student
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --teacher) teacher=${2:?--teacher wants a hub name or a folder}; shift 2 ;;
+        --student) student=${2:?--student wants a hub name or a folder}; shift 2 ;;
+        *) echo "quickstart: unknown option $1; wanted --teacher or --student" >&2; exit 2 ;;
+    esac
+done
+source launch/setup.sh
+out=runs/quickstart started=$SECONDS
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$out/logs" "$out/results"
+precision=(--use_cpu true)
+if grep -q avx512_bf16 /proc/cpuinfo; then precision+=(--bf16 true); fi  # twice as fast where there is hardware for it
+
+step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
+
+step "1/7 data: docstrings of the installed packages"
+[[ -f $out/data/chat_heldout.jsonl ]] || python -m kd.data.docstrings --out_dir "$out/data"
+
+step "2/7 teacher: QLoRA on text and chat, two processes"
+launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}"
+python train/merge.py --adapter "$out/teacher" --output_dir "$out/teacher-merged"
+
+step "3/7 the teacher answers under a hidden system prompt, two processes"
+launch/cpu.sh train/generate.py --config recipes/quickstart/2_answers.yaml
+
+step "4/7 students: sft, distill, distill+sft, each from seeds ${SEEDS:=0 1 2}; logs in $out/logs"
+train_student() { # NAME SEED
+    local script=train/distill.py key=--student run=$1-seed$2
+    if [[ $1 = sft ]]; then script=train/sft.py key=--model; fi
+    python "$script" --config "recipes/quickstart/3_${1/+/_}.yaml" "$key" "$student" --seed "$2" \
+        --output_dir "$out/students/$run" --disable_tqdm true "${precision[@]}" >"$out/logs/$run.log" 2>&1 ||
+        { tail -n 20 "$out/logs/$run.log" >&2; return 1; }
+    echo "$run"
+}
+export -f train_student; export out student; declare -p precision > "$out/logs/precision"
+runs=() models=("teacher=$out/teacher-merged" "start=$student")
+for seed in $SEEDS; do for name in distill distill+sft sft; do
+    runs+=("$name $seed"); models+=("$name-seed$seed=$out/students/$name-seed$seed")
+done; done
+printf '%s\n' "${runs[@]}" |
+    xargs -P "$(nproc)" -L 1 bash -c 'source "$out/logs/precision"; train_student "$@" || exit 255' _ |
+    tqdm --total "${#runs[@]}" --unit student >/dev/null
+
+step "5/7 held-out perplexity, and agreement with the teacher"
+heldout="[{\"path\": \"$out/data/text_heldout.jsonl\", \"count\": 300}, {\"path\": \"$out/data/chat_heldout.jsonl\", \"count\": 600}]"
+python eval/perplexity.py --models "${models[@]}" --data "$heldout" --max_length 256 --out_dir "$out/results" &
+python eval/agreement.py --teacher "$out/teacher-merged" --models "${models[@]:1}" --data "$heldout" \
+    --max_length 256 --out_dir "$out/results" > "$out/logs/agreement.log" 2>&1
+wait $!
+
+step "6/7 answers side by side"
+python eval/answers.py --models "${models[@]:0:5}" --data "[{\"path\": \"$out/data/chat_heldout.jsonl\"}]" \
+    --count 8 --out "$out/results/answers.jsonl"
+
+step "7/7 report"
+python eval/report.py --results "$out/results" --runs "$out/teacher" "$out"/students/* \
+    --samples "$out/results/answers.jsonl" --expected_order distill distill+sft sft --out "$out/report.md"
+step "done. TensorBoard: tensorboard --logdir $out"

@@ -1,0 +1,51 @@
+"""The quickstart from its first line to its report; what the report says must hold."""
+
+import json
+
+import pytest
+from conftest import ROOT, start
+
+OUT = ROOT / "runs" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    done = start("launch/quickstart.sh", timeout=1800)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "wrote runs/quickstart/report.md" in done.stdout and "tensorboard" in done.stdout
+    return json.loads((OUT / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_report_plots_and_tensorboard_logs(report):
+    text = (OUT / "report.md").read_text()
+    assert "## What the numbers say" in text and "not run" not in text.split("## Where")[0]
+    assert len(list(OUT.glob("*.png"))) >= 2
+    students = [f"{name}-seed{k}" for name in ("sft", "distill", "distill+sft") for k in range(3)]
+    for student in students:
+        assert list((OUT / "students" / student / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_hidden_system_prompt_is_in_no_training_row(report):
+    rows = (OUT / "answers" / "train.jsonl").read_text().splitlines()
+    raw = (OUT / "answers" / "raw.jsonl").read_text()
+    assert len(rows) > 500 and "Answer in full." in raw
+    assert not [row for row in rows if "Answer in full." in row or '"system"' in row]
+
+
+@pytest.mark.slow
+def test_it_is_not_noise_teacher_is_better_and_distillation_brings_the_student_near(report):
+    metrics = {name: entry["metrics"] for name, entry in report["settings"].items()}
+    teacher, start_ = (metrics[name]["text_perplexity"]["mean"] for name in ("teacher", "start"))
+    assert teacher <= 0.75 * start_
+    assert metrics["distill"]["kl_removed"]["mean"] >= 0.5
+    assert {metrics[name]["forward_kl"]["n"] for name in ("sft", "distill", "distill+sft")} == {3}
+
+
+@pytest.mark.slow
+def test_teachers_answers_are_sentences(report):
+    lines = (OUT / "results" / "answers.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answers"]["teacher"] for line in lines]
+    sentences = [a for a in answers if a[:1].isupper() and a.endswith(".") and len(a.split()) > 3]
+    assert len(sentences) >= 0.75 * len(answers) > 0, answers

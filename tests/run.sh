@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All tests on a fresh machine: sets up .venv by itself. Two cores: about 10 minutes; --all about 20.
+#   tests/run.sh [--all] [pytest arguments]
+# --all adds what takes minutes: the whole quickstart. Tests marked gpu run where there is a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tier='not slow'
+if [[ ${1:-} == --all ]]; then tier='slow or not slow'; shift; fi
+extras=test
+source launch/setup.sh
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+if ! nvidia-smi >/dev/null 2>&1; then tier="($tier) and not gpu"; fi
+ruff check . && ruff format --check .
+exec python -m pytest -m "$tier" --durations=15 "$@"

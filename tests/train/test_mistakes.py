@@ -1,0 +1,61 @@
+"""A user's mistake ends the real command line with the reason, before a model is loaded."""
+
+import json
+
+import pytest
+from conftest import start
+from small import save_small, small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def work(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    save_small(folder / "other", small_tokenizer(330))
+    good = {"prompt": "a", "completion": "b"}
+    (folder / "rows.jsonl").write_text(json.dumps(good) + "\n")
+    (folder / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"answer": 1}) + "\n")
+    for name in ("student", "teacher"):  # tokenizer and settings, and no weights to load
+        (folder / name).mkdir()
+        for file in (models / name).iterdir():
+            if file.suffix != ".safetensors":
+                (folder / name / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+MISTAKES = {
+    "unknown key": (
+        ["--learning_rat", "1"],
+        "unknown key learning_rat; did you mean learning_rate",
+    ),
+    "missing data": (["--data", '[{"path": "no.jsonl"}]'], "no file no.jsonl"),
+    "row without fields": (["--data", '[{"path": "WORK/bad.jsonl"}]'], "bad.jsonl, line 2: fields"),
+    "other tokenizer": (["--teacher", "WORK/other"], "different tokenizers: id 320"),
+    "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
+    "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_loaded(work, mistake):
+    flags, message = MISTAKES[mistake]
+    data = json.dumps([{"path": str(work / "rows.jsonl")}])
+    done = start(
+        *("python", "train/distill.py", "--student", work / "student", "--use_cpu", "true"),
+        *("--teacher", work / "teacher", "--data", data, "--global_batch_size", "8"),
+        *("--output_dir", work / "out"),
+        *(flag.replace("WORK", str(work)) for flag in flags),
+    )
+    assert done.returncode == 2, done.stdout
+    assert "error: " in done.stdout and message in done.stdout
+    assert "Traceback" not in done.stdout and not (work / "out" / "done.json").exists()
+
+
+def test_without_a_mistake_the_same_call_does_look_for_weights(work):
+    """So the errors above came before the models, not instead of them."""
+    data = json.dumps([{"path": str(work / "rows.jsonl")}])
+    done = start(
+        *("python", "train/distill.py", "--student", work / "student", "--use_cpu", "true"),
+        *("--teacher", work / "teacher", "--data", data, "--global_batch_size", "8"),
+        *("--output_dir", work / "out"),
+    )
+    assert "no file named model.safetensors" in done.stdout, done.stdout
