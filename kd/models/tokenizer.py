@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+PROBE = "Caf\u00e9 1234567, don't  stop;\n\tif x:\n        \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d"
+
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or folder, with a template from a file where one is given."""
@@ -21,9 +23,15 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
 def check_same_tokenizer(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ValueError naming the first id that means another token."""
+    """Raise ValueError naming the first id that means another token, or a text cut differently."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
+        cuts = [tokenizer(PROBE)["input_ids"] for tokenizer in (teacher, student)]
+        if cuts[0] != cuts[1]:
+            raise ValueError(
+                f"teacher and student have one vocabulary, but cut {PROBE!r} into {cuts[0]} and "
+                f"{cuts[1]}: their merges or normalisation differ; use one tokenizer for both"
+            )
         return
     by_id = {i: token for token, i in ours.items()}
     their_id = {i: token for token, i in theirs.items()}

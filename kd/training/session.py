@@ -39,12 +39,18 @@ def train(
     check_sources(data.sources)
     check_sources(data.eval_sources)
     model_settings = with_dtype(model_settings, training)
+    if teacher_settings and teacher_settings.teacher_deepspeed and "RANK" not in os.environ:
+        raise ValueError(
+            "teacher_deepspeed: this is one process without a launcher, so there is nothing to "
+            "shard over; start it by a profile (launch/cpu.sh train/distill.py ...), or leave it out"
+        )
     if is_done(training.output_dir):
         say(training, f"{training.output_dir} is finished already; remove it to train anew")
         return
     tokenizer = load_tokenizer(name, model_settings.chat_template)
     if teacher_settings:
-        share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
+        note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
+        say(training, note)
     rows, eval_rows = prepare_rows(data, tokenizer, training)
     settings = [model_settings, data, training, teacher_settings, objective_settings]
     if training.process_index == 0:
@@ -105,11 +111,15 @@ def with_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSetting
     return dataclasses.replace(model, dtype=dtype)
 
 
-def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse different vocabularies; a student without a chat template takes its teacher's."""
+def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """Refuse different vocabularies; say whose chat template both models read."""
     check_same_tokenizer(teacher, student)
     if student.chat_template is None:
         student.chat_template = teacher.chat_template
+        return "chat template: the teacher's, since the student has none"
+    same = student.chat_template == teacher.chat_template
+    other = ", equal to the teacher's" if same else "; the teacher's own is another one"
+    return f"chat template: the student's{other}"
 
 
 def prepare_rows(

@@ -76,9 +76,10 @@ def gradients(work: Path, cell: dict) -> dict[str, torch.Tensor]:
         save_strategy="no",
         disable_tqdm=True,
         max_grad_norm=0.0,
+        gradient_checkpointing=mode == "lora_checkpointing",
         deepspeed=None if engine == "ddp" else engine,
     )
-    model_settings = ModelSettings(dtype="float32", lora_rank=4 if mode == "lora" else 0)
+    model_settings = ModelSettings(dtype="float32", lora_rank=4 if mode.startswith("lora") else 0)
     teacher = TeacherSettings(
         teacher=str(work / "teacher"),
         teacher_dtype="float32",
@@ -86,7 +87,7 @@ def gradients(work: Path, cell: dict) -> dict[str, torch.Tensor]:
     )
     torch.manual_seed(0)
     model = load_trained(str(work / "student"), model_settings, tokenizer)
-    if mode == "lora":  # B starts at 0, and with it the gradient of A
+    if mode.startswith("lora"):  # B starts at 0, and with it the gradient of A
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

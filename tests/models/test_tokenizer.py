@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small import small_model, small_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from kd.models.tokenizer import (
     check_same_tokenizer,
@@ -21,6 +21,13 @@ def test_equal_vocabularies_pass_and_the_first_difference_is_named():
     with pytest.raises(ValueError, match="different tokenizers: id 320 is .* for the teacher") as e:
         check_same_tokenizer(other, tokenizer)
     assert "'absent' for the student (320 tokens)" in str(e.value)
+
+
+def test_one_vocabulary_with_other_merges_is_refused():
+    other = small_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="one vocabulary, but cut"):
+        check_same_tokenizer(other, small_tokenizer())
 
 
 def test_end_tokens_are_eos_and_what_the_template_puts_behind_an_answer():

@@ -31,6 +31,7 @@ MISTAKES = {
     "row without fields": (["--data", '[{"path": "WORK/bad.jsonl"}]'], "bad.jsonl, line 2: fields"),
     "other tokenizer": (["--teacher", "WORK/other"], "different tokenizers: id 320"),
     "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
+    "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }
 
