@@ -6,4 +6,5 @@ set -euo pipefail
 accelerate_config=accelerate_configs/2xa100.yaml
 flags=(--bf16 true --max_per_device_train_batch_size 4 --gradient_checkpointing true)
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json)
+generate_flags=()
 source "$(dirname "$0")/profile.sh"

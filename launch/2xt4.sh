@@ -6,4 +6,5 @@ set -euo pipefail
 accelerate_config=accelerate_configs/2xt4.yaml
 flags=(--fp16 true --attn_implementation sdpa --max_per_device_train_batch_size 2 --gradient_checkpointing true)
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json --teacher_dtype float16)
+generate_flags=(--dtype float16)
 source "$(dirname "$0")/profile.sh"

@@ -6,4 +6,5 @@ set -euo pipefail
 accelerate_config=accelerate_configs/h100.yaml
 flags=(--bf16 true --max_per_device_train_batch_size 8 --gradient_checkpointing true)
 distill_flags=()
+generate_flags=()
 source "$(dirname "$0")/profile.sh"

@@ -2,7 +2,7 @@
 #   --dry-run   print the command instead of running it
 #   --cpu       rehearse the profile with two CPU processes: only counts and precision are replaced
 # NUM_PROCESSES=8 in the environment replaces the profile's number of processes.
-# A profile sets: accelerate_config, flags (both training scripts), distill_flags (train/distill.py).
+# A profile sets: accelerate_config, flags (both training scripts), distill_flags, generate_flags.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
 dry_run='' launcher=(accelerate launch --config_file "$accelerate_config" --main_process_port 0)
@@ -28,6 +28,7 @@ script=$1; shift
 case $script in
     train/distill.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
     train/sft.py) flags+=("${rehearsal[@]}") ;;
+    train/generate.py) flags=("${generate_flags[@]}") ;;
     *) flags=() ;;
 esac
 # The profile's flags stand in front: what the command line gives comes later, and wins.

@@ -59,6 +59,7 @@ def test_only_distill_gets_the_flags_of_the_teacher():
     assert "--teacher_deepspeed" in dry_run("2xa100", "train/distill.py")
     assert "--teacher_deepspeed" not in dry_run("2xa100", "train/sft.py")
     assert dry_run("2xa100", "train/generate.py")[-1] == "train/generate.py"
+    assert dry_run("2xt4", "train/generate.py")[-2:] == ["--dtype", "float16"]  # no bfloat16 there
 
 
 @pytest.mark.parametrize("arguments", [(), ("train/missing.py",), ("--dryrun", "train/sft.py")])

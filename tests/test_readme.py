@@ -1,0 +1,45 @@
+"""Every command and every snippet of the README runs as it is written."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, start, succeed
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.M | re.S)
+COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+INLINE = [c for c in re.findall(r"`([^`\n]+)`", TEXT) if c.startswith("launch/") and "train/" in c]
+SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickstart():
+    """What the commands read. tests/launch runs it from its first line, so here it only goes on."""
+    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
+        succeed("launch/quickstart.sh", timeout=1800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS + INLINE)
+def test_command_of_the_readme_runs(command):
+    words = shlex.split(command, comments=True)
+    if words == ["launch/quickstart.sh"]:
+        return  # run from its first line in tests/launch/test_quickstart.py
+    if words[0] in ("launch/2xt4.sh", "launch/2xa100.sh") and "--cpu" not in words:
+        words.insert(1, "--dry-run")  # the GPUs and the hub are not here
+    done = start(*words)
+    # A finished process may still be aborted by gloo, so a training is judged by its last words.
+    assert done.returncode == 0 or "saved to" in done.stdout, done.stdout[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_of_the_readme_prints_an_answer(snippet):
+    assert len(succeed("python", "-c", snippet).splitlines()[-1].split()) >= 2
+
+
+def test_every_path_of_the_readme_exists():
+    paths = set(re.findall(r"(?:train|eval|launch|recipes|ds_configs|tests)/[\w./-]*\.\w+", TEXT))
+    assert len(paths) > 15
+    assert not [path for path in paths if not (ROOT / path).exists()]
