@@ -19,7 +19,7 @@ out=runs/quickstart started=$SECONDS
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$out/logs" "$out/results"
 precision=(--use_cpu true)
-if grep -q avx512_bf16 /proc/cpuinfo; then precision+=(--bf16 true); fi  # twice as fast where there is hardware for it
+if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--bf16 true); fi  # twice as fast where there is hardware for it
 
 step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 

@@ -1,6 +1,5 @@
 # Sourced by quickstart.sh and tests/run.sh: a virtual environment in .venv with all that is needed.
 # Says at once what a machine lacks. Installs again only when the requirements have changed.
-#   extras=test source launch/setup.sh
 fail() { echo "setup: $1" >&2; exit 1; }
 for name in python3 python3.13 python3.12 python3.11 python3.10; do
     python=$(command -v "$name") || continue
@@ -9,12 +8,12 @@ done
 [[ -n ${python:-} ]] || fail "found $(python3 --version 2>&1); wanted Python 3.10 or newer: install it (apt-get install python3.11 python3.11-venv, or conda create -n kd python=3.11)"
 command -v c++ >/dev/null || command -v g++ >/dev/null ||
     fail "no C++ compiler, and DeepSpeed compiles its operators at first use: apt-get install g++ (or conda install gxx)"
-wanted=$(cat requirements.txt pyproject.toml | cksum)-${extras:-}
+wanted=$(cat requirements.txt pyproject.toml | cksum)
 if [[ $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv ||
         fail "no venv module: apt-get install python3-venv, then again"
     echo "setup: installing into .venv"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt ${extras:+-e ".[$extras]"}
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[test]'
     echo "$wanted" > .venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -3,12 +3,15 @@
 Every rank reads only its own range of bytes of every tensor.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers.integrations.deepspeed as integration
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
@@ -43,7 +46,7 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
         dtype=dtype,
         tensor_overrides=[DeepSpeedTensorOverride.device],
     )
-    with no_init_weights(), init:
+    with without_zero_init(), no_init_weights(), init:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # no_init_weights skips it, and an untied head would stay as it was made
     model.eval().requires_grad_(False)
@@ -52,6 +55,17 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     engine.eval()
     return engine, model
+
+
+@contextlib.contextmanager
+def without_zero_init() -> Iterator[None]:
+    """With the student under ZeRO-3 Transformers would shard a teacher in the student's way, too."""
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
 
 
 def engine_settings(ds_config: str) -> dict:

@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import transformers.integrations.deepspeed as integration
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kd.losses.fused import TeacherSignal
 from kd.models.heads import backbone_only, head_of, target_positions
+from kd.models.sharding import load_sharded, without_zero_init
 from kd.recipe import ModelSettings, TeacherSettings
 
 
@@ -19,8 +19,6 @@ class LiveTeacher:
     def __init__(self, settings: TeacherSettings, model: ModelSettings, device: torch.device):
         self.sharded = settings.teacher_deepspeed is not None
         if self.sharded:
-            from kd.models.sharding import load_sharded
-
             self.call, self.module = load_sharded(
                 settings.teacher,
                 settings.teacher_deepspeed,
@@ -67,14 +65,3 @@ def load_whole(settings: TeacherSettings, model: ModelSettings, device: torch.de
     teacher.eval().requires_grad_(False)
     backbone_only(teacher)
     return teacher
-
-
-@contextlib.contextmanager
-def without_zero_init() -> Iterator[None]:
-    """With the student under ZeRO-3 from_pretrained would shard this model as well."""
-    kept = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = kept
