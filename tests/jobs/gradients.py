@@ -1,14 +1,15 @@
-"""One start of 1 or 2 ranks, many cells: the gradients of the first step through the real Trainer.
+"""One start of 1 or 2 ranks, many cells: losses and gradients of steps through the real Trainer.
 
 torchrun --nproc-per-node 2 tests/jobs/gradients.py WORK
 
-WORK/cells.json is a list of {name, engine, micro, accumulation, padding, mode, teacher}. Writes
-WORK/<name>.pt of every cell, and WORK/logits.json of the sharded against the whole teacher.
+WORK/cells.json is a list of cells, see `Cell`. Writes WORK/<name>.pt of every cell, and with two
+ranks WORK/logits-<rank>.json of the sharded against the whole teacher.
 """
 
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -29,7 +30,24 @@ from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
 
 ROWS = 8
+LEARNING_RATE = 0.05
+OBJECTIVE = {"soft_weight": 0.5, "temperature": 2.0, "temperature_squared": True}
 SHARDED = "ds_configs/teacher_zero3.json"
+
+
+@dataclass
+class Cell:
+    name: str
+    engine: str = "ddp"  # or a ds JSON
+    micro: int = 8
+    accumulation: int = 1
+    padding: int = 8
+    mode: str = "full"  # lora, qlora
+    packed: bool = False
+    student: str = "student"  # a folder in WORK
+    teacher: str = "whole"  # sharded
+    checkpointing: bool = False
+    steps: int = 1
 
 
 class Recorder(DistillationTrainer):
@@ -37,7 +55,7 @@ class Recorder(DistillationTrainer):
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.found: dict[str, torch.Tensor] = {}
+        self.found: list[dict[str, torch.Tensor]] = []  # one a step
 
     def training_step(self, model, *args, **kw):
         if self.is_deepspeed_enabled and not hasattr(model, "recorded"):
@@ -55,55 +73,65 @@ class Recorder(DistillationTrainer):
         return loss
 
     def record(self, gradient_of):
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self.found[name] = gradient_of(parameter).detach().clone()
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.found.append({n: gradient_of(p).detach().clone() for n, p in trained.items()})
 
 
-def gradients(work: Path, cell: dict) -> dict[str, torch.Tensor]:
+def load_student(work: Path, cell: Cell, tokenizer):
+    """The student of a cell, the same whatever the engine; the oracle loads it here, too."""
+    settings = ModelSettings(
+        dtype="float32",
+        lora_rank=0 if cell.mode == "full" else 4,
+        quantization="nf4" if cell.mode == "qlora" else "none",
+    )
+    torch.manual_seed(0)
+    model = load_trained(str(work / cell.student), settings, tokenizer)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # it starts at 0, and with it the gradient of A
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def gradients(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    mode, engine = cell["mode"], cell["engine"]
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
-    documents = pack(rows, 200) if mode == "packed" else [[row] for row in rows]
     args = TrainingSettings(
         output_dir=str(work / "out"),
-        per_device_train_batch_size=cell["micro"],
-        gradient_accumulation_steps=cell["accumulation"],
+        per_device_train_batch_size=cell.micro,
+        gradient_accumulation_steps=cell.accumulation,
         use_cpu=True,
-        max_steps=1,
+        optim="sgd",  # so that an error stays as small as it is, in the steps after it
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=cell.steps,
+        logging_steps=1,
         report_to=["none"],
         save_strategy="no",
         disable_tqdm=True,
         max_grad_norm=0.0,
-        gradient_checkpointing=mode == "lora_checkpointing",
-        deepspeed=None if engine == "ddp" else engine,
+        gradient_checkpointing=cell.checkpointing,
+        deepspeed=None if cell.engine == "ddp" else cell.engine,
     )
-    model_settings = ModelSettings(dtype="float32", lora_rank=4 if mode.startswith("lora") else 0)
     teacher = TeacherSettings(
         teacher=str(work / "teacher"),
         teacher_dtype="float32",
-        teacher_deepspeed=SHARDED if cell["teacher"] == "sharded" else None,
+        teacher_deepspeed=SHARDED if cell.teacher == "sharded" else None,
     )
-    torch.manual_seed(0)
-    model = load_trained(str(work / "student"), model_settings, tokenizer)
-    if mode.startswith("lora"):  # B starts at 0, and with it the gradient of A
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
     trainer = Recorder(
-        model=model,
+        model=load_student(work, cell, tokenizer),
         args=args,
-        train_dataset=documents,
-        data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell["padding"]),
+        train_dataset=pack(rows, 200) if cell.packed else [[row] for row in rows],
+        data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell.padding),
         processing_class=tokenizer,
-        objective=Objective(soft_weight=0.5, temperature=2.0, temperature_squared=True),
+        objective=Objective(**OBJECTIVE),
         vocabulary=len(tokenizer),
-        teacher=LiveTeacher(teacher, model_settings, args.device),
+        teacher=LiveTeacher(teacher, ModelSettings(), args.device),
     )
     trainer.train()
-    return trainer.found
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"gradients": trainer.found, "losses": logged}
 
 
 @torch.no_grad()
@@ -151,7 +179,7 @@ def main() -> None:
         deepspeed.init_distributed("gloo")
         logits["first"] = sharded_logits(work)
     for cell in json.loads((work / "cells.json").read_text()):
-        found = gradients(work, cell)
+        found = gradients(work, Cell(**cell))
         if int(os.environ["RANK"]) == 0:
             torch.save(found, work / f"{cell['name']}.pt")
     if not alone:  # once more where Transformers has been told of a student under ZeRO-3

@@ -1,66 +1,72 @@
 """The same rows give the same gradients however they are split, and those are the true ones."""
 
+import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import start
-from small import small_rows
+from jobs.gradients import LEARNING_RATE, OBJECTIVE, ROWS, Cell, load_student
+from small import save_small, small_rows
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, encode_rows
+from kd.models.tokenizer import load_tokenizer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
-
-
-def cell(engine, ranks, micro, accumulation, padding=8, mode="full", teacher="whole"):
-    stage = engine if engine == "ddp" else engine[-10:-5]
-    name = f"{mode}-{stage}-{ranks}x{micro}x{accumulation}-{padding}-{teacher}"
-    keys = ("name", "engine", "micro", "accumulation", "padding", "mode", "teacher")
-    return dict(zip(keys, (name, engine, micro, accumulation, padding, mode, teacher), strict=True))
-
-
-CELLS = {
+SPLITS = {
     1: [
-        cell("ddp", 1, 8, 1),
-        cell("ddp", 1, 1, 8),
-        cell("ddp", 1, 8, 1, padding=64),
-        cell("ddp", 1, 8, 1, mode="packed"),
-        cell("ddp", 1, 8, 1, mode="lora"),
-        cell("ddp", 1, 1, 8, mode="lora"),
+        Cell("1x8x1"),
+        Cell("1x1x8", micro=1, accumulation=8),
+        Cell("1x8x1 padded to 64", padding=64),
+        Cell("1x8x1 packed", packed=True),
+        Cell("1x8x1 lora", mode="lora"),
+        Cell("1x1x8 lora", micro=1, accumulation=8, mode="lora"),
     ],
     2: [
-        cell("ddp", 2, 4, 1),
-        cell("ddp", 2, 2, 2, mode="lora"),
-        cell("ddp", 2, 4, 1, mode="lora_checkpointing"),
-        cell(ZERO2, 2, 4, 1),
-        cell(ZERO2, 2, 2, 2, teacher="sharded"),
-        cell(ZERO2, 2, 2, 2, padding=64, mode="lora"),
-        cell(ZERO3, 2, 2, 2),
-        cell(ZERO3, 2, 2, 2, mode="lora", teacher="sharded"),
+        Cell("2x4x1", micro=4),
+        Cell("2x2x2 lora", micro=2, accumulation=2, mode="lora"),
+        Cell("2x4x1 zero2", ZERO2, 4),
+        Cell("2x2x2 zero2, sharded teacher", ZERO2, 2, 2, teacher="sharded"),
+        Cell("2x2x2 zero2 padded lora", ZERO2, 2, 2, 64, mode="lora"),
+        Cell("2x2x2 zero3", ZERO3, 2, 2),
+        Cell("2x2x2 zero3 lora, sharded teacher", ZERO3, 2, 2, mode="lora", teacher="sharded"),
     ],
 }
+LAYOUTS = [
+    Cell(
+        f"{engine[-10:-5] or engine} {mode} {student} checkpointing={checkpointing}",
+        engine,
+        4,
+        mode=mode,
+        student=student,
+        checkpointing=checkpointing,
+        steps=4,
+    )
+    for engine, mode, student, checkpointing in itertools.product(
+        ("ddp", ZERO2, ZERO3), ("full", "lora", "qlora"), ("student", "untied"), (False, True)
+    )
+]
 
 
 @pytest.fixture(scope="module")
 def work(models):
-    for ranks, cells in CELLS.items():
-        (models / "cells.json").write_text(json.dumps(cells))
+    """Where every cell has left its result; one start of one rank, one of two."""
+    save_small(models / "untied", tie_word_embeddings=False)
+    for ranks, cells in ((1, SPLITS[1]), (2, SPLITS[2] + LAYOUTS)):
+        (models / "cells.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
         job = start("torchrun", "--nproc-per-node", ranks, "tests/jobs/gradients.py", models)
-        assert all((models / f"{c['name']}.pt").exists() for c in cells), job.stdout[-6000:]
+        assert all((models / f"{c.name}.pt").exists() for c in cells), job.stdout[-6000:]
     return models
 
 
-def oracle(models) -> dict[str, torch.Tensor]:
-    """The gradients from whole logits of one row after the other, in float64."""
-    student = AutoModelForCausalLM.from_pretrained(models / "student").double()
-    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher").double()
-    from kd.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(str(models / "student"))
-    rows, _ = encode_rows(small_rows(8), tokenizer, 512, progress=False)
-    real, temperature, total = len(tokenizer), 2.0, 0.0
+def true_loss(student, teacher, tokenizer) -> torch.Tensor:
+    """The mean over target tokens from whole logits of one row after the other."""
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    real, temperature = len(tokenizer), OBJECTIVE["temperature"]
+    weight, total = OBJECTIVE["soft_weight"], 0.0
     for row in rows:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
         mask = labels != IGNORED
@@ -69,9 +75,27 @@ def oracle(models) -> dict[str, torch.Tensor]:
             theirs = teacher(input_ids=ids).logits[0, :-1, :real][mask]
         p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
         soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
-        total = total + 0.5 * soft + 0.5 * cross_entropy(ours, labels[mask], reduction="sum")
-    (total / sum(row.targets for row in rows)).backward()
-    return {name: p.grad for name, p in student.named_parameters()}
+        hard = cross_entropy(ours, labels[mask], reduction="sum")
+        total = total + weight * soft + (1 - weight) * hard
+    return total / sum(row.targets for row in rows)
+
+
+def plain_steps(student, work, steps: int) -> dict:
+    """Plain gradient descent on the true loss: {"losses": [...], "gradients": [{...}, ...]}."""
+    tokenizer = load_tokenizer(str(work / "student"))
+    dtype = next(student.parameters()).dtype
+    teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=dtype)
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    found = {"losses": [], "gradients": []}
+    for _ in range(steps):
+        loss = true_loss(student, teacher, tokenizer)
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        found["losses"].append(loss.item())
+        found["gradients"].append(dict(zip(trained, gradients, strict=True)))
+        with torch.no_grad():
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter -= LEARNING_RATE * gradient
+    return found
 
 
 def check_equal(found: dict, wanted: dict, tolerance: float) -> None:
@@ -83,17 +107,39 @@ def check_equal(found: dict, wanted: dict, tolerance: float) -> None:
 
 def test_gradients_are_those_of_whole_logits_in_float64(work):
     """So no factor of ranks or accumulation, no shift of the mask and no padding is in them."""
-    found = torch.load(work / f"{CELLS[1][0]['name']}.pt")
-    check_equal(found, oracle(work), 2e-6)  # float32 rounding of a whole model against float64
+    student = AutoModelForCausalLM.from_pretrained(work / "student").double()
+    (wanted,) = plain_steps(student, work, 1)["gradients"]
+    (found,) = torch.load(work / "1x8x1.pt")["gradients"]
+    check_equal(found, wanted, 2e-6)  # float32 rounding of a whole model against float64
 
 
-@pytest.mark.parametrize("c", CELLS[1] + CELLS[2], ids=lambda c: c["name"])
-def test_split_over_accumulation_ranks_padding_and_packing_changes_no_gradient(work, c):
-    lora = c["mode"].startswith("lora")
-    reference = next(r for r in CELLS[1] if (r["mode"] == "lora") == lora)
-    check_equal(
-        torch.load(work / f"{c['name']}.pt"), torch.load(work / f"{reference['name']}.pt"), 1e-6
+@pytest.mark.parametrize("cell", SPLITS[1] + SPLITS[2], ids=lambda cell: cell.name)
+def test_split_over_accumulation_ranks_padding_and_packing_changes_no_gradient(work, cell):
+    reference = "1x8x1 lora" if cell.mode == "lora" else "1x8x1"
+    (found,), (wanted,) = (
+        torch.load(work / f"{name}.pt")["gradients"] for name in (cell.name, reference)
     )
+    check_equal(found, wanted, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def truth(work):
+    """Four steps of every kind of student by plain gradient descent."""
+    tokenizer = load_tokenizer(str(work / "student"))
+    kinds = {(cell.mode, cell.student): cell for cell in LAYOUTS}
+    return {
+        kind: plain_steps(load_student(work, cell, tokenizer), work, 4)
+        for kind, cell in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
+def test_four_steps_of_every_layout_are_those_of_a_plain_loop_over_logits(work, truth, cell):
+    found, wanted = torch.load(work / f"{cell.name}.pt"), truth[cell.mode, cell.student]
+    assert len(found["gradients"]) == len(found["losses"]) == 4
+    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
+    for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
+        check_equal(ours, theirs, 1e-5)
 
 
 def test_sharded_teacher_gives_the_logits_of_the_whole_one_to_the_last_bit(work):
