@@ -135,6 +135,9 @@ class TrainingSettings(TrainingArguments):
     per_device_eval_batch_size: int | None = setting(None, "the training micro-batch by default")
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = setting(2, "checkpoints kept")
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many evaluations without a better metric_for_best_model"
+    )
     remove_unused_columns: bool = setting(False, "the collator decides what the models see")
     ddp_find_unused_parameters: bool | None = setting(False, "every trained weight gets a gradient")
 

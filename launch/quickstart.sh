@@ -18,8 +18,18 @@ source launch/setup.sh
 out=runs/quickstart started=$SECONDS
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$out/logs" "$out/results"
+# A finished step is not done again, so one folder must not mix the steps of two pairs of models.
+if [[ "$(cat "$out/models" 2>/dev/null || echo "$teacher $student")" != "$teacher $student" ]]; then
+    echo "quickstart: $out holds the run of $(cat "$out/models"); move it away, then again" >&2; exit 2
+fi
+echo "$teacher $student" > "$out/models"
 precision=(--use_cpu true)
 if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--bf16 true); fi  # twice as fast where there is hardware for it
+
+# Models of the hub have learnt enough to lose something: gentler steps than for the shipped ones.
+teacher_rate=() student_rate=()
+[[ $teacher = data/quickstart/teacher ]] || teacher_rate=(--learning_rate 2e-4)
+[[ $student = data/quickstart/student ]] || student_rate=(--learning_rate 5e-5)
 
 step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 
@@ -27,8 +37,9 @@ step "1/7 data: docstrings of the installed packages"
 [[ -f $out/data/chat_heldout.jsonl ]] || python -m kd.data.docstrings --out_dir "$out/data"
 
 step "2/7 teacher: QLoRA on text and chat, two processes"
-launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}"
+launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}" "${teacher_rate[@]}"
 python train/merge.py --adapter "$out/teacher" --output_dir "$out/teacher-merged"
+template=(--chat_template "$out/teacher-merged/chat_template.jinja")  # a base model may have none of its own
 
 step "3/7 the teacher answers under a hidden system prompt, two processes"
 launch/cpu.sh train/generate.py --config recipes/quickstart/2_answers.yaml
@@ -38,29 +49,31 @@ train_student() { # NAME SEED
     local script=train/distill.py key=--student run=$1-seed$2
     if [[ $1 = sft ]]; then script=train/sft.py key=--model; fi
     python "$script" --config "recipes/quickstart/3_${1/+/_}.yaml" "$key" "$student" --seed "$2" \
-        --output_dir "$out/students/$run" --disable_tqdm true "${precision[@]}" >"$out/logs/$run.log" 2>&1 ||
+        --output_dir "$out/students/$run" --disable_tqdm true "${common[@]}" >"$out/logs/$run.log" 2>&1 ||
         { tail -n 20 "$out/logs/$run.log" >&2; return 1; }
     echo "$run"
 }
-export -f train_student; export out student; declare -p precision > "$out/logs/precision"
+export -f train_student; export out student; common=("${precision[@]}" "${student_rate[@]}" "${template[@]}")
+declare -p common > "$out/logs/common"
 runs=() models=("teacher=$out/teacher-merged" "start=$student")
 for seed in $SEEDS; do for name in distill distill+sft sft; do
     runs+=("$name $seed"); models+=("$name-seed$seed=$out/students/$name-seed$seed")
 done; done
 printf '%s\n' "${runs[@]}" |
-    xargs -P "$(nproc)" -L 1 bash -c 'source "$out/logs/precision"; train_student "$@" || exit 255' _ |
+    xargs -P "$(nproc)" -L 1 bash -c 'source "$out/logs/common"; train_student "$@" || exit 255' _ |
     tqdm --total "${#runs[@]}" --unit student >/dev/null
 
 step "5/7 held-out perplexity, and agreement with the teacher"
 heldout="[{\"path\": \"$out/data/text_heldout.jsonl\", \"count\": 300}, {\"path\": \"$out/data/chat_heldout.jsonl\", \"count\": 600}]"
-python eval/perplexity.py --models "${models[@]}" --data "$heldout" --max_length 256 --out_dir "$out/results" &
+python eval/perplexity.py --models "${models[@]}" --data "$heldout" --max_length 256 "${template[@]}" \
+    --out_dir "$out/results" &
 python eval/agreement.py --teacher "$out/teacher-merged" --models "${models[@]:1}" --data "$heldout" \
-    --max_length 256 --out_dir "$out/results" > "$out/logs/agreement.log" 2>&1
+    --max_length 256 "${template[@]}" --out_dir "$out/results" > "$out/logs/agreement.log" 2>&1
 wait $!
 
 step "6/7 answers side by side"
 python eval/answers.py --models "${models[@]:0:5}" --data "[{\"path\": \"$out/data/chat_heldout.jsonl\"}]" \
-    --count 8 --out "$out/results/answers.jsonl"
+    --count 8 "${template[@]}" --out "$out/results/answers.jsonl"
 
 step "7/7 report"
 python eval/report.py --results "$out/results" --runs "$out/teacher" "$out"/students/* \

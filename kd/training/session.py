@@ -3,7 +3,12 @@
 import dataclasses
 import os
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 
 from kd.data.masks import EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, padding_share
@@ -76,6 +81,8 @@ def train(
         teacher=teacher,
     )
     trainer.add_callback(SavesGenerationConfig(trainer))
+    if training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     say(training, describe(trainer, training))
     checkpoint = last_checkpoint(training.output_dir)
     if checkpoint:

@@ -6,6 +6,7 @@ nowhere else.
 """
 
 import contextlib
+import math
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,29 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
         self.metric_sums = torch.zeros(len(METRICS), device=self.args.device)
+        self.first_batch = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The normalised training loss of a micro-batch; metrics stay on the device."""
         outputs = self.wrapped_call(model, inputs)
+        if self.first_batch:
+            self.check_first_batch(outputs["metrics"])
         self.metric_sums += outputs["metrics"]
         loss = outputs["loss"] * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+    def check_first_batch(self, metrics: Tensor) -> None:
+        """Raise ValueError where a model overflows; a loss scale would skip its steps in silence."""
+        self.first_batch = False
+        values = dict(zip(METRICS, metrics.tolist(), strict=True))
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            whose = "teacher" if "teacher_cross_entropy" in broken else "student"
+            raise ValueError(
+                f"the first batch has no finite {', '.join(broken)}: look at the {whose}. In "
+                "float16, activations beyond 65504 overflow (some Qwen2 models pass that): use "
+                "bf16 where there is hardware for it, or float32"
+            )
 
     def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""

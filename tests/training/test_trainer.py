@@ -1,0 +1,106 @@
+"""Held-out figures, the best checkpoint, early stopping, and a broken model named at once."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import start
+from small import small_rows
+from transformers import AutoModelForCausalLM
+
+from kd.data.masks import encode_rows
+from kd.losses.divergences import forward_kl
+from kd.models.tokenizer import load_tokenizer
+
+
+def flags(models, output, **changes) -> list:
+    for name, rows in (("rows", small_rows(24)), ("heldout", small_rows(7))):
+        (models / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "teacher_dtype": "float32",
+        "data": json.dumps([{"path": str(models / "rows.jsonl")}]),
+        "eval_data": json.dumps([{"path": str(models / "heldout.jsonl")}]),
+        "soft_weight": 0.25,
+        "global_batch_size": 4,
+        "max_per_device_train_batch_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "output_dir": output,
+    } | changes
+    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+
+
+def log_history(output) -> list[dict]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+@torch.no_grad()
+def heldout_figures(student_folder, models) -> dict[str, float]:
+    """Means over all held-out target tokens from whole logits, one row after the other."""
+    tokenizer = load_tokenizer(str(models / "student"))
+    rows, _ = encode_rows(small_rows(7), tokenizer, 1024, progress=False)
+    student = AutoModelForCausalLM.from_pretrained(student_folder)
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    hard = soft = 0.0
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        ours, theirs = (
+            m(input_ids=ids).logits[0, :-1, : len(tokenizer)][labels != -100]
+            for m in (student, teacher)
+        )
+        target = labels[labels != -100]
+        hard += torch.nn.functional.cross_entropy(ours, target, reduction="sum").item()
+        soft += forward_kl(theirs, ours).sum().item()
+    tokens = sum(row.targets for row in rows)
+    return {"cross_entropy": hard / tokens, "divergence": soft / tokens}
+
+
+@pytest.mark.parametrize("launcher", [["python"], ["torchrun", "--nproc-per-node", "2"]])
+def test_heldout_figures_are_means_over_tokens_each_row_once(models, tmp_path, launcher):
+    """Seven rows on two ranks do not divide: no row may count twice."""
+    cpu = {"use_cpu": "true"} | ({"ddp_backend": "gloo"} if len(launcher) > 1 else {})
+    job = start(*launcher, "train/distill.py", *flags(models, tmp_path / "run", max_steps=2, **cpu))
+    assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
+    done = json.loads((tmp_path / "run" / "done.json").read_text())
+    wanted = heldout_figures(tmp_path / "run", models)
+    for name, value in wanted.items():
+        assert math.isclose(done[f"eval_{name}"], value, rel_tol=1e-4), (name, done, wanted)
+    loss = 0.25 * wanted["divergence"] + 0.75 * wanted["cross_entropy"]
+    assert math.isclose(done["eval_loss"], loss, rel_tol=1e-4)
+
+
+def test_best_checkpoint_by_divergence_and_early_stop(models, tmp_path):
+    """A learning rate that ruins the student: the first evaluation stays the best, and it stops."""
+    output = tmp_path / "run"
+    changes = {
+        "learning_rate": 3.0,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 5,
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "eval_divergence",
+        "greater_is_better": "false",
+        "early_stopping_patience": 2,
+        "use_cpu": "true",
+    }
+    job = start("python", "train/distill.py", *flags(models, output, **changes))
+    assert (output / "done.json").exists(), job.stdout[-4000:]
+    found = [
+        entry["eval_divergence"] for entry in log_history(output) if "eval_divergence" in entry
+    ]
+    best = min(found[:-1])  # the last one is of the model that was kept
+    assert len(found) - 1 < 15 and math.isclose(found[-1], best, rel_tol=1e-4)
+
+
+def test_a_broken_teacher_ends_the_run_at_its_first_batch(models, tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    teacher.model.norm.weight.data[:] = math.inf
+    teacher.save_pretrained(tmp_path / "teacher")
+    load_tokenizer(str(models / "teacher")).save_pretrained(tmp_path / "teacher")
+    changed = flags(models, tmp_path / "run", teacher=tmp_path / "teacher", use_cpu="true")
+    done = start("python", "train/distill.py", *changed)
+    assert done.returncode == 2 and "look at the teacher" in done.stdout, done.stdout[-3000:]
