@@ -98,8 +98,15 @@ class ObjectiveSettings:
     temperature_squared: bool = setting(
         False, "multiply the divergence (value and gradient) by temperature^2, as Hinton (2015)"
     )
+    hidden_weight: float = setting(0.0, "of the loss between hidden states; 0: none")
+    hidden_loss: Literal["cosine", "mse"] = setting("cosine", "between hidden states of the map")
+    hidden_layers: list[str] | None = setting(
+        None, "student:teacher pairs, 0 the embeddings; without: all blocks, evenly spaced"
+    )
 
     def __post_init__(self) -> None:
+        if self.hidden_weight < 0.0:
+            raise ValueError(f"hidden_weight: {self.hidden_weight}; wanted 0 or more")
         if not 0.0 <= self.soft_weight <= 1.0:
             raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
         if not self.temperature > 0.0:

@@ -5,7 +5,9 @@ on the instance, so that the wrapped model (DDP, DeepSpeed, PEFT) is what gets c
 of theirs runs; a loss built outside of that call is silently wrong under ZeRO-3.
 """
 
+import contextlib
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd.data.masks import IGNORED
-from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.losses.fused import METRICS, Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.losses.hidden import HiddenObjective, hidden_loss
+
+REPORTED = (*METRICS, "hidden")  # sums over target tokens that a call returns
 
 
 @dataclass
@@ -25,6 +30,8 @@ class LossInputs:
     objective: Objective
     vocabulary: int
     teacher: TeacherSignal | None = None
+    hidden: HiddenObjective | None = None
+    teacher_layers: list[Tensor] | None = None  # (N, H of the teacher) of every pair of the map
 
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,6 +64,32 @@ def backbone_only(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+@contextlib.contextmanager
+def layer_states(model: PreTrainedModel, layers: list[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, every call of the model leaves its (B, T, H) states of `layers` in the dict.
+
+    Only the chosen ones are kept. The last layer is the output of the final norm, which is what
+    `last_hidden_state` is, so its owner adds it.
+    """
+    blocks, found, hooks = decoder_blocks(model), {}, []
+    for layer in {n for n in layers if n < len(blocks)}:
+
+        def keep(_, inputs, kwargs, layer=layer):
+            found[layer] = inputs[0] if inputs else kwargs["hidden_states"]
+
+        # What goes into block n + 1 is what comes out of block n, or of the embeddings for n = 0.
+        hooks.append(blocks[layer].register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    return model.base_model.layers
+
+
 def return_loss(model: PreTrainedModel) -> None:
     """Make model(..., loss_inputs=LossInputs) return {"loss": sum, "metrics": sums}.
 
@@ -76,12 +109,20 @@ def return_loss(model: PreTrainedModel) -> None:
         )
 
     def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
-        hidden = self.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # (B, T, H)
+        objective = loss_inputs.hidden
+        ours = [student for student, _ in objective.layers] if objective else []
+        with layer_states(self, ours) as states:
+            hidden = self.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            ).last_hidden_state  # (B, T, H)
         positions, labels = target_positions(loss_inputs.labels)
         loss, metrics = self.get_output_embeddings()(hidden[positions], labels, loss_inputs)
-        return {"loss": loss, "metrics": metrics}
+        between = metrics.new_zeros(())
+        if objective:
+            chosen = [states.get(layer, hidden)[positions] for layer in ours]  # (N, H) each
+            between = hidden_loss(self, chosen, loss_inputs.teacher_layers, objective)
+            loss = loss + objective.weight * between
+        return {"loss": loss, "metrics": torch.cat([metrics, between.detach()[None]])}
 
     head.forward = head_forward
     model.forward = types.MethodType(forward, model)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kd.losses.fused import TeacherSignal
-from kd.models.heads import backbone_only, head_of, target_positions
+from kd.models.heads import backbone_only, head_of, layer_states, target_positions
 from kd.models.sharding import load_sharded, without_zero_init
 from kd.recipe import ModelSettings, TeacherSettings
 
@@ -30,17 +30,22 @@ class LiveTeacher:
             self.call = self.module
 
     @contextlib.contextmanager
-    def signal(self, batch: dict[str, Tensor]) -> Iterator[TeacherSignal]:
-        """The signal for one micro-batch; the head stays gathered until the block ends.
+    def signal(
+        self, batch: dict[str, Tensor], layers: list[int] | None = None
+    ) -> Iterator[tuple[TeacherSignal, list[Tensor]]]:
+        """(signal, (N, H) states of each of `layers`) of one micro-batch.
+
+        The head stays gathered until the block ends.
 
         Every rank must call it equally often, also with no target token: a sharded teacher
         gathers its layers from all of them.
         """
-        with torch.no_grad():
+        with torch.no_grad(), layer_states(self.module, layers or []) as states:
             hidden = self.call(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
         positions, _ = target_positions(batch["labels"])
+        chosen = [states.get(layer, hidden)[positions] for layer in layers or []]
         with self.gathered_head():
-            yield TeacherSignal(hidden[positions], head_of(self.module))
+            yield TeacherSignal(hidden[positions], head_of(self.module)), chosen
 
     def gathered_head(self) -> contextlib.AbstractContextManager:
         if not self.sharded:

@@ -5,6 +5,7 @@ import os
 
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
@@ -14,6 +15,7 @@ from kd.data.masks import EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, padding_share
 from kd.data.sources import check_sources, load_rows
 from kd.losses.fused import Objective
+from kd.losses.hidden import HiddenObjective, add_projections, layer_map
 from kd.models.load import load_trained, parameter_counts
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer
 from kd.recipe import (
@@ -65,10 +67,10 @@ def train(
     os.environ["TENSORBOARD_LOGGING_DIR"] = f"{training.output_dir}/tensorboard"
     set_seed(training.seed)
     model = load_trained(name, model_settings, tokenizer)
-    objective, teacher = Objective(), None
+    objective, hidden, teacher = Objective(), None, None
     if teacher_settings and objective_settings:
-        objective = Objective(**dataclasses.asdict(objective_settings))
         teacher = LiveTeacher(teacher_settings, model_settings, training.device)
+        objective, hidden = objectives(objective_settings, causal_lm(model), teacher.module)
     trainer = DistillationTrainer(
         model=model,
         args=training,
@@ -79,6 +81,7 @@ def train(
         objective=objective,
         vocabulary=len(tokenizer),
         teacher=teacher,
+        hidden=hidden,
     )
     trainer.add_callback(SavesGenerationConfig(trainer))
     if training.early_stopping_patience:
@@ -127,6 +130,21 @@ def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
     same = student.chat_template == teacher.chat_template
     other = ", equal to the teacher's" if same else "; the teacher's own is another one"
     return f"chat template: the student's{other}"
+
+
+def objectives(
+    settings: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel
+) -> tuple[Objective, HiddenObjective | None]:
+    """The loss at the head, and the one between hidden states with its projections made."""
+    names = {field.name for field in dataclasses.fields(Objective)}
+    values = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
+    if not settings.hidden_weight:
+        return Objective(**values), None
+    depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
+    layers = layer_map(settings.hidden_layers, *depths)
+    hidden = HiddenObjective(settings.hidden_weight, settings.hidden_loss, layers)
+    add_projections(student, hidden, teacher.config.get_text_config().hidden_size)
+    return Objective(**values), hidden
 
 
 def prepare_rows(

@@ -10,13 +10,15 @@ import math
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer
 
 from kd.data.masks import IGNORED, EncodedRow
-from kd.losses.fused import METRICS, Objective
-from kd.models.heads import LossInputs, return_loss
+from kd.losses.fused import Objective
+from kd.losses.hidden import PROJECTIONS, HiddenObjective
+from kd.models.heads import REPORTED, LossInputs, return_loss
 from kd.teachers.live import LiveTeacher
 
 
@@ -24,16 +26,23 @@ class DistillationTrainer(Trainer):
     """A Trainer whose loss is `objective`; without a teacher its soft_weight is 0, plain SFT."""
 
     def __init__(
-        self, *args, objective: Objective, vocabulary: int, teacher: LiveTeacher | None = None, **kw
+        self,
+        *args,
+        objective: Objective,
+        vocabulary: int,
+        teacher: LiveTeacher | None = None,
+        hidden: HiddenObjective | None = None,
+        **kw,
     ):
         super().__init__(*args, **kw)
         self.objective = objective
+        self.hidden = hidden
         self.vocabulary = vocabulary
         self.teacher = teacher
         # Without this Trainer divides by the accumulation steps, on top of the token count.
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
-        self.metric_sums = torch.zeros(len(METRICS), device=self.args.device)
+        self.metric_sums = torch.zeros(len(REPORTED), device=self.args.device)
         self.first_batch = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -48,7 +57,7 @@ class DistillationTrainer(Trainer):
     def check_first_batch(self, metrics: Tensor) -> None:
         """Raise ValueError where a model overflows; a loss scale would skip its steps in silence."""
         self.first_batch = False
-        values = dict(zip(METRICS, metrics.tolist(), strict=True))
+        values = dict(zip(REPORTED, metrics.tolist(), strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             whose = "teacher" if "teacher_cross_entropy" in broken else "student"
@@ -60,12 +69,15 @@ class DistillationTrainer(Trainer):
 
     def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""
-        signal = self.teacher.signal(batch) if self.teacher else contextlib.nullcontext()
-        with signal as teacher:
+        layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
+        nothing = contextlib.nullcontext((None, None))
+        with self.teacher.signal(batch, layers) if self.teacher else nothing as (signal, states):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
-                loss_inputs=LossInputs(batch["labels"], self.objective, self.vocabulary, teacher),
+                loss_inputs=LossInputs(
+                    batch["labels"], self.objective, self.vocabulary, signal, self.hidden, states
+                ),
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -80,9 +92,13 @@ class DistillationTrainer(Trainer):
         if dist.is_initialized():
             sums = sums.clone()
             dist.all_reduce(sums)
-        values = dict(zip(METRICS, sums.tolist(), strict=True))
+        values = dict(zip(REPORTED, sums.tolist(), strict=True))
         tokens = max(values.pop("tokens"), 1.0)
-        shown = METRICS[:-1] if self.teacher else ("cross_entropy", "student_entropy")
+        shown = [name for name in REPORTED if name in values]
+        if not self.teacher:
+            shown = ["cross_entropy", "student_entropy"]
+        elif not self.hidden:
+            shown.remove("hidden")
         return {name: values[name] / tokens for name in shown}
 
     @torch.no_grad()
@@ -90,7 +106,7 @@ class DistillationTrainer(Trainer):
         """Held-out means over all target tokens; Trainer's own mean over batches is not that."""
         model = self.model_wrapped
         model.eval()
-        sums = torch.zeros(len(METRICS), device=self.args.device)
+        sums = torch.zeros(len(REPORTED), device=self.args.device)
         quiet = not self.is_world_process_zero() or self.args.disable_tqdm
         for batch in tqdm(
             self.heldout_batches(eval_dataset), desc="held-out rows", leave=False, disable=quiet
@@ -100,6 +116,8 @@ class DistillationTrainer(Trainer):
         weight = self.objective.soft_weight
         means["loss"] = (1 - weight) * means["cross_entropy"]
         means["loss"] += weight * means.get("divergence", 0.0)
+        if self.hidden:
+            means["loss"] += self.hidden.weight * means["hidden"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -119,6 +137,22 @@ class DistillationTrainer(Trainer):
         rows = rows + [blank] * (-len(rows) % ranks)
         mine = rows[self.args.process_index :: ranks]
         return [self.data_collator(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's, with the projections of the hidden-state loss in a file of their own."""
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        mark = f"{PROJECTIONS}."
+        own = {k.split(mark)[1]: v.contiguous() for k, v in state_dict.items() if mark in k}
+        rest = {k: v for k, v in state_dict.items() if mark not in k}
+        super()._save(output_dir, rest)
+        if own and self.args.should_save:
+            save_file(own, f"{output_dir or self.args.output_dir}/{PROJECTIONS}.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.hidden and hasattr(causal_lm(self.model), PROJECTIONS):
+            saved = load_file(f"{resume_from_checkpoint}/{PROJECTIONS}.safetensors")
+            getattr(causal_lm(self.model), PROJECTIONS).load_state_dict(saved)
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:

@@ -21,15 +21,16 @@ from deepspeed.utils import safe_get_full_grad
 from kd.data.masks import IGNORED, encode_rows
 from kd.data.packing import Collator, pack
 from kd.losses.fused import Objective
+from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.load import load_trained
 from kd.models.tokenizer import load_tokenizer
 from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.exit import leave
-from kd.training.trainer import DistillationTrainer
+from kd.training.trainer import DistillationTrainer, causal_lm
 from tests.small import small_rows
 
-ROWS = 8
+ROWS, TEACHER_WIDTH = 8, 48
 LEARNING_RATE = 0.05
 OBJECTIVE = {"soft_weight": 0.5, "temperature": 2.0, "temperature_squared": True}
 SHARDED = "ds_configs/teacher_zero3.json"
@@ -48,6 +49,7 @@ class Cell:
     teacher: str = "whole"  # sharded
     checkpointing: bool = False
     steps: int = 1
+    hidden: str = ""  # cosine, mse: with this loss between hidden states, through projections
 
 
 class Recorder(DistillationTrainer):
@@ -89,7 +91,13 @@ def load_student(work: Path, cell: Cell, tokenizer):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # it starts at 0, and with it the gradient of A
             torch.nn.init.normal_(parameter, std=0.1)
+    if cell.hidden:
+        add_projections(causal_lm(model), hidden_objective(cell), TEACHER_WIDTH)
     return model
+
+
+def hidden_objective(cell: Cell) -> HiddenObjective | None:
+    return HiddenObjective(0.7, cell.hidden, ((0, 0), (1, 1), (2, 2))) if cell.hidden else None
 
 
 def gradients(work: Path, cell: Cell) -> dict:
@@ -128,6 +136,7 @@ def gradients(work: Path, cell: Cell) -> dict:
         objective=Objective(**OBJECTIVE),
         vocabulary=len(tokenizer),
         teacher=LiveTeacher(teacher, ModelSettings(), args.device),
+        hidden=hidden_objective(cell),
     )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -158,7 +167,7 @@ def sharded_logits(work: Path) -> dict:
                     "position_ids": torch.arange(length)[None],
                     "labels": labels,
                 }
-                with sharded.signal(batch) as ours, whole.signal(batch) as truth:
+                with sharded.signal(batch) as (ours, _), whole.signal(batch) as (truth, _):
                     assert ours.hidden.shape == truth.hidden.shape
                     logits = ours.head.logits(ours.hidden, 300)
                     difference = logits - truth.head.logits(truth.hidden, 300)

@@ -14,7 +14,7 @@ from small import small_rows
 
 
 def command(models: Path, output: Path) -> list[str]:
-    """QLoRA with dropout under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
+    """QLoRA with dropout and a hidden-state loss under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
     flags = {
         "student": models / "student",
         "teacher": models / "teacher",
@@ -23,6 +23,7 @@ def command(models: Path, output: Path) -> list[str]:
         "lora_rank": 4,
         "lora_dropout": 0.1,
         "soft_weight": 0.5,
+        "hidden_weight": 0.5,
         "global_batch_size": 8,
         "max_per_device_train_batch_size": 2,
         "num_train_epochs": 4,
@@ -56,8 +57,9 @@ def run_and_kill(arguments: list[str], steps: int) -> str:
     return printed
 
 
-def weights(output: Path) -> str:
-    return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
+def weights(output: Path) -> list[str]:
+    files = [output / f"{name}.safetensors" for name in ("adapter_model", "hidden_projections")]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def test_a_killed_run_goes_on_by_the_same_command_to_bit_equal_weights(models, tmp_path):

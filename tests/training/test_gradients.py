@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from conftest import start
-from jobs.gradients import LEARNING_RATE, OBJECTIVE, ROWS, Cell, load_student
+from jobs.gradients import LEARNING_RATE, OBJECTIVE, ROWS, Cell, hidden_objective, load_student
 from small import save_small, small_rows
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, encode_rows
 from kd.models.tokenizer import load_tokenizer
+from kd.training.trainer import causal_lm
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
 SPLITS = {
@@ -50,6 +51,14 @@ LAYOUTS = [
     )
 ]
 
+LAYOUTS += [
+    Cell("hidden cosine zero2", ZERO2, 4, steps=4, hidden="cosine"),
+    Cell("hidden mse lora", "ddp", 4, mode="lora", checkpointing=True, steps=4, hidden="mse"),
+    Cell("hidden mse qlora zero2", ZERO2, 4, mode="qlora", steps=4, hidden="mse"),
+    Cell("hidden cosine lora zero3", ZERO3, 4, mode="lora", steps=4, hidden="cosine"),
+    Cell("hidden, sharded", ZERO3, 4, mode="lora", teacher="sharded", steps=4, hidden="cosine"),
+]
+
 
 @pytest.fixture(scope="module")
 def work(models):
@@ -62,25 +71,33 @@ def work(models):
     return models
 
 
-def true_loss(student, teacher, tokenizer) -> torch.Tensor:
+def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
     """The mean over target tokens from whole logits of one row after the other."""
+    maps = getattr(causal_lm(student), "hidden_projections", None)
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
     real, temperature = len(tokenizer), OBJECTIVE["temperature"]
     weight, total = OBJECTIVE["soft_weight"], 0.0
     for row in rows:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
         mask = labels != IGNORED
-        ours = student(input_ids=ids).logits[0, :-1, :real][mask]
+        outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
-            theirs = teacher(input_ids=ids).logits[0, :-1, :real][mask]
+            wanted = teacher(input_ids=ids, output_hidden_states=True)
+        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, wanted))
         p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
         soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
         hard = cross_entropy(ours, labels[mask], reduction="sum")
         total = total + weight * soft + (1 - weight) * hard
+        for i, (n, m) in enumerate(hidden.layers if hidden else ()):
+            a = maps[i](outputs.hidden_states[n][0, :-1][mask])
+            b = wanted.hidden_states[m][0, :-1][mask]
+            cosine = 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+            apart = cosine if hidden.loss == "cosine" else ((a - b) ** 2).mean(-1)
+            total = total + hidden.weight * apart.sum() / len(hidden.layers)
     return total / sum(row.targets for row in rows)
 
 
-def plain_steps(student, work, steps: int) -> dict:
+def plain_steps(student, work, steps: int, hidden=None) -> dict:
     """Plain gradient descent on the true loss: {"losses": [...], "gradients": [{...}, ...]}."""
     tokenizer = load_tokenizer(str(work / "student"))
     dtype = next(student.parameters()).dtype
@@ -88,7 +105,7 @@ def plain_steps(student, work, steps: int) -> dict:
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     found = {"losses": [], "gradients": []}
     for _ in range(steps):
-        loss = true_loss(student, teacher, tokenizer)
+        loss = true_loss(student, teacher, tokenizer, hidden)
         gradients = torch.autograd.grad(loss, list(trained.values()))
         found["losses"].append(loss.item())
         found["gradients"].append(dict(zip(trained, gradients, strict=True)))
@@ -126,16 +143,19 @@ def test_split_over_accumulation_ranks_padding_and_packing_changes_no_gradient(w
 def truth(work):
     """Four steps of every kind of student by plain gradient descent."""
     tokenizer = load_tokenizer(str(work / "student"))
-    kinds = {(cell.mode, cell.student): cell for cell in LAYOUTS}
+    kinds = {(cell.mode, cell.student, cell.hidden): cell for cell in LAYOUTS}
     return {
-        kind: plain_steps(load_student(work, cell, tokenizer), work, 4)
+        kind: plain_steps(load_student(work, cell, tokenizer), work, 4, hidden_objective(cell))
         for kind, cell in kinds.items()
     }
 
 
 @pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
 def test_four_steps_of_every_layout_are_those_of_a_plain_loop_over_logits(work, truth, cell):
-    found, wanted = torch.load(work / f"{cell.name}.pt"), truth[cell.mode, cell.student]
+    found, wanted = (
+        torch.load(work / f"{cell.name}.pt"),
+        truth[cell.mode, cell.student, cell.hidden],
+    )
     assert len(found["gradients"]) == len(found["losses"]) == 4
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
     for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
