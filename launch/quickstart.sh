@@ -6,7 +6,7 @@
 # Run it again to go on where it stopped; SEEDS="0" trains one seed instead of three.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-teacher=data/quickstart/teacher student=data/quickstart/student
+teacher=data/quickstart/teacher student=''
 while [[ $# -gt 0 ]]; do
     case $1 in
         --teacher) teacher=${2:?--teacher wants a hub name or a folder}; shift 2 ;;
@@ -29,17 +29,22 @@ if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--bf16 true);
 # Models of the hub have learnt enough to lose something: gentler steps than for the shipped ones.
 teacher_rate=() student_rate=()
 [[ $teacher = data/quickstart/teacher ]] || teacher_rate=(--learning_rate 2e-4)
-[[ $student = data/quickstart/student ]] || student_rate=(--learning_rate 5e-5)
+[[ -z $student ]] || student_rate=(--learning_rate 5e-5)
 
 step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 
 step "1/7 data: docstrings of the installed packages"
 [[ -f $out/data/chat_heldout.jsonl ]] || python -m kd.data.docstrings --out_dir "$out/data"
 
-step "2/7 teacher: QLoRA on text and chat, two processes"
+step "2/7 teacher: QLoRA on text and chat, two processes; student: half of its blocks"
 launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}" "${teacher_rate[@]}"
 python train/merge.py --adapter "$out/teacher" --output_dir "$out/teacher-merged"
 template=(--chat_template "$out/teacher-merged/chat_template.jinja")  # a base model may have none of its own
+
+if [[ -z $student ]]; then  # half of the blocks of the teacher as it was before its fine-tuning
+    student=$out/student
+    [[ -f $student/done.json ]] || python train/inherit.py --parent "$teacher" --layers 0 2 5 --output_dir "$student"
+fi
 
 step "3/7 the teacher answers under a hidden system prompt, two processes"
 launch/cpu.sh train/generate.py --config recipes/quickstart/2_answers.yaml
