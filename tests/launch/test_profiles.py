@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, start, succeed
+from processes import ROOT, start, succeed
 from transformers import TrainingArguments
 
 from kd.recipe import TrainingSettings, parse

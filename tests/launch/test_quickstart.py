@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, start
+from processes import ROOT, start
 
 OUT = ROOT / "runs" / "quickstart"
 

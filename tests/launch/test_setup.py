@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 
 def setup_with(tmp_path, tools: dict[str, str]) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import start
+from processes import start
 from small import save_small, small_model, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import start
+from processes import start
 from small import save_small, small_tokenizer
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, start, succeed
+from processes import ROOT, start, succeed
 
 DATA = ROOT / "runs" / "quickstart" / "data"
 SMALL = ROOT / "runs" / "small"

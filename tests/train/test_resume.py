@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, start
+from processes import ROOT, start
 from small import small_rows
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import succeed
+from processes import succeed
 from small import small_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import start
 from jobs.gradients import LEARNING_RATE, OBJECTIVE, ROWS, Cell, hidden_objective, load_student
+from processes import start
 from small import save_small, small_rows
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import start
+from processes import start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
