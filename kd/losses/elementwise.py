@@ -16,7 +16,10 @@ from torch.linalg import vecdot
 from kd.losses.objective import METRICS, Head, Objective
 
 # Passes over a block that stays in the processor's cache: over whole tiles they wait for memory.
-BLOCK_ELEMENTS = 2**20
+BLOCK_ELEMENTS = 5 * 2**17  # 4 rows of 152 064
+# Blocks of scratch, written again and again: fresh ones cost a page fault every 4 KiB, which took
+# as long as the arithmetic.
+SCRATCH = 5
 
 
 def tile_figures(
@@ -34,13 +37,20 @@ def tile_figures(
     is that of the loss with respect to the student's product, and may lie in `student` itself.
     """
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=student.device)
-    rows = max(1, BLOCK_ELEMENTS // student.shape[-1])
-    for start in range(0, len(labels), rows):
-        block = slice(start, start + rows)
+    n, vocabulary = student.shape
+    rows = min(n, max(1, BLOCK_ELEMENTS // vocabulary))
+    scratch = student.new_empty(SCRATCH, rows, vocabulary)
+    for start in range(0, n, rows):
+        block = slice(start, min(start + rows, n))
         logits = student_head.finish_(student[block])  # (r, V)
         teacher_logits = None if teacher is None else teacher_head.finish_(teacher[block])  # (r, V)
         figures, logits_gradient = block_figures(
-            logits, teacher_logits, labels[block, None], objective, gradient is not None
+            logits,
+            teacher_logits,
+            labels[block, None],
+            objective,
+            gradient is not None,
+            scratch[:, : block.stop - block.start],
         )
         sums += torch.stack(figures).sum(-1, dtype=torch.float64)
         if gradient is not None:
@@ -54,93 +64,119 @@ def block_figures(
     labels: Tensor,
     objective: Objective,
     with_gradient: bool,
+    scratch: Tensor,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """(METRICS of every token, (r,) each; (r, V) gradient of the loss), from logits and (r, 1) labels."""
-    log_q, q = student.log_softmax(-1), student.softmax(-1)
+    """(METRICS of every token, (r,) each; (r, V) gradient of the loss), from logits (r, V).
+
+    `labels` are (r, 1); `scratch` is (SCRATCH, r, V), and the gradient lies in it.
+    """
+    log_p, p, log_q, q, spare = scratch
+    weight, temperature = objective.soft_weight, objective.temperature
+    _probabilities(student, log_q, q)
     hard = -log_q.gather(-1, labels)[:, 0]
     student_entropy = -vecdot(q, log_q)
     zero = torch.zeros_like(hard)
     soft = teacher_hard = probability = agreement = teacher_entropy = zero
     gradient = None
-    weight = objective.soft_weight
     if teacher is not None:
-        log_p, p = teacher.log_softmax(-1), teacher.softmax(-1)
+        _probabilities(teacher, log_p, p)
         teacher_hard = -log_p.gather(-1, labels)[:, 0]
         probability = p.gather(-1, labels)[:, 0]
         teacher_entropy = -vecdot(p, log_p)
         agreement = (teacher.argmax(-1) == student.argmax(-1)).to(hard)
-        if objective.temperature != 1.0:
-            log_p, p = _warm(teacher, objective.temperature)
-            log_q, warm_q = _warm(student, objective.temperature)
-        else:
-            warm_q = q
+        if temperature != 1.0:
+            _probabilities(torch.div(teacher, temperature, out=spare), log_p, p)
+            _probabilities(torch.div(student, temperature, out=spare), log_q, q)
         closed_form, mixture = CLOSED_FORMS[objective.divergence], objective.mixture.values()
-        value, gradient = closed_form(log_p, log_q, p, warm_q, *mixture)
+        value, gradient = closed_form(log_p, log_q, p, q, spare, *mixture)
         soft = value[:, 0] * objective.divergence_scale
     if with_gradient:
-        gradient = gradient if weight > 0.0 else None
-        if gradient is not None:
-            gradient.mul_(weight * objective.divergence_scale / objective.temperature)
-        if weight < 1.0:
-            hard_share = q.mul_(1 - weight)
-            gradient = hard_share if gradient is None else gradient.add_(hard_share)
-            gradient.scatter_add_(-1, labels, torch.full_like(labels, weight - 1, dtype=q.dtype))
+        if weight < 1.0 and teacher is not None and temperature != 1.0:
+            torch.softmax(student, -1, out=q)
+        gradient = _weighted(gradient, q, labels, objective)
     figures = [hard, soft, teacher_hard, probability, agreement, student_entropy, teacher_entropy]
     return [*figures, torch.ones_like(hard)], gradient
 
 
-def _warm(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    scaled = logits / temperature
-    return scaled.log_softmax(-1), scaled.softmax(-1)
+def _probabilities(logits: Tensor, log_p: Tensor, p: Tensor) -> None:
+    torch.log_softmax(logits, -1, out=log_p)
+    torch.softmax(logits, -1, out=p)  # cheaper than exp of the former
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor):
-    return _expectation(p, log_p - log_q), q - p
+def _weighted(soft: Tensor | None, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """The loss's gradient (r, V) of the divergence's and, by q, the cross-entropy's; in place."""
+    weight = objective.soft_weight
+    if weight == 0.0:
+        gradient = q
+    else:
+        factor = weight * objective.divergence_scale / objective.temperature
+        gradient = soft if factor == 1.0 else soft.mul_(factor)
+        if weight == 1.0:
+            return gradient
+        gradient.add_(q, alpha=1 - weight)
+    return gradient.scatter_add_(-1, labels, torch.full_like(labels, weight - 1, dtype=q.dtype))
 
 
-def _soft_cross_entropy(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor):
-    return -_expectation(p, log_q), q - p
+# The closed forms: from log p, log q, p and q, (r, V) each, all at the objective's temperature, to
+# the value (r, 1) and the gradient (r, V) with respect to the student's logits / temperature. They
+# may overwrite all of these but q, and `spare`.
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor):
-    gap = log_q - log_p  # d without its constant 1
+def _forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    value = _expectation(p, torch.sub(log_p, log_q, out=spare))
+    return value, torch.sub(q, p, out=spare)
+
+
+def _soft_cross_entropy(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    return -_expectation(p, log_q), torch.sub(q, p, out=spare)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    gap = torch.sub(log_q, log_p, out=spare)  # d without its constant 1
     value = _expectation(q, gap)
     return value, gap.sub_(value).mul_(q)
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, weight: float):
-    log_m = _mixture(q, p, weight).log_()
-    gap = log_q - log_m  # d / (1 - weight): the derivatives through m cancel
+def _jensen_shannon(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, weight: float
+):
+    log_m = _mixture(q, p, weight, spare).log_()
+    to_teacher = _expectation(p, log_p.sub_(log_m))
+    gap = log_q.sub_(log_m)  # d / (1 - weight): the derivatives through m cancel
     to_student = _expectation(q, gap)
-    value = weight * _expectation(p, log_p - log_m) + (1 - weight) * to_student
+    value = weight * to_teacher + (1 - weight) * to_student
     return value, gap.sub_(to_student).mul_(q).mul_(1 - weight)
 
 
-def _skew_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: float):
-    m = _mixture(q, p, skew)
-    value = _expectation(p, log_p - m.log())
+def _skew_forward_kl(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, skew: float
+):
+    m = _mixture(q, p, skew, spare)
+    value = _expectation(p, log_p.sub_(torch.log(m, out=log_q)))
     ratio = torch.div(p, m, out=m)  # -d / (1 - skew)
     return value, ratio.sub_(_expectation(q, ratio)).mul_(q).mul_(skew - 1)
 
 
-def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, skew: float):
-    m = _mixture(p, q, skew)
-    gap = log_q - m.log()
+def _skew_reverse_kl(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, skew: float
+):
+    m = _mixture(p, q, skew, spare)
+    gap = log_q.sub_(torch.log(m, out=log_p))
     value = _expectation(q, gap)
     d = gap.sub_(torch.div(q, m, out=m), alpha=skew)  # without its constant 1
     return value, d.sub_(_expectation(q, d)).mul_(q)
 
 
-def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor):
-    gap = q - p
-    d = gap.sign()
+def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    gap = torch.sub(q, p, out=spare)
+    d = torch.sign(gap, out=log_q)  # 2 d
     value = _expectation(gap, d) / 2
     return value, d.sub_(_expectation(q, d)).mul_(q).div_(2)
 
 
-def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> Tensor:
     """(1 - weight) a + weight b, kept above 0: what lies below counts nothing, its log must not."""
-    return torch.lerp(a, b, weight).clamp_min_(torch.finfo(a.dtype).tiny)
+    return torch.lerp(a, b, weight, out=out).clamp_min_(torch.finfo(a.dtype).tiny)
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
@@ -148,8 +184,6 @@ def _expectation(p: Tensor, x: Tensor) -> Tensor:
     return vecdot(p, x)[:, None]
 
 
-# (log p, log q, p, q, the mixture's weight where there is one), all at the objective's temperature,
-# to (value (r, 1), a new (r, V) gradient with respect to the student's logits / temperature).
 CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,

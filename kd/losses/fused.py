@@ -12,12 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kd.losses.elementwise import BLOCK_ELEMENTS, tile_figures
+from kd.losses.elementwise import BLOCK_ELEMENTS, SCRATCH, tile_figures
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 
 TILE = 128  # tokens a tile at most on a CPU
 PIECE_BYTES = 2**25  # of a head that is converted for the product, at one time
-_BLOCKS_ALIVE = 8  # temporaries of elementwise.py at one time, at most
 
 
 def linear_distillation_loss(
@@ -72,7 +71,7 @@ def tile_tokens(
     gradient.
     """
     block = max(BLOCK_ELEMENTS, vocabulary) * exact.itemsize
-    aside = _BLOCKS_ALIVE * block + 2 * PIECE_BYTES
+    aside = (SCRATCH + 1) * block + 2 * PIECE_BYTES
     sizes = [exact.itemsize for _ in product_types]
     sizes += [product_types[0].itemsize] if product_types[0] != exact else []
     tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocabulary * sum(sizes)))

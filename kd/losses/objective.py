@@ -81,9 +81,9 @@ class Head:
         return product
 
     def unfinish_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """(n, V) gradient of `logits` to that of the product, in place: the chain through finish_."""
+        """(n, V) gradient of `logits` to that of the product, in place, both: finish_ backwards."""
         if self.softcap is not None:
-            gradient.mul_(1 - (logits / self.softcap) ** 2)
+            gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
     def to(self, dtype: torch.dtype) -> "Head":

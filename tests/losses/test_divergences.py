@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax, softmax
 
+from kd import recipe
 from kd.losses.divergences import (
     DIVERGENCES,
     entropy,
@@ -20,6 +22,11 @@ from kd.losses.divergences import (
     soft_cross_entropy,
     total_variation,
 )
+from kd.losses.elementwise import CLOSED_FORMS
+
+
+def test_recipe_reference_and_fused_loss_know_the_same_divergences():
+    assert get_args(recipe.Divergence) == tuple(DIVERGENCES) == tuple(CLOSED_FORMS)
 
 
 def logits(seed: int, scale: float) -> torch.Tensor:

@@ -170,7 +170,7 @@ def test_float32_heads_are_read_in_place():
     class NoHeadCopies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.numel() > 10 * problem.real:
+            if isinstance(result, torch.Tensor) and result.shape[:1] >= (problem.real,):
                 heads = (problem.head.weight, problem.teacher.head.weight)
                 assert any(result.data_ptr() == head.data_ptr() for head in heads), function
             return result
