@@ -6,13 +6,14 @@ head's. The gradient is that of the SUM over tokens; it is formed in the forward
 because the loss scale is known only in backward.
 """
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kd.losses.elementwise import BLOCK_ELEMENTS, SCRATCH, tile_figures
+from kd.losses import elementwise
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 
 TILE = 128  # tokens a tile at most on a CPU
@@ -70,8 +71,8 @@ def tile_tokens(
     `product_types` are those of the heads' products; a half-precision one needs a copy of the
     gradient.
     """
-    block = max(BLOCK_ELEMENTS, vocabulary) * exact.itemsize
-    aside = (SCRATCH + 1) * block + 2 * PIECE_BYTES
+    block = max(elementwise.BLOCK_ELEMENTS, vocabulary) * exact.itemsize
+    aside = (elementwise.SCRATCH + 1) * block + 2 * PIECE_BYTES
     sizes = [exact.itemsize for _ in product_types]
     sizes += [product_types[0].itemsize] if product_types[0] != exact else []
     tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocabulary * sum(sizes)))
@@ -98,6 +99,15 @@ def _product_type(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.d
             if x.dtype in (torch.bfloat16, torch.float16):
                 return x.dtype
     return exact
+
+
+def _elementwise_pass(hidden: Tensor, exact: torch.dtype) -> Callable[..., Tensor]:
+    """One kernel on CUDA, where Triton comes with PyTorch (on Linux); else passes of PyTorch."""
+    if hidden.is_cuda and exact == torch.float32 and importlib.util.find_spec("triton"):
+        from kd.losses import triton_kernels
+
+        return triton_kernels.tile_figures
+    return elementwise.tile_figures
 
 
 def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -147,6 +157,8 @@ class _FusedLoss(torch.autograd.Function):
         tokens = tile_tokens(objective, vocabulary, exact, kinds, hidden.device)
         tokens = min(tokens, len(labels))
 
+        figures_of = _elementwise_pass(hidden, exact)
+
         def buffer(dtype):
             return torch.empty(tokens, vocabulary, dtype=dtype, device=hidden.device)
 
@@ -169,7 +181,7 @@ class _FusedLoss(torch.autograd.Function):
                 teacher_logits = teacher_buffer[:n]  # (n, V)
                 _project(teacher.hidden[tile].to(teacher_kind), teacher.head.weight, teacher_logits)
             gradient = gradient_buffer[:n] if any(trained) else None
-            sums += tile_figures(
+            sums += figures_of(
                 student,
                 teacher_logits,
                 labels[tile],

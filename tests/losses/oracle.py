@@ -52,15 +52,14 @@ class Problem:
         leaves = (self.hidden, self.head.weight, self.head.bias)
         return [x for x in leaves if x is not None and x.requires_grad]
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Problem":
         """The same problem with every tensor rounded to `dtype`."""
         same = replace(self)
-        for name in ("hidden", "labels", "head", "teacher"):
-            setattr(same, name, getattr(self, name))
-        same.hidden = self.hidden.detach().to(dtype).requires_grad_()
-        same.head = converted(self.head, dtype)
+        same.labels = self.labels.to(device)
+        same.hidden = self.hidden.detach().to(device, dtype).requires_grad_()
+        same.head = converted(self.head, dtype, device)
         same.teacher = TeacherSignal(
-            self.teacher.hidden.to(dtype), converted(self.teacher.head, dtype)
+            self.teacher.hidden.to(device, dtype), converted(self.teacher.head, dtype, device)
         )
         return same
 
@@ -105,9 +104,9 @@ def whole_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def converted(head: Head, dtype: torch.dtype) -> Head:
+def converted(head: Head, dtype: torch.dtype, device: str) -> Head:
     def tensor(x):
-        return None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad)
+        return None if x is None else x.detach().to(device, dtype).requires_grad_(x.requires_grad)
 
     return Head(tensor(head.weight), tensor(head.bias), head.scale, head.softcap)
 

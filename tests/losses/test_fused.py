@@ -196,6 +196,29 @@ def test_half_precision_heads_are_multiplied_in_float32(dtype, piece_bytes):
         assert one.dtype == dtype and distance(one, other) < torch.finfo(dtype).eps
 
 
+def test_half_precision_products_round_the_logits_gradient_once_and_no_sum():
+    """The buffers of CUDA, on a CPU: products of bfloat16 with float32 output are emulated."""
+    problem = Problem(bias=True).to(torch.bfloat16)
+    exact = problem.to(torch.float64)
+
+    def multiply(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+
+    with (
+        patch.object(fused, "_product_type", lambda *_: torch.bfloat16),
+        patch.object(fused, "_multiply", multiply),
+    ):
+        loss, _ = problem.fused(Objective(0.5))
+    truth, _ = exact.expected(Objective(0.5))
+    assert distance(loss, truth) < 1e-6
+    found = torch.autograd.grad(loss, problem.trained)
+    wanted = torch.autograd.grad(truth, exact.trained)
+    for one, other in zip(found, wanted, strict=True):
+        assert distance(one, other) < 2**-8  # bfloat16 has eight digits
+
+
 def test_half_precision_gradient_survives_a_loss_scale_of_65536():
     """The kept gradient is float32 and is scaled before the cast: no flush to zero in fp16."""
     problem = Problem(tokens=64, trained_head=False).to(torch.float16)
