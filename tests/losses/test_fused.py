@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Problem, distance, figures
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +40,8 @@ PROBLEMS = st.builds(
 @given(problem=PROBLEMS, objective=OBJECTIVES)
 @settings(deadline=None, max_examples=300)
 def test_value_figures_and_gradients_equal_float64_autograd(dtype, tolerance, problem, objective):
+    # float32 rounds logits of hundreds to 1e-5, and every probability with them.
+    assume(dtype == torch.float64 or problem.magnitude <= 1.0)
     problem = problem.to(dtype)
     with patch.object(fused, "TILE", 7), patch.object(elementwise, "BLOCK_ELEMENTS", 200):
         loss, sums = problem.fused(objective)  # 3 rows a block: neither divides the tokens
@@ -55,8 +57,8 @@ def test_value_figures_and_gradients_equal_float64_autograd(dtype, tolerance, pr
     wanted = torch.autograd.grad(truth * scale, exact.trained)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == dtype
-        # A gradient that cancels keeps the rounding of its terms: logits times what they came from.
-        assert (one - other).norm() < tolerance * (other.norm() + max(1.0, problem.magnitude**2))
+        # A gradient that cancels keeps the rounding of its terms, which are logits.
+        assert (one - other).norm() < tolerance * (other.norm() + max(1.0, problem.magnitude))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
