@@ -50,6 +50,7 @@ class BenchmarkSettings:
     )
     vocabulary: int = setting(152_064, "rows of both heads")
     loss_workspace_mb: int = setting(512, "as in a recipe")
+    tile: int = setting(fused.TILE, "tokens a tile at most on a CPU, to find the best")
     repeats: int = setting(3, "turns; the best time of each implementation counts")
     json: str | None = setting(None, "file for the rows")
     peak_of: str | None = setting(None, "internal: print one implementation's peak in MiB")
@@ -64,6 +65,7 @@ class Cell:
     vocabulary: int
     divergence: str
     loss_workspace_mb: int
+    tile: int
 
 
 @dataclass
@@ -102,19 +104,17 @@ def cells(settings: BenchmarkSettings) -> list[Cell]:
     for pair, tokens, divergence in QUICK if settings.quick else wanted:
         widths = WIDTHS.get(pair) or tuple(int(width) for width in pair.split("->"))
         shape = f"{pair} H={widths[0]}->{widths[1]} N={tokens} V={settings.vocabulary}"
-        made.append(
-            Cell(
-                shape, *widths, tokens, settings.vocabulary, divergence, settings.loss_workspace_mb
-            )
-        )
+        limits = (settings.loss_workspace_mb, settings.tile)
+        made.append(Cell(shape, *widths, tokens, settings.vocabulary, divergence, *limits))
     return made
 
 
 def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     """One row: the best time of each in turns, the peaks, and what they were measured with."""
     inputs = make_inputs(cell)
+    limits = sorted({cell.tile, 1024})  # tokens a product
     runnable = {name: run for name, run in IMPLEMENTATIONS.items() if can_run(name, cell)}
-    times = {name: [] for name in [*runnable, *LIMITS]}
+    times: dict[str | int, list[float]] = {name: [] for name in [*runnable, *limits]}
     gradients: dict[str, Tensor] = {}
     for turn in range(-1, repeats):
         few = 2 if turn < 0 else cell.tokens  # first of all, load the libraries' code
@@ -131,17 +131,18 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
                 times[name].append(seconds)
                 gradients.setdefault(name, gradient)
             del gradient
-        for name, tile in LIMITS.items():
+        for tile in limits:
             seconds = time_products(part, min(tile, few))
             if turn >= 0:
-                times[name].append(seconds)
+                times[tile].append(seconds)
     require_agreement(gradients)
+    del inputs, part  # room for the processes that measure memory
     best = {name: min(values) for name, values in times.items()}
     peaks = {
         name: peak(name, cell) if name in runnable else None for name in ("ours", "trl", "naive")
     }
     row = asdict(cell) | {f"{name}_s": best.get(name) for name in ("ours", "trl", "naive")}
-    row["limit_s"] = min(best[name] for name in LIMITS)
+    row["limit_s"] = min(best[tile] for tile in limits)
     row |= {f"{name}_mib": value for name, value in peaks.items()}
     row["trl_over_ours"] = row["trl_s"] and row["trl_s"] / row["ours_s"]
     row["naive_over_ours"] = row["naive_s"] and row["naive_s"] / row["ours_s"]
@@ -149,7 +150,7 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     return row | {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": str(inputs.weight.dtype).removeprefix("torch."),
+        "dtype": str(device_and_dtype()[1]).removeprefix("torch."),
         "torch": torch.__version__,
     }
 
@@ -175,6 +176,7 @@ def device_and_dtype() -> tuple[str, torch.dtype]:
 
 
 def ours(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
+    fused.TILE = cell.tile
     objective = Objective(1.0, cell.divergence, loss_workspace_mb=cell.loss_workspace_mb)
     teacher = TeacherSignal(inputs.teacher_hidden, Head(inputs.teacher_weight))
     loss, _ = linear_distillation_loss(
@@ -215,7 +217,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Inputs, Tensor, Cell], Tensor]] = {
     "trl": trl,
     "naive": naive,
 }
-LIMITS = {"limit in our tiles": fused.TILE, "limit in large tiles": 1024}  # tokens a product
 
 
 def can_run(name: str, cell: Cell) -> bool:
