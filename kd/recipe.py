@@ -15,7 +15,15 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "soft_cross_entropy",
+]
 
 
 def setting(default: Any, help: str) -> Any:
@@ -98,6 +106,15 @@ class ObjectiveSettings:
     temperature_squared: bool = setting(
         False, "multiply the divergence (value and gradient) by temperature^2, as Hinton (2015)"
     )
+    jensen_shannon_weight: float = setting(
+        0.5, "the teacher's share of the mixture in jensen_shannon; 0.5 is the symmetric one"
+    )
+    skew: float = setting(
+        0.1, "share of the first distribution in the mixture of skew_forward_kl, skew_reverse_kl"
+    )
+    loss_workspace_mb: int = setting(
+        512, "MiB of a device for the loss's logits; its tiles of tokens are cut to fit"
+    )
     hidden_weight: float = setting(0.0, "of the loss between hidden states; 0: none")
     hidden_loss: Literal["cosine", "mse"] = setting("cosine", "between hidden states of the map")
     hidden_layers: list[str] | None = setting(
@@ -111,6 +128,14 @@ class ObjectiveSettings:
             raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature: {self.temperature}; wanted more than 0")
+        for key in ("jensen_shannon_weight", "skew"):
+            if not 0.0 < getattr(self, key) < 1.0:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)}; wanted more than 0 and less than 1 "
+                    "(divergence: forward_kl or reverse_kl for the ends)"
+                )
+        if self.loss_workspace_mb < 128:
+            raise ValueError(f"loss_workspace_mb: {self.loss_workspace_mb}; wanted 128 or more")
 
 
 @dataclass

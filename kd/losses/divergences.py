@@ -25,12 +25,39 @@ def reverse_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Te
     return forward_kl(student, teacher, temperature)
 
 
-def jensen_shannon(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; at most log 2."""
+def jensen_shannon(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, weight: float = 0.5
+) -> Tensor:
+    """w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q, 0 < w < 1.
+
+    Agarwal et al. 2024 (GKD), section 2; w = 1/2 is the symmetric one, at most log 2.
+    """
     log_p = log_softmax(teacher / temperature, -1)
     log_q = log_softmax(student / temperature, -1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    log_m = _log_mixture(log_p, log_q, weight)
+    return weight * _kl(log_p, log_m) + (1 - weight) * _kl(log_q, log_m)
+
+
+def skew_forward_kl(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """KL(p || skew p + (1 - skew) q), at most -log skew. DistiLLM, Ko et al. 2024, section 3.1."""
+    log_p = log_softmax(teacher / temperature, -1)
+    log_q = log_softmax(student / temperature, -1)
+    return _kl(log_p, _log_mixture(log_p, log_q, skew))
+
+
+def skew_reverse_kl(
+    teacher: Tensor, student: Tensor, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """KL(q || skew q + (1 - skew) p). DistiLLM, Ko et al. 2024, section 3.1."""
+    return skew_forward_kl(student, teacher, temperature, skew)
+
+
+def total_variation(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum |p - q| / 2, at most 1. Wen et al. 2023 (f-distill), section 3.2."""
+    p, q = torch.softmax(teacher / temperature, -1), torch.softmax(student / temperature, -1)
+    return (p - q).abs().sum(-1) / 2
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
@@ -43,6 +70,11 @@ def entropy(logits: Tensor) -> Tensor:
     """-sum p log p, in nats."""
     log_p = log_softmax(logits, -1)
     return -_expectation(log_p.exp(), log_p)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b), also where both are too small for their type."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -59,4 +91,8 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "soft_cross_entropy": soft_cross_entropy,
 }

@@ -1,79 +1,23 @@
 """The training loss from hidden states and heads, in tiles of tokens: (N, V) never exists whole.
 
-N target tokens, V vocabulary, H hidden. Both terms and all metrics come from one pass over a tile's
-logits, and the gradient of the SUM over tokens is formed in that pass, in float32, because the loss
-scale is known only in backward.
+N target tokens, V vocabulary, H hidden. A tile costs one product for the student's logits, one for
+the teacher's, one for the gradient of the hidden states and, where the head trains, one for the
+head's. The gradient is that of the SUM over tokens; it is formed in the forward and kept in float32,
+because the loss scale is known only in backward.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from kd.losses.divergences import DIVERGENCES, entropy
+from kd.losses import elementwise
+from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 
-TILE = 128  # tokens whose logits exist at one time
-
-METRICS = (
-    "cross_entropy",
-    "divergence",
-    "teacher_cross_entropy",
-    "agreement",
-    "student_entropy",
-    "teacher_entropy",
-    "tokens",
-)  # sums over target tokens; `tokens` is their number
-
-
-@dataclass(frozen=True)
-class Objective:
-    """soft_weight * divergence(temperature) + (1 - soft_weight) * cross-entropy, a target token.
-
-    With `temperature_squared` the divergence is multiplied by temperature^2, its gradient with it.
-    """
-
-    soft_weight: float = 0.0
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    temperature_squared: bool = False
-
-    @property
-    def divergence_scale(self) -> float:
-        return self.temperature**2 if self.temperature_squared else 1.0
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor, vocabulary: int) -> Tensor:
-        """(n, H) to (n, vocabulary), in the weight's type; padded ids get no probability."""
-        logits = hidden.to(self.weight.dtype) @ self.weight[:vocabulary].T
-        if self.bias is not None:
-            logits = logits + self.bias[:vocabulary]
-        logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def to(self, dtype: torch.dtype) -> "Head":
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
-
-
-@dataclass
-class TeacherSignal:
-    """What a teacher gives a batch: its hidden states at the target positions, and its head."""
-
-    hidden: Tensor  # (N, H of the teacher)
-    head: Head = field(repr=False)
+TILE = 128  # tokens a tile at most on a CPU
+PIECE_BYTES = 2**25  # of a head that is converted for the product, at one time
 
 
 def linear_distillation_loss(
@@ -87,10 +31,21 @@ def linear_distillation_loss(
     """(loss summed over tokens, metric sums in the order of METRICS).
 
     `hidden` (N, H) predicts `labels` (N,). N may be 0: the loss is then 0 with a gradient path.
-    The gradient reaches `hidden` and, where they train, the head's weight and bias.
+    The gradient reaches `hidden` and, where they train, the head's weight and bias. Both
+    distributions are over the first `vocabulary` ids, those that the tokenizer has.
+    Memory beside the results: objective.loss_workspace_mb. Raises ValueError where a head has
+    fewer rows than that.
     """
     assert teacher is not None or objective.soft_weight == 0.0
-    with torch.autocast(hidden.device.type, enabled=False):
+    _check_rows("student", head, vocabulary)
+    if teacher is not None:
+        _check_rows("teacher", teacher.head, vocabulary)
+    device = hidden.device.type
+    if device == "cuda" and torch.is_autocast_enabled(device):
+        half = torch.get_autocast_dtype(device)
+        hidden = hidden.to(half)
+        teacher = teacher and replace(teacher, hidden=teacher.hidden.to(half))
+    with torch.autocast(device, enabled=False):
         return _FusedLoss.apply(
             hidden,
             head.weight,
@@ -104,84 +59,157 @@ def linear_distillation_loss(
         )
 
 
+def tile_tokens(
+    objective: Objective,
+    vocabulary: int,
+    exact: torch.dtype,
+    product_types: list[torch.dtype],
+    device: torch.device,
+) -> int:
+    """Tokens a tile, so that its buffers and temporaries stay within the objective's workspace.
+
+    `product_types` are those of the heads' products; a half-precision one needs a copy of the
+    gradient.
+    """
+    block = max(elementwise.BLOCK_ELEMENTS, vocabulary) * exact.itemsize
+    aside = (elementwise.SCRATCH + 1) * block + 2 * PIECE_BYTES
+    sizes = [exact.itemsize for _ in product_types]
+    sizes += [product_types[0].itemsize] if product_types[0] != exact else []
+    tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocabulary * sum(sizes)))
+    if device.type == "cpu":
+        return min(tokens, TILE)
+    return tokens // 128 * 128 or tokens  # whole blocks of the GPU's products
+
+
+def _check_rows(owner: str, head: Head, vocabulary: int) -> None:
+    if len(head.weight) < vocabulary:
+        raise ValueError(
+            f"the {owner}'s head has {len(head.weight)} rows and the tokenizer {vocabulary} ids; "
+            "wanted a row for every id: resize its embeddings to the tokenizer it was trained with"
+        )
+
+
+def _product_type(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.dtype:
+    """What a product's factors are converted to; its result is `exact` in either case.
+
+    Half precision only on CUDA, where products of it can be given out in float32.
+    """
+    if hidden.is_cuda and exact == torch.float32:
+        for x in (weight, hidden):
+            if x.dtype in (torch.bfloat16, torch.float16):
+                return x.dtype
+    return exact
+
+
+def _elementwise_pass(hidden: Tensor, exact: torch.dtype) -> Callable[..., Tensor]:
+    """One kernel on CUDA, where Triton comes with PyTorch (on Linux); else passes of PyTorch."""
+    if hidden.is_cuda and exact == torch.float32 and importlib.util.find_spec("triton"):
+        from kd.losses import triton_kernels
+
+        return triton_kernels.tile_figures
+    return elementwise.tile_figures
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, V) = hidden (n, H) @ weight (V or more, H).T"""
+    for rows, piece in _pieces(weight, out.shape[-1], hidden.dtype):
+        _multiply(hidden, piece.T, out[:, rows])
+
+
+def _back_project(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, H) = gradient (n, V) @ weight (V or more, H)"""
+    for rows, piece in _pieces(weight, gradient.shape[-1], gradient.dtype):
+        _multiply(gradient[:, rows], piece, out, accumulate=rows.start > 0)
+
+
+def _pieces(weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The first rows of a head in `dtype`: one view where they are that, else piece by piece."""
+    rows = vocabulary
+    if weight.dtype != dtype:
+        rows = max(1, PIECE_BYTES // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, vocabulary, rows):
+        piece = slice(start, min(start + rows, vocabulary))
+        yield piece, weight.detach()[piece].to(dtype)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b or out += a @ b, not rounded to the type of a and b before it is in `out`."""
+    types = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, a, b, out=out, **types)
+    else:
+        torch.mm(a, b, out=out, **types)
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, head, objective, vocabulary, teacher, grad_mode):
         inputs = (hidden, weight, bias)
         trained = [grad_mode and needed for needed in ctx.needs_input_grad[:3]]
-        # The whole pass is in float32, or in float64 where the inputs are.
+        # Logits and sums are in float32, or in float64 where the hidden states are.
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        leaves = [
-            None if x is None else x.detach().to(exact).requires_grad_(t)
-            for x, t in zip(inputs, trained, strict=True)
+        head = Head(
+            weight.detach(), bias if bias is None else bias.detach(), head.scale, head.softcap
+        )
+        kind = _product_type(hidden, weight, exact)
+        teacher_kind = teacher and _product_type(teacher.hidden, teacher.head.weight, exact)
+        kinds = [kind] if teacher is None else [kind, teacher_kind]
+        tokens = tile_tokens(objective, vocabulary, exact, kinds, hidden.device)
+        tokens = min(tokens, len(labels))
+
+        figures_of = _elementwise_pass(hidden, exact)
+
+        def buffer(dtype):
+            return torch.empty(tokens, vocabulary, dtype=dtype, device=hidden.device)
+
+        student_buffer = buffer(exact)
+        teacher_buffer = None if teacher is None else buffer(exact)
+        gradient_buffer = student_buffer if kind == exact else buffer(kind)
+        kept = [
+            torch.zeros(x.shape, dtype=exact, device=hidden.device) if wanted else None
+            for x, wanted in zip(inputs, trained, strict=True)
         ]
-        gradients = [
-            torch.zeros_like(leaf) if t else None for leaf, t in zip(leaves, trained, strict=True)
-        ]
-        student_head = Head(leaves[1], leaves[2], head.scale, head.softcap)
-        if teacher is not None:
-            teacher = TeacherSignal(teacher.hidden, teacher.head.to(exact))
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        sums = torch.zeros(len(METRICS), dtype=exact, device=hidden.device)
-        for start in range(0, len(labels), TILE):
-            tile = slice(start, start + TILE)
-            tile_hidden = leaves[0].detach()[tile].requires_grad_(trained[0])
-            tile_teacher = teacher and TeacherSignal(teacher.hidden[tile], teacher.head)
-            with torch.set_grad_enabled(any(trained)):
-                loss, tile_sums = _tile_loss(
-                    tile_hidden, labels[tile], student_head, objective, vocabulary, tile_teacher
-                )
-            if any(trained):
-                wanted = [tile_hidden, leaves[1], leaves[2]]
-                wanted = [x for x, t in zip(wanted, trained, strict=True) if t]
-                found = iter(torch.autograd.grad(loss, wanted))
-                if trained[0]:
-                    gradients[0][tile] = next(found)
-                for gradient in gradients[1:]:
-                    if gradient is not None:
-                        gradient += next(found)
-            total += loss.detach()
-            sums += tile_sums
-        ctx.gradients = gradients
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
+        for start in range(0, len(labels), tokens or 1):
+            tile = slice(start, min(start + tokens, len(labels)))
+            n = tile.stop - tile.start
+            student = student_buffer[:n]  # (n, V)
+            tile_hidden = hidden.detach()[tile].to(kind)  # (n, H)
+            _project(tile_hidden, head.weight, student)
+            teacher_logits = None
+            if teacher is not None:
+                teacher_logits = teacher_buffer[:n]  # (n, V)
+                _project(teacher.hidden[tile].to(teacher_kind), teacher.head.weight, teacher_logits)
+            gradient = gradient_buffer[:n] if any(trained) else None
+            sums += figures_of(
+                student,
+                teacher_logits,
+                labels[tile],
+                head,
+                teacher and teacher.head,
+                objective,
+                gradient,
+            )
+            if trained[0]:
+                _back_project(gradient, head.weight, kept[0][tile])
+            if trained[1]:
+                _multiply(gradient.T, tile_hidden, kept[1][:vocabulary], accumulate=True)
+            if trained[2]:
+                kept[2][:vocabulary] += gradient.sum(0, dtype=exact)
+        ctx.kept = kept
         ctx.types = [None if x is None else x.dtype for x in inputs]
+        divergence, hard = sums[METRICS.index("divergence")], sums[METRICS.index("cross_entropy")]
+        total, sums = objective.total(divergence, hard).to(exact), sums.to(exact)
         ctx.mark_non_differentiable(sums)
         return total, sums
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        # Through `out`, the multiplication is in float32 and rounds once; no copy of a head.
         scaled = [
-            None if gradient is None else (gradient * grad_output).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.types, strict=True)
+            None
+            if gradient is None
+            else torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(ctx.kept, ctx.types, strict=True)
         ]
         return (*scaled, *[None] * 6)
-
-
-def _tile_loss(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Head,
-    objective: Objective,
-    vocabulary: int,
-    teacher: TeacherSignal | None,
-) -> tuple[Tensor, Tensor]:
-    student_logits = head.logits(hidden, vocabulary)  # (n, V)
-    hard = cross_entropy(student_logits, labels, reduction="sum")
-    zero = torch.zeros_like(hard)
-    soft = teacher_hard = agreement = teacher_entropy = zero
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = teacher.head.logits(teacher.hidden, vocabulary)  # (n, V)
-            teacher_hard = cross_entropy(teacher_logits, labels, reduction="sum")
-            teacher_entropy = entropy(teacher_logits).sum()
-            agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).sum().to(hard)
-        divergence: Callable[..., Tensor] = DIVERGENCES[objective.divergence]
-        soft = divergence(teacher_logits, student_logits, objective.temperature).sum()
-        soft = soft * objective.divergence_scale
-    weight = objective.soft_weight
-    # Not a plain sum: a weight of 0 must not let an infinite other term make the loss NaN.
-    loss = hard if weight == 0.0 else soft if weight == 1.0 else weight * soft + (1 - weight) * hard
-    with torch.no_grad():
-        student_entropy = entropy(student_logits).sum()
-    count = zero + len(labels)
-    values = (hard, soft, teacher_hard, agreement, student_entropy, teacher_entropy, count)
-    return loss, torch.stack([value.detach() for value in values])

@@ -1,0 +1,327 @@
+"""Time and peak memory of the distillation loss: ours, TRL's chunked kernel, naive PyTorch.
+
+python benchmarks/loss.py --quick --json benchmarks/results/loss_cpu.json
+
+Forward and backward to the student's hidden states, both heads frozen. All implementations run in
+turns in one process, and must agree; the best time of each counts. `limit_s` is the time of the
+three matrix products alone, in the faster of two tilings. Memory is the peak above the inputs, on a
+CPU of a fresh process for each. TRL 1.16.0 is measured where it is installed (its kernel needs no
+other of its packages: pip install --no-deps trl==1.16.0); without it its columns are null.
+"""
+
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from kd.losses import fused
+from kd.losses.divergences import DIVERGENCES
+from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.recipe import parse, setting
+
+TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
+WIDTHS = {"1.5B->0.5B": (1536, 896), "32B->14B": (5120, 5120)}  # teacher, student
+QUICK = [("1.5B->0.5B", 1024, "forward_kl"), ("1.5B->0.5B", 256, "jensen_shannon")]
+
+
+@dataclass
+class BenchmarkSettings:
+    quick: bool = setting(False, "one pair, two divergences: five minutes on two cores")
+    pairs: list[str] = field(
+        default_factory=lambda: list(WIDTHS),
+        metadata={"help": f"of {', '.join(WIDTHS)}, or two widths, teacher->student: 64->32"},
+    )
+    tokens: list[int] = field(
+        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "target tokens"}
+    )
+    divergences: list[str] = field(
+        default_factory=lambda: ["forward_kl", "reverse_kl", "jensen_shannon"],
+        metadata={"help": f"of {', '.join(DIVERGENCES)}"},
+    )
+    vocabulary: int = setting(152_064, "rows of both heads")
+    loss_workspace_mb: int = setting(512, "as in a recipe")
+    tile: int = setting(fused.TILE, "tokens a tile at most on a CPU, to find the best")
+    repeats: int = setting(3, "turns; the best time of each implementation counts")
+    json: str | None = setting(None, "file for the rows")
+    peak_of: str | None = setting(None, "internal: print one implementation's peak in MiB")
+
+
+@dataclass(frozen=True)
+class Cell:
+    shape: str
+    teacher_width: int
+    student_width: int
+    tokens: int
+    vocabulary: int
+    divergence: str
+    loss_workspace_mb: int
+    tile: int
+
+
+@dataclass
+class Inputs:
+    """Hidden states (N, H) and heads (V, H) whose logits have a standard deviation of 2."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+def main() -> None:
+    (settings,) = parse(BenchmarkSettings, description=__doc__)
+    if settings.peak_of:
+        name, cell = json.loads(settings.peak_of)
+        print(peak_in_this_process(name, Cell(**cell)))
+        return
+    rows = []
+    for cell in cells(settings):
+        rows.append(measure(cell, settings.repeats))
+        print_row(rows[-1])
+        if settings.json:
+            Path(settings.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def cells(settings: BenchmarkSettings) -> list[Cell]:
+    wanted = [
+        (pair, tokens, divergence)
+        for pair in settings.pairs
+        for tokens in settings.tokens
+        for divergence in settings.divergences
+    ]
+    made = []
+    for pair, tokens, divergence in QUICK if settings.quick else wanted:
+        widths = WIDTHS.get(pair) or tuple(int(width) for width in pair.split("->"))
+        shape = f"{pair} H={widths[0]}->{widths[1]} N={tokens} V={settings.vocabulary}"
+        limits = (settings.loss_workspace_mb, settings.tile)
+        made.append(Cell(shape, *widths, tokens, settings.vocabulary, divergence, *limits))
+    return made
+
+
+def measure(cell: Cell, repeats: int) -> dict[str, Any]:
+    """One row: the best time of each in turns, the peaks, and what they were measured with."""
+    inputs = make_inputs(cell)
+    limits = sorted({cell.tile, 1024})  # tokens a product
+    runnable = {name: run for name, run in IMPLEMENTATIONS.items() if can_run(name, cell)}
+    times: dict[str | int, list[float]] = {name: [] for name in [*runnable, *limits]}
+    gradients: dict[str, Tensor] = {}
+    for turn in range(-1, repeats):
+        few = 2 if turn < 0 else cell.tokens  # first of all, load the libraries' code
+        part = Inputs(
+            inputs.hidden[:few],
+            inputs.weight,
+            inputs.teacher_hidden[:few],
+            inputs.teacher_weight,
+            inputs.labels[:few],
+        )
+        for name, run in runnable.items():
+            seconds, gradient = timed(run, part, cell)
+            if turn >= 0:
+                times[name].append(seconds)
+                gradients.setdefault(name, gradient)
+            del gradient
+        for tile in limits:
+            seconds = time_products(part, min(tile, few))
+            if turn >= 0:
+                times[tile].append(seconds)
+    require_agreement(gradients)
+    del inputs, part  # room for the processes that measure memory
+    best = {name: min(values) for name, values in times.items()}
+    peaks = {
+        name: peak(name, cell) if name in runnable else None for name in ("ours", "trl", "naive")
+    }
+    row = asdict(cell) | {f"{name}_s": best.get(name) for name in ("ours", "trl", "naive")}
+    row["limit_s"] = min(best[tile] for tile in limits)
+    row |= {f"{name}_mib": value for name, value in peaks.items()}
+    row["trl_over_ours"] = row["trl_s"] and row["trl_s"] / row["ours_s"]
+    row["naive_over_ours"] = row["naive_s"] and row["naive_s"] / row["ours_s"]
+    row["ours_over_limit"] = row["ours_s"] / row["limit_s"]
+    return row | {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(device_and_dtype()[1]).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+
+
+def make_inputs(cell: Cell) -> Inputs:
+    device, dtype = device_and_dtype()
+    torch.manual_seed(0)
+
+    def normal(rows: int, width: int, scale: float) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=device).normal_(std=scale)
+
+    return Inputs(
+        normal(cell.tokens, cell.student_width, 1.0),
+        normal(cell.vocabulary, cell.student_width, 2 * cell.student_width**-0.5),
+        normal(cell.tokens, cell.teacher_width, 1.0),
+        normal(cell.vocabulary, cell.teacher_width, 2 * cell.teacher_width**-0.5),
+        torch.randint(cell.vocabulary, (cell.tokens,), device=device),
+    )
+
+
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def ours(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
+    fused.TILE = cell.tile
+    objective = Objective(1.0, cell.divergence, loss_workspace_mb=cell.loss_workspace_mb)
+    teacher = TeacherSignal(inputs.teacher_hidden, Head(inputs.teacher_weight))
+    loss, _ = linear_distillation_loss(
+        hidden, inputs.labels, Head(inputs.weight), objective, cell.vocabulary, teacher
+    )
+    return loss
+
+
+def trl(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        hidden,
+        inputs.weight,
+        None,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        None,
+        TRL_MIXTURE[cell.divergence],
+    )
+    return divergence.sum()
+
+
+def naive(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
+    """Whole logits and autograd, as most trainers do it."""
+    student = (hidden @ inputs.weight.T).float()  # (N, V)
+    with torch.no_grad():
+        teacher = (inputs.teacher_hidden @ inputs.teacher_weight.T).float()  # (N, V)
+    if cell.divergence in ("forward_kl", "reverse_kl"):
+        pair = (log_softmax(student, -1), log_softmax(teacher, -1))
+        log_q, log_p = pair if cell.divergence == "forward_kl" else reversed(pair)
+        return kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return DIVERGENCES[cell.divergence](teacher, student).sum()
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Inputs, Tensor, Cell], Tensor]] = {
+    "ours": ours,
+    "trl": trl,
+    "naive": naive,
+}
+
+
+def can_run(name: str, cell: Cell) -> bool:
+    if name == "trl":
+        return cell.divergence in TRL_MIXTURE and importlib.util.find_spec("trl") is not None
+    if name == "naive":  # about eight (N, V) in float32
+        needed = 8 * 4 * cell.tokens * cell.vocabulary
+        return needed < available_bytes() - 4 * cell.vocabulary * (
+            cell.teacher_width + cell.student_width
+        )
+    return True
+
+
+def available_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def timed(run: Callable, inputs: Inputs, cell: Cell) -> tuple[float, Tensor]:
+    hidden = inputs.hidden.detach().requires_grad_()
+    gc.collect()
+    wait()
+    start = time.perf_counter()
+    run(inputs, hidden, cell).backward()
+    wait()
+    return time.perf_counter() - start, hidden.grad
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_products(inputs: Inputs, tile: int) -> float:
+    """The student's logits, the teacher's, the gradient to the hidden states: no more than that."""
+    device, dtype = device_and_dtype()
+    types = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
+    logits = torch.zeros(tile, len(inputs.weight), device=device)
+    gradient = logits.to(dtype)
+    out = torch.empty(tile, inputs.hidden.shape[1], device=device)
+    wait()
+    start = time.perf_counter()
+    for first in range(0, len(inputs.hidden), tile):
+        n = min(tile, len(inputs.hidden) - first)
+        hidden = inputs.hidden[first : first + n]
+        teacher_hidden = inputs.teacher_hidden[first : first + n]
+        torch.mm(hidden, inputs.weight.T, out=logits[:n], **types)
+        torch.mm(teacher_hidden, inputs.teacher_weight.T, out=logits[:n], **types)
+        torch.mm(gradient[:n], inputs.weight, out=out[:n], **types)
+    wait()
+    return time.perf_counter() - start
+
+
+def require_agreement(gradients: dict[str, Tensor]) -> None:
+    """A time of another function is no comparison."""
+    wanted = gradients["ours"].float()
+    for name, gradient in gradients.items():
+        difference = (gradient.float() - wanted).norm() / wanted.norm()
+        assert difference < (1e-4 if gradient.dtype == torch.float32 else 2e-2), (name, difference)
+
+
+def peak(name: str, cell: Cell) -> float | None:
+    """Peak memory above the inputs in MiB; null where the process did not live to tell."""
+    if torch.cuda.is_available():
+        return peak_in_this_process(name, cell)
+    command = [sys.executable, __file__, "--peak_of", json.dumps([name, asdict(cell)])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def peak_in_this_process(name: str, cell: Cell) -> float:
+    inputs = make_inputs(cell)
+    few = Inputs(**{k: v if "weight" in k else v[:2] for k, v in vars(inputs).items()})
+    timed(IMPLEMENTATIONS[name], few, cell)  # libraries and their buffers
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(IMPLEMENTATIONS[name], inputs, cell)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = status_mib("VmRSS")
+    timed(IMPLEMENTATIONS[name], inputs, cell)
+    return status_mib("VmHWM") - before
+
+
+def status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def print_row(row: dict[str, Any]) -> None:
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    print(
+        f"{row['shape']} {row['divergence']}: ours {shown(row['ours_s'], 3)} s, "
+        f"TRL / ours {shown(row['trl_over_ours'])}, naive / ours {shown(row['naive_over_ours'])}, "
+        f"ours / limit {shown(row['ours_over_limit'])}; peak MiB: ours {shown(row['ours_mib'], 0)}"
+        f", TRL {shown(row['trl_mib'], 0)}, naive {shown(row['naive_mib'], 0)}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""All of the loss that is no matrix product: figures of a tile's tokens, and the logits' gradient.
+
+n tokens of a tile, r of a block, V vocabulary. p is the teacher, q the student. The gradients are
+written out, because autograd would keep and fill several (n, V) tensors more; the tests hold them
+against autograd on `kd.losses.divergences`. Every divergence D of p and q has, with d = dD/dq, the
+gradient q (d - sum q d) with respect to the student's logits; terms of d that are the same for all
+ids drop out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from kd.losses.objective import METRICS, Head, Objective
+
+# Passes over a block that stays in the processor's cache: over whole tiles they wait for memory.
+BLOCK_ELEMENTS = 5 * 2**17  # 4 rows of 152 064
+# Blocks of scratch, written again and again: fresh ones cost a page fault every 4 KiB, which took
+# as long as the arithmetic.
+SCRATCH = 5
+
+
+def tile_figures(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    student_head: Head,
+    teacher_head: Head | None,
+    objective: Objective,
+    gradient: Tensor | None,
+) -> Tensor:
+    """(len(METRICS),) sums over a tile, in float64; `gradient` (n, V) is filled where it is given.
+
+    `student` and `teacher` (n, V) are the heads' bare products, and are overwritten; the gradient
+    is that of the loss with respect to the student's product, and may lie in `student` itself.
+    """
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=student.device)
+    n, vocabulary = student.shape
+    rows = min(n, max(1, BLOCK_ELEMENTS // vocabulary))
+    scratch = student.new_empty(SCRATCH, rows, vocabulary)
+    for start in range(0, n, rows):
+        block = slice(start, min(start + rows, n))
+        logits = student_head.finish_(student[block])  # (r, V)
+        teacher_logits = None if teacher is None else teacher_head.finish_(teacher[block])  # (r, V)
+        figures, logits_gradient = block_figures(
+            logits,
+            teacher_logits,
+            labels[block, None],
+            objective,
+            gradient is not None,
+            scratch[:, : block.stop - block.start],
+        )
+        sums += torch.stack(figures).sum(-1, dtype=torch.float64)
+        if gradient is not None:
+            gradient[block] = student_head.unfinish_(logits_gradient, logits)
+    return sums
+
+
+def block_figures(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    with_gradient: bool,
+    scratch: Tensor,
+) -> tuple[list[Tensor], Tensor | None]:
+    """(METRICS of every token, (r,) each; (r, V) gradient of the loss), from logits (r, V).
+
+    `labels` are (r, 1); `scratch` is (SCRATCH, r, V), and the gradient lies in it.
+    """
+    log_p, p, log_q, q, spare = scratch
+    weight, temperature = objective.soft_weight, objective.temperature
+    _probabilities(student, log_q, q)
+    hard = -log_q.gather(-1, labels)[:, 0]
+    student_entropy = -vecdot(q, log_q)
+    zero = torch.zeros_like(hard)
+    soft = teacher_hard = probability = agreement = teacher_entropy = zero
+    gradient = None
+    if teacher is not None:
+        _probabilities(teacher, log_p, p)
+        teacher_hard = -log_p.gather(-1, labels)[:, 0]
+        probability = p.gather(-1, labels)[:, 0]
+        teacher_entropy = -vecdot(p, log_p)
+        agreement = (teacher.argmax(-1) == student.argmax(-1)).to(hard)
+        if temperature != 1.0:
+            _probabilities(torch.div(teacher, temperature, out=spare), log_p, p)
+            _probabilities(torch.div(student, temperature, out=spare), log_q, q)
+        closed_form, mixture = CLOSED_FORMS[objective.divergence], objective.mixture.values()
+        value, gradient = closed_form(log_p, log_q, p, q, spare, *mixture)
+        soft = value[:, 0] * objective.divergence_scale
+    if with_gradient:
+        if weight < 1.0 and teacher is not None and temperature != 1.0:
+            torch.softmax(student, -1, out=q)
+        gradient = _weighted(gradient, q, labels, objective)
+    figures = [hard, soft, teacher_hard, probability, agreement, student_entropy, teacher_entropy]
+    return [*figures, torch.ones_like(hard)], gradient
+
+
+def _probabilities(logits: Tensor, log_p: Tensor, p: Tensor) -> None:
+    torch.log_softmax(logits, -1, out=log_p)
+    torch.softmax(logits, -1, out=p)  # cheaper than exp of the former
+
+
+def _weighted(soft: Tensor | None, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """The loss's gradient (r, V) of the divergence's and, by q, the cross-entropy's; in place."""
+    weight = objective.soft_weight
+    if weight == 0.0:
+        gradient = q
+    else:
+        factor = weight * objective.divergence_scale / objective.temperature
+        gradient = soft if factor == 1.0 else soft.mul_(factor)
+        if weight == 1.0:
+            return gradient
+        gradient.add_(q, alpha=1 - weight)
+    return gradient.scatter_add_(-1, labels, torch.full_like(labels, weight - 1, dtype=q.dtype))
+
+
+# The closed forms: from log p, log q, p and q, (r, V) each, all at the objective's temperature, to
+# the value (r, 1) and the gradient (r, V) with respect to the student's logits / temperature. They
+# may overwrite all of these but q, and `spare`.
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    value = _expectation(p, torch.sub(log_p, log_q, out=spare))
+    return value, torch.sub(q, p, out=spare)
+
+
+def _soft_cross_entropy(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    return -_expectation(p, log_q), torch.sub(q, p, out=spare)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    gap = torch.sub(log_q, log_p, out=spare)  # d without its constant 1
+    value = _expectation(q, gap)
+    return value, gap.sub_(value).mul_(q)
+
+
+def _jensen_shannon(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, weight: float
+):
+    log_m = _mixture(q, p, weight, spare).log_()
+    to_teacher = _expectation(p, log_p.sub_(log_m))
+    gap = log_q.sub_(log_m)  # d / (1 - weight): the derivatives through m cancel
+    to_student = _expectation(q, gap)
+    value = weight * to_teacher + (1 - weight) * to_student
+    return value, gap.sub_(to_student).mul_(q).mul_(1 - weight)
+
+
+def _skew_forward_kl(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, skew: float
+):
+    m = _mixture(q, p, skew, spare)
+    value = _expectation(p, log_p.sub_(torch.log(m, out=log_q)))
+    ratio = torch.div(p, m, out=m)  # -d / (1 - skew)
+    return value, ratio.sub_(_expectation(q, ratio)).mul_(q).mul_(skew - 1)
+
+
+def _skew_reverse_kl(
+    log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor, skew: float
+):
+    m = _mixture(p, q, skew, spare)
+    gap = log_q.sub_(torch.log(m, out=log_p))
+    value = _expectation(q, gap)
+    d = gap.sub_(torch.div(q, m, out=m), alpha=skew)  # without its constant 1
+    return value, d.sub_(_expectation(q, d)).mul_(q)
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, spare: Tensor):
+    gap = torch.sub(q, p, out=spare)
+    d = torch.sign(gap, out=log_q)  # 2 d
+    value = _expectation(gap, d) / 2
+    return value, d.sub_(_expectation(q, d)).mul_(q).div_(2)
+
+
+def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> Tensor:
+    """(1 - weight) a + weight b, kept above 0: what lies below counts nothing, its log must not."""
+    return torch.lerp(a, b, weight, out=out).clamp_min_(torch.finfo(a.dtype).tiny)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum p x over V, (r, 1), with no (r, V) product in memory."""
+    return vecdot(p, x)[:, None]
+
+
+CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jensen_shannon": _jensen_shannon,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+    "soft_cross_entropy": _soft_cross_entropy,
+}

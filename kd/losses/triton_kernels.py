@@ -1,0 +1,256 @@
+"""elementwise.py on CUDA: one kernel a tile, one program a token, two or three passes over its row.
+
+V vocabulary. p is the teacher, q the student; d and the divergences as in elementwise.py. The first
+pass finds both normalisers, the second the divergence and sum q d, the last writes the gradient;
+forward KL and soft cross-entropy need no sum, and so no second pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kd.losses.elementwise import CLOSED_FORMS
+from kd.losses.objective import METRICS, Head, Objective
+
+BLOCK = 2048  # ids at one time
+WARPS = 8
+
+
+def tile_figures(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    student_head: Head,
+    teacher_head: Head | None,
+    objective: Objective,
+    gradient: Tensor | None,
+) -> Tensor:
+    """As elementwise.tile_figures, but for float32 products alone, which stay as they are."""
+    n, vocabulary = student.shape
+    figures = torch.zeros(len(METRICS), n, device=student.device)
+    teacher_head = teacher_head or student_head
+    weight = objective.soft_weight
+    _tile_kernel[(n,)](
+        student,
+        student if teacher is None else teacher,
+        labels,
+        student if gradient is None else gradient,
+        figures,
+        student_head.bias,
+        teacher_head.bias,
+        n,
+        student.stride(0),
+        student.stride(0) if gradient is None else gradient.stride(0),
+        student_head.scale,
+        student_head.softcap or 1.0,
+        teacher_head.scale,
+        teacher_head.softcap or 1.0,
+        1 / objective.temperature,
+        next(iter(objective.mixture.values()), 0.5),
+        weight * objective.divergence_scale / objective.temperature,
+        1 - weight,
+        DIVERGENCE=list(CLOSED_FORMS).index(objective.divergence),
+        TEACHER=teacher is not None,
+        WARM=teacher is not None and objective.temperature != 1.0,
+        GRADIENT=gradient is not None,
+        SOFT=weight > 0.0,
+        HARD=weight < 1.0,
+        STUDENT_SOFTCAP=student_head.softcap is not None,
+        TEACHER_SOFTCAP=teacher_head.softcap is not None,
+        VOCABULARY=vocabulary,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    sums = figures.sum(-1, dtype=torch.float64)
+    sums[METRICS.index("divergence")] *= objective.divergence_scale
+    return sums
+
+
+@triton.jit
+def _logits(row, bias, ids, mask, scale, softcap, SOFTCAP: tl.constexpr):
+    """A head's logits of `ids`, from its bare product."""
+    z = tl.load(row + ids, mask=mask, other=0.0)
+    if bias is not None:
+        z += tl.load(bias + ids, mask=mask, other=0.0).to(tl.float32)
+    z = z * scale
+    if SOFTCAP:
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+    return z
+
+
+@triton.jit
+def _fold(z, ids, mask, top, total, moment, warm, best, inverse_temperature, WARM: tl.constexpr):
+    """Running (max, sum exp(z - max), sum of the same times z - max, warm sum, argmax)."""
+    z_top = tl.max(tl.where(mask, z, -float("inf")), 0)
+    place = tl.min(tl.where(mask & (z == z_top), ids, 2147483647), 0)
+    best = tl.where(z_top > top, place, best)
+    new = tl.maximum(top, z_top)
+    shift = tl.where(total > 0.0, top - new, 0.0)  # at first top is -inf
+    e = tl.where(mask, tl.exp(z - new), 0.0)
+    moment = tl.exp(shift) * (moment + shift * total) + tl.sum(e * (z - new), 0)
+    total = tl.exp(shift) * total + tl.sum(e, 0)
+    if WARM:
+        rescaled = warm * tl.exp(shift * inverse_temperature)
+        e = tl.where(mask, tl.exp((z - new) * inverse_temperature), 0.0)
+        warm = rescaled + tl.sum(e, 0)
+    return new, total, moment, warm, best
+
+
+@triton.jit
+def _terms(log_p, log_q, p, q, mixture, DIVERGENCE: tl.constexpr):
+    """(what sums to the divergence, d without constants), in the order of CLOSED_FORMS."""
+    tiny = 1.1754943508222875e-38
+    if DIVERGENCE == 0:  # forward_kl; its gradient is q - p
+        value = p * (log_p - log_q)
+        d = value
+    elif DIVERGENCE == 1:  # reverse_kl
+        d = log_q - log_p
+        value = q * d
+    elif DIVERGENCE == 2:  # jensen_shannon
+        log_m = tl.log(tl.maximum(mixture * p + (1 - mixture) * q, tiny))
+        d = (1 - mixture) * (log_q - log_m)
+        value = mixture * p * (log_p - log_m) + q * d
+    elif DIVERGENCE == 3:  # skew_forward_kl
+        m = tl.maximum(mixture * p + (1 - mixture) * q, tiny)
+        value = p * (log_p - tl.log(m))
+        d = (mixture - 1) * (p / m)
+    elif DIVERGENCE == 4:  # skew_reverse_kl
+        m = tl.maximum(mixture * q + (1 - mixture) * p, tiny)
+        gap = log_q - tl.log(m)
+        value = q * gap
+        d = gap - mixture * (q / m)
+    elif DIVERGENCE == 5:  # total_variation
+        value = tl.abs(p - q) / 2
+        d = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    else:  # soft_cross_entropy; its gradient is q - p
+        value = -p * log_q
+        d = value
+    return value, d
+
+
+@triton.jit(do_not_specialize=["n"])  # the last tile's n is any number: no compilation for it
+def _tile_kernel(
+    student,
+    teacher,
+    labels,
+    gradient,
+    figures,
+    student_bias,
+    teacher_bias,
+    n,
+    stride,
+    gradient_stride,
+    student_scale,
+    student_softcap,
+    teacher_scale,
+    teacher_softcap,
+    inverse_temperature,
+    mixture,
+    soft_factor,
+    hard_factor,
+    DIVERGENCE: tl.constexpr,
+    TEACHER: tl.constexpr,
+    WARM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SOFT: tl.constexpr,
+    HARD: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
+    VOCABULARY: tl.constexpr,  # a constant: the interpreter takes no tensor in range
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    q_row, p_row = student + token * stride, teacher + token * stride
+    label = tl.load(labels + token)
+    SIMPLE: tl.constexpr = (DIVERGENCE == 0) or (DIVERGENCE == 6)
+
+    q_top, q_total, q_moment, q_warm, q_best = -float("inf"), 0.0, 0.0, 0.0, 0
+    p_top, p_total, p_moment, p_warm, p_best = -float("inf"), 0.0, 0.0, 0.0, 0
+    for start in range(0, VOCABULARY, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        mask = ids < VOCABULARY
+        z = _logits(q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP)
+        q_top, q_total, q_moment, q_warm, q_best = _fold(
+            z, ids, mask, q_top, q_total, q_moment, q_warm, q_best, inverse_temperature, WARM
+        )
+        if TEACHER:
+            z = _logits(
+                p_row, teacher_bias, ids, mask, teacher_scale, teacher_softcap, TEACHER_SOFTCAP
+            )
+            p_top, p_total, p_moment, p_warm, p_best = _fold(
+                z, ids, mask, p_top, p_total, p_moment, p_warm, p_best, inverse_temperature, WARM
+            )
+
+    q_log_total = tl.log(q_total)
+    at_label = _logits(
+        q_row, student_bias, label, True, student_scale, student_softcap, STUDENT_SOFTCAP
+    )
+    tl.store(figures + token, q_log_total - (at_label - q_top))
+    tl.store(figures + 5 * n + token, q_log_total - q_moment / q_total)
+    tl.store(figures + 7 * n + token, 1.0)
+    # log softmax(z / T) = (z - top) / T - norm: no digits are lost in a large top.
+    q_norm = tl.log(q_warm) if WARM else q_log_total
+    p_norm = q_norm
+    if TEACHER:
+        p_log_total = tl.log(p_total)
+        at_label = _logits(
+            p_row, teacher_bias, label, True, teacher_scale, teacher_softcap, TEACHER_SOFTCAP
+        )
+        hard = p_log_total - (at_label - p_top)
+        tl.store(figures + 2 * n + token, hard)
+        tl.store(figures + 3 * n + token, tl.exp(-hard))
+        tl.store(figures + 4 * n + token, tl.where(p_best == q_best, 1.0, 0.0))
+        tl.store(figures + 6 * n + token, p_log_total - p_moment / p_total)
+        p_norm = tl.log(p_warm) if WARM else p_log_total
+
+    divergence, centre = 0.0, 0.0
+    if TEACHER and not (SIMPLE and GRADIENT and SOFT):
+        for start in range(0, VOCABULARY, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            mask = ids < VOCABULARY
+            z = _logits(
+                q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP
+            )
+            log_q = (z - q_top) * inverse_temperature - q_norm
+            z = _logits(
+                p_row, teacher_bias, ids, mask, teacher_scale, teacher_softcap, TEACHER_SOFTCAP
+            )
+            log_p = (z - p_top) * inverse_temperature - p_norm
+            q, p = tl.where(mask, tl.exp(log_q), 0.0), tl.where(mask, tl.exp(log_p), 0.0)
+            value, d = _terms(log_p, log_q, p, q, mixture, DIVERGENCE)
+            divergence += tl.sum(value, 0)
+            centre += tl.sum(q * d, 0)
+
+    if GRADIENT:
+        out = gradient + token * gradient_stride
+        for start in range(0, VOCABULARY, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            mask = ids < VOCABULARY
+            z = _logits(
+                q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP
+            )
+            g = tl.zeros([BLOCK], tl.float32)
+            if SOFT:
+                log_q = (z - q_top) * inverse_temperature - q_norm
+                y = _logits(
+                    p_row, teacher_bias, ids, mask, teacher_scale, teacher_softcap, TEACHER_SOFTCAP
+                )
+                log_p = (y - p_top) * inverse_temperature - p_norm
+                q, p = tl.where(mask, tl.exp(log_q), 0.0), tl.where(mask, tl.exp(log_p), 0.0)
+                value, d = _terms(log_p, log_q, p, q, mixture, DIVERGENCE)
+                if SIMPLE:
+                    divergence += tl.sum(value, 0)
+                    g = soft_factor * (q - p)
+                else:
+                    g = soft_factor * q * (d - centre)
+            if HARD:
+                g += hard_factor * (
+                    tl.exp((z - q_top) - q_log_total) - tl.where(ids == label, 1.0, 0.0)
+                )
+            if STUDENT_SOFTCAP:
+                g = g * (1 - (z / student_softcap) * (z / student_softcap))
+            tl.store(out + ids, (g * student_scale).to(gradient.dtype.element_ty), mask=mask)
+
+    if TEACHER:
+        tl.store(figures + n + token, divergence)
