@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from small import save_small, small_tokenizer
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

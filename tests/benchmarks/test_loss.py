@@ -3,7 +3,7 @@
 import json
 import sys
 
-from conftest import succeed
+from processes import succeed
 
 WANTED = ["shape", "divergence", "ours_s", "trl_s", "naive_s", "limit_s", "ours_mib", "trl_mib"]
 

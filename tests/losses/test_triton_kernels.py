@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import start
 from oracle import Problem, distance
+from processes import start
 
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.fused import Objective
