@@ -16,6 +16,7 @@ while [[ $# -gt 0 ]]; do
 done
 source launch/setup.sh
 out=runs/quickstart started=$SECONDS
+lanes=$(nproc)  # before the next line, which nproc would take for the answer
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$out/logs" "$out/results"
 # A finished step is not done again, so one folder must not mix the steps of two pairs of models.
@@ -65,11 +66,11 @@ for seed in $SEEDS; do for name in distill distill+sft sft; do
     runs+=("$name $seed"); models+=("$name-seed$seed=$out/students/$name-seed$seed")
 done; done
 printf '%s\n' "${runs[@]}" |
-    xargs -P "$(nproc)" -L 1 bash -c 'source "$out/logs/common"; train_student "$@" || exit 255' _ |
+    xargs -P "$lanes" -L 1 bash -c 'source "$out/logs/common"; train_student "$@" || exit 255' _ |
     tqdm --total "${#runs[@]}" --unit student >/dev/null
 
 step "5/7 held-out perplexity, and agreement with the teacher"
-heldout="[{\"path\": \"$out/data/text_heldout.jsonl\", \"count\": 300}, {\"path\": \"$out/data/chat_heldout.jsonl\", \"count\": 600}]"
+heldout="[{\"path\": \"$out/data/text_heldout.jsonl\", \"count\": 150}, {\"path\": \"$out/data/chat_heldout.jsonl\", \"count\": 400}]"
 python eval/perplexity.py --models "${models[@]}" --data "$heldout" --max_length 256 "${template[@]}" \
     --out_dir "$out/results" &
 python eval/agreement.py --teacher "$out/teacher-merged" --models "${models[@]:1}" --data "$heldout" \

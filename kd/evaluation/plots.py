@@ -36,7 +36,7 @@ def plot_bars(settings: dict[str, dict], file: Path) -> bool:
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), squeeze=False)
     for axis, (metric, cells) in zip(axes[0], shown.items(), strict=True):
         students = [name for name in cells if settings[name]["role"] == "student"]
-        colours = [f"C{students.index(name)}" if name in students else GREY for name in cells]
+        colours = [colour_of(name, students) for name in cells]
         means = [cell["mean"] for cell in cells.values()]
         axis.bar(range(len(cells)), means, color=colours)
         for x, cell in enumerate(cells.values()):
@@ -46,6 +46,12 @@ def plot_bars(settings: dict[str, dict], file: Path) -> bool:
         axis.set_title(METRICS[metric].label + (", nats a token" if metric == "forward_kl" else ""))
     save(figure, file)
     return True
+
+
+def colour_of(name: str, students: list[str]) -> str:
+    """One colour a student in every plot, by its place in the alphabet; grey for the others."""
+    names = sorted(set(students))
+    return f"C{names.index(name)}" if name in names else GREY
 
 
 def find_histories(runs: list[str]) -> dict[str, Path | None]:
@@ -69,13 +75,13 @@ def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
     terms = [t for t in TERMS if any(t in entry for log in logs.values() for entry in log)]
     if not terms:
         return False
-    settings = list(dict.fromkeys(split_seed(run)[0] for run in logs))
+    students = [name for name, seed in map(split_seed, logs) if seed is not None]
     figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.6), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
         labelled = set()
         for run, log in logs.items():
             setting = split_seed(run)[0]
-            colour = f"C{settings.index(setting)}"
+            colour = colour_of(setting, students)
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
             if points:
                 label = None if setting in labelled else setting
