@@ -1,5 +1,6 @@
 """Every command and every snippet of the README runs as it is written."""
 
+import json
 import re
 import shlex
 
@@ -37,6 +38,22 @@ def test_command_of_the_readme_runs(command):
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_of_the_readme_prints_an_answer(snippet):
     assert len(succeed("python", "-c", snippet).splitlines()[-1].split()) >= 2
+
+
+def test_figures_of_the_table_are_those_of_the_committed_run():
+    results = json.loads((ROOT / "benchmarks/results/quickstart_cpu.json").read_text())
+    for name in ("sft", "distill+sft", "distill"):
+        row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}`"))
+        cells = results["settings"][name]["metrics"]
+        for metric, places in (("text_perplexity", 2), ("chat_perplexity", 2), ("forward_kl", 3)):
+            mean, deviation = cells[metric]["mean"], cells[metric]["deviation"]
+            assert f"| {mean:.{places}f} +/- {deviation:.{places}f} |" in row
+        for metric in ("top1_agreement", "kl_removed"):
+            assert f"| {100 * cells[metric]['mean']:.1f} % |" in row
+    for name in ("teacher", "start"):
+        row = next(line for line in TEXT.splitlines() if line.startswith(f"| {name},"))
+        for metric in ("text_perplexity", "chat_perplexity"):
+            assert f"| {results['settings'][name]['metrics'][metric]['mean']:.2f} |" in row
 
 
 def test_every_path_of_the_readme_exists():
