@@ -16,7 +16,7 @@ while [[ $# -gt 0 ]]; do
 done
 source launch/setup.sh
 out=runs/quickstart started=$SECONDS
-lanes=$(nproc)  # before the next line, which nproc would take for the answer
+lanes=$(env -u OMP_NUM_THREADS nproc)  # nproc would take that for the answer
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$out/logs" "$out/results"
 # A finished step is not done again, so one folder must not mix the steps of two pairs of models.

@@ -29,6 +29,10 @@ class LiveTeacher:
             self.module = load_whole(settings, model, device)
             self.call = self.module
 
+    @property
+    def width(self) -> int:
+        return self.module.config.get_text_config().hidden_size
+
     @contextlib.contextmanager
     def signal(
         self, batch: dict[str, Tensor], layers: list[int] | None = None

@@ -24,9 +24,12 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None if newest is None else str(newest)
 
 
-def write_record(output_dir: str, settings: tuple) -> None:
-    """Leave run.json: every key's value, the command, the commit and the versions."""
-    recipe: dict[str, Any] = {}
+def write_record(output_dir: str, settings: list, names: dict[str, str] | None = None) -> None:
+    """Leave run.json: every key's value, the command, the commit and the versions.
+
+    `names` are keys that no dataclass of `settings` holds.
+    """
+    recipe: dict[str, Any] = dict(names or {})
     for part in settings:
         to_dict = getattr(part, "to_dict", lambda part=part: dataclasses.asdict(part))
         recipe.update(to_dict())

@@ -4,8 +4,8 @@ import dataclasses
 import os
 
 from transformers import (
+    AutoConfig,
     EarlyStoppingCallback,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
@@ -58,19 +58,24 @@ def train(
     if teacher_settings:
         note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
         say(training, note)
+    objective, hidden = Objective(), None
+    if teacher_settings and objective_settings:
+        objective, hidden = objectives(objective_settings, name, teacher_settings.teacher)
     rows, eval_rows = prepare_rows(data, tokenizer, training)
     settings = [model_settings, data, training, teacher_settings, objective_settings]
     if training.process_index == 0:
-        write_record(training.output_dir, [s for s in settings if s])
+        names = {"student" if teacher_settings else "model": name}
+        write_record(training.output_dir, [s for s in settings if s], names)
 
     # Transformers reads the place of its TensorBoard files from here; one folder across restarts.
     os.environ["TENSORBOARD_LOGGING_DIR"] = f"{training.output_dir}/tensorboard"
     set_seed(training.seed)
     model = load_trained(name, model_settings, tokenizer)
-    objective, hidden, teacher = Objective(), None, None
-    if teacher_settings and objective_settings:
+    teacher = None
+    if teacher_settings:
         teacher = LiveTeacher(teacher_settings, model_settings, training.device)
-        objective, hidden = objectives(objective_settings, causal_lm(model), teacher.module)
+    if hidden and teacher:
+        add_projections(causal_lm(model), hidden, teacher.width)
     trainer = DistillationTrainer(
         model=model,
         args=training,
@@ -133,18 +138,18 @@ def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
 
 
 def objectives(
-    settings: ObjectiveSettings, student: PreTrainedModel, teacher: PreTrainedModel
+    settings: ObjectiveSettings, student: str, teacher: str
 ) -> tuple[Objective, HiddenObjective | None]:
-    """The loss at the head, and the one between hidden states with its projections made."""
+    """The loss at the head, and the one between hidden states; of the models only configurations."""
     names = {field.name for field in dataclasses.fields(Objective)}
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
     if not settings.hidden_weight:
         return Objective(**values), None
-    depths = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
-    layers = layer_map(settings.hidden_layers, *depths)
-    hidden = HiddenObjective(settings.hidden_weight, settings.hidden_loss, layers)
-    add_projections(student, hidden, teacher.config.get_text_config().hidden_size)
-    return Objective(**values), hidden
+    configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (student, teacher)]
+    layers = layer_map(settings.hidden_layers, *(config.num_hidden_layers for config in configs))
+    return Objective(**values), HiddenObjective(
+        settings.hidden_weight, settings.hidden_loss, layers
+    )
 
 
 def prepare_rows(

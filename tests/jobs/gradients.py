@@ -6,6 +6,7 @@ WORK/cells.json is a list of cells, see `Cell`. Writes WORK/<name>.pt of every c
 ranks WORK/logits-<rank>.json of the sharded against the whole teacher.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_grad
 
-from kd.data.masks import IGNORED, encode_rows
+from kd.data.masks import IGNORED, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections
@@ -49,6 +50,7 @@ class Cell:
     teacher: str = "whole"  # sharded
     checkpointing: bool = False
     steps: int = 1
+    blank: bool = False  # as many rows without a target, so that micro-batches have none
     hidden: str = ""  # cosine, mse: with this loss between hidden states, through projections
 
 
@@ -105,6 +107,8 @@ def gradients(work: Path, cell: Cell) -> dict:
     GradientState._reset_state()
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    if cell.blank:
+        rows += [EncodedRow(row.input_ids, [IGNORED] * len(row)) for row in rows]
     args = TrainingSettings(
         output_dir=str(work / "out"),
         per_device_train_batch_size=cell.micro,
@@ -140,7 +144,13 @@ def gradients(work: Path, cell: Cell) -> dict:
     )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"gradients": trainer.found, "losses": logged}
+    trained = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    weights = [torch.zeros(0) if "zero3" in cell.engine else p.flatten() for p in trained]
+    digest = hashlib.sha256(torch.cat(weights).numpy().tobytes()).hexdigest()
+    digests = [digest] * args.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(digests, digest)
+    return {"gradients": trainer.found, "losses": logged, "weights of ranks": digests}
 
 
 @torch.no_grad()

@@ -61,11 +61,18 @@ def test_scale_and_softcap_of_real_heads_are_in_the_loss(build):
     assert head_of(model).scale != 1.0 or head_of(model).softcap == 3.0
 
 
-def test_trained_template_tokens_get_the_gradient_of_embedding_and_tied_head(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "trained",
+    [{"train_template_tokens": True}, {"lora_target_modules": ["embed_tokens", "q_proj"]}],
+    ids=["template tokens", "lora on the embeddings"],
+)
+def test_trained_embeddings_get_the_gradient_of_plain_logits(tmp_path, trained, tied):
+    """On a tied model the template's tokens are trained in the head as well."""
     tokenizer = small_tokenizer()
-    save_small(tmp_path / "model", tokenizer)
+    save_small(tmp_path / "model", tokenizer, tie_word_embeddings=tied)
     tokenizer = load_tokenizer(str(tmp_path / "model"))
-    settings = ModelSettings(dtype="float32", lora_rank=2, train_template_tokens=True)
+    settings = ModelSettings(dtype="float32", lora_rank=2, **trained)
     ids = torch.tensor([[1, 9, 10, 2, 1, 30, 31, 2]])
     labels = torch.cat([torch.full((1, 1), -100), ids[:, 1:]], 1)
     found = []
@@ -81,10 +88,11 @@ def test_trained_template_tokens_get_the_gradient_of_embedding_and_tied_head(tmp
             loss = cross_entropy(logits, ids[0, 1:], reduction="sum")
         loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert any("trainable_tokens_delta" in name for name in found[0])
+    embedding = ("trainable_tokens_delta", "lora_embedding_B")
+    assert any(part in name for name in found[0] for part in embedding)
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6)
-        assert wanted.abs().sum() > 0 or "lora_A" in name
+        assert wanted.abs().sum() > 0 or "lora_A" in name or "lora_embedding_" in name
 
 
 def test_a_head_that_lora_replaces_is_refused(tmp_path):

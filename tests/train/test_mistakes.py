@@ -32,6 +32,7 @@ MISTAKES = {
     "other tokenizer": (["--teacher", "WORK/other"], "different tokenizers: id 320"),
     "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
     "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
+    "layer": (["--hidden_weight", "1", "--hidden_layers", "2:9"], "the teacher 0 to 2"),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }
 

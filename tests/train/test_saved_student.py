@@ -50,4 +50,5 @@ def test_saved_folder_carries_template_and_every_end_token(student):
 def test_a_run_leaves_its_recipe_command_commit_and_versions(student):
     record = json.loads((student / "run.json").read_text())
     assert record["recipe"]["learning_rate"] == 1e-2 and "torch" in record["versions"]
+    assert record["recipe"]["model"].endswith("student") and record["recipe"]["lora_rank"] == 0
     assert record["command"][0] == "train/sft.py" and list((student / "tensorboard").iterdir())

@@ -33,6 +33,8 @@ SPLITS = {
         Cell("2x2x2 zero2, sharded teacher", ZERO2, 2, 2, teacher="sharded"),
         Cell("2x2x2 zero2 padded lora", ZERO2, 2, 2, 64, mode="lora"),
         Cell("2x2x2 zero3", ZERO3, 2, 2),
+        Cell("2x1x8 blank rows", "ddp", 1, 8, blank=True),
+        Cell("2x1x8 zero2 blank rows, sharded teacher", ZERO2, 1, 8, blank=True, teacher="sharded"),
         Cell("2x2x2 zero3 lora, sharded teacher", ZERO3, 2, 2, mode="lora", teacher="sharded"),
     ],
 }
@@ -131,7 +133,7 @@ def test_gradients_are_those_of_whole_logits_in_float64(work):
 
 
 @pytest.mark.parametrize("cell", SPLITS[1] + SPLITS[2], ids=lambda cell: cell.name)
-def test_split_over_accumulation_ranks_padding_and_packing_changes_no_gradient(work, cell):
+def test_fault_1_split_over_accumulation_ranks_padding_packing_changes_no_gradient(work, cell):
     reference = "1x8x1 lora" if cell.mode == "lora" else "1x8x1"
     (found,), (wanted,) = (
         torch.load(work / f"{name}.pt")["gradients"] for name in (cell.name, reference)
@@ -160,6 +162,13 @@ def test_four_steps_of_every_layout_are_those_of_a_plain_loop_over_logits(work, 
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
     for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
         check_equal(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
+def test_fault_2_ranks_do_not_train_apart(work, cell):
+    """A loss built from `model.module` leaves DDP's hooks out, and every rank goes its own way."""
+    digests = torch.load(work / f"{cell.name}.pt")["weights of ranks"]
+    assert len(digests) == 2 and len(set(digests)) == 1
 
 
 def test_sharded_teacher_gives_the_logits_of_the_whole_one_to_the_last_bit(work):

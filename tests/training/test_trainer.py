@@ -10,8 +10,13 @@ from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.data.masks import encode_rows
+from kd.data.packing import Collator
 from kd.losses.divergences import forward_kl
+from kd.losses.fused import Objective
 from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
+from kd.teachers.live import LiveTeacher
+from kd.training.trainer import DistillationTrainer
 
 
 def flags(models, output, **changes) -> list:
@@ -104,3 +109,38 @@ def test_a_broken_teacher_ends_the_run_at_its_first_batch(models, tmp_path):
     changed = flags(models, tmp_path / "run", teacher=tmp_path / "teacher", use_cpu="true")
     done = start("python", "train/distill.py", *changed)
     assert done.returncode == 2 and "look at the teacher" in done.stdout, done.stdout[-3000:]
+
+
+def test_fault_13_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
+    """Every read waits for the device: after the first batch, micro-steps read nothing."""
+    tokenizer = load_tokenizer(str(models / "student"))
+    rows, _ = encode_rows(small_rows(4), tokenizer, 256, progress=False)
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    device = torch.device("cpu")
+    teacher = LiveTeacher(
+        TeacherSettings(teacher=str(models / "teacher"), teacher_dtype="float32"),
+        ModelSettings(),
+        device,
+    )
+    trainer = DistillationTrainer(
+        model=student,
+        args=TrainingSettings(
+            output_dir=str(models / "out"), global_batch_size=4, use_cpu=True, report_to=["none"]
+        ),
+        train_dataset=[[row] for row in rows],
+        data_collator=Collator(tokenizer.pad_token_id),
+        objective=Objective(0.5),
+        vocabulary=len(tokenizer),
+        teacher=teacher,
+    )
+    batch = trainer.data_collator([[row] for row in rows])
+    items = torch.tensor(sum(row.targets for row in rows))
+    trainer.compute_loss(student, batch, num_items_in_batch=items).backward()
+    reads = []
+    # Not __bool__: Transformers itself asks once a forward whether the rows are packed.
+    for name in ("item", "tolist", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: reads.append(name))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reads.append("empty_cache"))
+    trainer.compute_loss(student, batch, num_items_in_batch=items).backward()
+    monkeypatch.undo()
+    assert not reads
