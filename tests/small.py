@@ -19,21 +19,26 @@ TEXT = [
 ]
 
 
-def small_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template; <|im_end|> ends a turn."""
+def small_tokenizer(
+    vocabulary: int = 320,
+    texts: list[str] = TEXT,
+    eos_token: str = "<|im_end|>",
+    all_bytes: bool = True,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a ChatML template; without `all_bytes` it knows few."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if all_bytes else [],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
+        eos_token=eos_token,
         pad_token="<|endoftext|>",
         chat_template=CHATML,
     )

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from held_out import CHATS, TEXTS, new_model, train_tokenizer, write_jsonl
+from held_out import CHATS, TEXTS, new_model, write_jsonl
 from peft import LoraConfig, get_peft_model
+from small import small_tokenizer
 from transformers import AutoModelForCausalLM
 
 
@@ -26,7 +27,7 @@ def save_adapter(base: Path, folder: Path, tokens: list[int] | None) -> None:
 def house(tmp_path_factory) -> Path:
     """A folder of models and of JSONL files; `other` has another tokenizer."""
     root = tmp_path_factory.mktemp("house")
-    tokenizer = train_tokenizer(TEXTS)
+    tokenizer = small_tokenizer(texts=TEXTS)
     words = len(tokenizer)
     # The teacher's embeddings are padded, as large models' are.
     for name, size, hidden in (("teacher", words + 24, 48), ("student", words, 32)):
@@ -36,7 +37,7 @@ def house(tmp_path_factory) -> Path:
         save_adapter(root / "student", root / name, tokens)
         tokenizer.save_pretrained(root / name)
     new_model(words, 32, seed=2).save_pretrained(root / "other")
-    train_tokenizer(["quite another text zzz qqq" * 9]).save_pretrained(root / "other")
+    small_tokenizer(texts=["quite another text zzz qqq" * 9]).save_pretrained(root / "other")
 
     write_jsonl(root / "text.jsonl", [{"text": text} for text in TEXTS])
     chats = [[{"role": r, "content": c} for r, c in chat] for chat in CHATS]

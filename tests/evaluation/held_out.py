@@ -1,4 +1,4 @@
-"""What the tests of kd/evaluation share: held-out rows, a tokenizer, tiny models, a command."""
+"""What the tests of kd/evaluation share: held-out rows, tiny models, a command."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -23,32 +22,7 @@ CHATS = [
     [("user", "a question so long that nothing of its answer is left " * 6), ("assistant", "No.")],
     [("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "Yes, two.")],
 ]
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MAX_LENGTH = 64  # cuts one text, and the answer of one chat row away
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=TEMPLATE,
-    )
 
 
 def new_model(vocabulary: int, hidden: int, seed: int) -> Qwen2ForCausalLM:

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small import small_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 WORDS = [
     "what",
     "is",
@@ -56,20 +50,8 @@ def prompts_file(prompts: list[list[dict]], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Few tokens, so that random weights draw the end token within a few dozen."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=64, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    )
     texts = [" ".join(WORDS), "0123456789?.\n", "system user assistant be kind answer briefly"]
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    return small_tokenizer(64, texts, eos_token="<|endoftext|>", all_bytes=False)
 
 
 @pytest.fixture(scope="session")

@@ -108,9 +108,9 @@ def test_a_template_that_loses_the_system_prompt_is_refused(tokenizer):
     refusing = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + template
     )
-    silent = template.replace(
-        "{{ '<|im_start|>'", "{{ '' if message['role'] == 'system' else '<|im_start|>'", 1
-    )
+    loop = "{% for m in messages %}"
+    assert loop in template
+    silent = template.replace(loop, "{% for m in messages if m['role'] != 'system' %}")
     check_template(tokenizer, "teacher", "be kind")
     for broken in (refusing, silent):
         tokenizer.chat_template = broken

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small import CHATML, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,12 +24,6 @@ from kd.models.load import load_trained
 from kd.recipe import ModelSettings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "merge.py"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 IDS = torch.arange(3, 51).view(2, 24)
 
 
@@ -47,18 +41,8 @@ def run_command(*flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=special)
-    tokenizer.train_from_iterator(["what is a list? user system assistant\n", SCRIPT.name], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    texts = ["what is a list? user system assistant\n", SCRIPT.name]
+    return small_tokenizer(64, texts, eos_token="<|endoftext|>", all_bytes=False)
 
 
 def save_base(path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool) -> None:
@@ -135,7 +119,7 @@ def test_the_folder_is_a_plain_model_with_tokenizer_template_and_marker(merged):
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float32" and "quantization_config" not in config
     assert not (out / "adapter_config.json").exists()
-    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert json.loads((out / "done.json").read_text())["base"] == str(base)
 
 
