@@ -1,0 +1,124 @@
+"""A real local HTTP server that speaks chat completions, and misbehaves where a test asks for it.
+
+An answer depends on the request alone, as a seeded model's would. Faults depend on the request and
+on how often it was tried, so that every request is answered in the end.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+FAULTS = ("429", "500", "slow", "torn body", "broken connection", "no json", "empty")
+
+
+def digest(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+
+
+def some_answer(request: dict) -> dict:
+    """A choice of a completion: text by prompt, seed and temperature."""
+    asked = json.dumps([request["messages"], request.get("seed"), request.get("temperature")])
+    number = digest(asked)
+    words = ["list", "map", "tree", "node", "key", "loop", "file", "line", "sort", "join"]
+    text = " ".join(words[(number >> shift) % 10] for shift in range(0, 30, 3))
+    finish = "length" if number % 11 == 0 else "stop"
+    return {"message": {"role": "assistant", "content": text}, "finish_reason": finish, "index": 0}
+
+
+class ChatServer:
+    """`with ChatServer() as server:` serves at `server.url`; `server.requests` are those it saw.
+
+    `faulty`: of so many requests one meets each of `faults`, at its first try. `answer` makes the
+    choice of a completion from the request.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[dict], dict] = some_answer,
+        faulty: float = 0.0,
+        faults: tuple[str, ...] = FAULTS,
+        slow: float = 3.0,
+        pause: float = 0.0,
+        key: str | None = None,
+    ) -> None:
+        self.requests: list[dict] = []
+        self.tries: Counter[str] = Counter()
+        self.met: Counter[str] = Counter()
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                request = json.loads(body)
+                with lock:
+                    outer.requests.append(request)
+                    outer.tries[body] += 1
+                    first = outer.tries[body] == 1
+                if key and self.headers["Authorization"] != f"Bearer {key}":
+                    told = f"Incorrect API key provided: {self.headers['Authorization']}"
+                    return self.say(401, json.dumps({"error": {"message": told}}))
+                number = digest(body)
+                fault = None
+                if first and number % 1000 < 1000 * faulty:
+                    fault = faults[number // 1000 % len(faults)]
+                    outer.met[fault] += 1
+                time.sleep(slow if fault == "slow" else pause)
+                whole = {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": f"{request['model']}-2026",
+                    "choices": [answer(request)],
+                    "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12},
+                }
+                text = json.dumps(whole)
+                if "refused" in whole["choices"][0]:
+                    refusal = {"error": {"message": whole["choices"][0]["refused"]}}
+                    return self.say(400, json.dumps(refusal))
+                match fault:
+                    case "429" | "500":
+                        self.say(int(fault), '{"error": {"message": "later"}}')
+                    case "torn body":
+                        self.say(200, text[: len(text) // 2])
+                    case "no json":
+                        self.say(200, "<html>a proxy was here</html>", "text/html")
+                    case "empty":
+                        self.say(200, '{"choices": []}')
+                    case "broken connection":
+                        self.say(200, text[: len(text) // 2], length=len(text))
+                        self.close_connection = True
+                    case _:
+                        self.say(200, text)
+
+            def say(self, status: int, text: str, kind="application/json", length=None) -> None:
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", kind)
+                    self.send_header("Content-Length", str(length or len(text)))
+                    self.send_header("retry-after-ms", "30")
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client was killed, or has given up
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self) -> "ChatServer":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
