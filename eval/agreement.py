@@ -4,17 +4,29 @@ python eval/agreement.py --teacher runs/teacher --models student=runs/student \
     --data '[{"path": "heldout.jsonl"}]' --out_dir results
 
 Kullback-Leibler divergence both ways in nats a token, equal most probable tokens, the teacher's
-most probable token among the student's five, and both cross-entropies; one file a model,
-OUT_DIR/agreement/NAME.json. The teacher runs once for all models: its hidden states at the target
-tokens wait in memory.
+most probable token among the student's five, both cross-entropies, by source and by place in the
+row, and how well each model knows when it is right; one file a model, OUT_DIR/agreement/NAME.json.
+The teacher runs once for all models: its hidden states at the target tokens wait in memory.
+`launch/PROFILE.sh eval/agreement.py ...` shares the work between processes. What eval/perplexity.py
+would measure is found on the way, and written as its files.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd.evaluation.likelihood import make_batches, row_sums, teacher_states
+from transformers import PreTrainedTokenizerBase
+
+from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
 from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
-from kd.evaluation.results import agreement_result, describe, is_measured, write_result
+from kd.evaluation.processes import say, start_processes
+from kd.evaluation.results import (
+    agreement_result,
+    describe,
+    is_measured,
+    likelihood_result,
+    likelihood_text,
+    write_result,
+)
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
 from kd.models.tokenizer import check_same_tokenizer
 from kd.recipe import parse, setting
@@ -38,6 +50,7 @@ def main() -> None:
     for path in settings.named_models.values():
         check_same_tokenizer(tokenizer, settings.tokenizer(path))
     raw = load_sources(settings.sources, settings.mixture_seed)
+    start_processes()
     wanted = missing_results(settings, agreement, rows_hash(raw), tokenizer)
     if not wanted:
         return
@@ -48,13 +61,33 @@ def main() -> None:
         model = settings.load(settings.named_models[name])
         sums = row_sums(model, batches, len(tokenizer), teacher, description=name)
         del model  # before the next one is loaded
+        # The agreement's file last: it says that the model is done.
+        measured = {name: (settings.named_models[name], "cross_entropy")}
+        if "teacher" not in settings.named_models:
+            measured["teacher"] = (agreement.teacher, "teacher_cross_entropy")
+        for who, (path, column) in measured.items():
+            target = Path(agreement.out_dir) / "perplexity" / f"{who}.json"
+            own = describe(settings, path, rows_hash(raw), settings.tokenizer(path), rolling=False)
+            result = likelihood_result(rows, sums.rows[:, AGREEMENT.index(column)])
+            if own["chat_template_hash"] == description["chat_template_hash"]:
+                write_likelihood(who, target, own, result)
         result = agreement_result(rows, sums)
         write_result(file, description, result)
         show(name, result, file)
 
 
+def write_likelihood(name: str, file: Path, description: dict, result: dict) -> None:
+    """The file of eval/perplexity.py, which would have read the same rows."""
+    if not is_measured(file, description, quiet=True):
+        write_result(file, description, result)
+        say(f"{likelihood_text(name, result)}\nwrote {file}")
+
+
 def missing_results(
-    settings: EvaluationSettings, agreement: AgreementSettings, rows: str, tokenizer
+    settings: EvaluationSettings,
+    agreement: AgreementSettings,
+    rows: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, tuple[Path, dict]]:
     """{name: (file, description)} of the models that were not measured like this yet."""
     teacher = {"teacher": agreement.teacher, "teacher_files_hash": fingerprint(agreement.teacher)}
@@ -69,12 +102,13 @@ def missing_results(
 
 def show(name: str, result: dict, file: Path) -> None:
     for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
-        print(
+        say(
             f"{name}, {source}: KL(teacher || student) {means['forward_kl']:.4g}, KL(student || "
             f"teacher) {means['reverse_kl']:.4g} nats a token; top-1 agreement "
             f"{means['top1_agreement']:.1%}, in the five first {means['top5_overlap']:.1%}"
         )
-    print(f"wrote {file}", flush=True)
+    error = result["calibration"]["expected_error"]
+    say(f"{name}: expected calibration error {error:.3f}\nwrote {file}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from kd.data.sources import check_sources
+from kd.evaluation.processes import device
 from kd.evaluation.rows import text_hash
 from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse_json_list, require_file, setting
@@ -25,16 +26,13 @@ WEIGHTS = ("*.safetensors", "*.bin", "*config.json")
 
 
 @dataclass
-class EvaluationSettings:
-    """What every measurement needs: the models and the held-out rows."""
+class ModelSelection:
+    """The models that are measured, and how they are loaded."""
 
     models: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=PATH of each model: a hub name, a folder, a PEFT adapter's folder"},
     )
-    data: str = setting("", "JSON list of sources: [{path, split, count, columns, ...}, ...]")
-    mixture_seed: int = setting(0, "draws the rows of every source that has a count")
-    max_length: int = setting(1024, "tokens a row at most; longer rows are cut at the end")
     batch_size: int = setting(8, "rows a forward; the figures do not depend on it")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "type of the weights; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -48,14 +46,8 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         self.named_models = parse_models(self.models)
-        self.sources = parse_json_list("data", self.data)
-        if not self.sources:
-            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
-        check_sources(self.sources)
-        for key in ("max_length", "batch_size"):
-            least = 2 if key == "max_length" else 1
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size}; wanted 1 or more")
         require_file("chat_template", self.chat_template)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.dtype == "auto":
@@ -65,7 +57,25 @@ class EvaluationSettings:
         return load_tokenizer(path, self.chat_template)
 
     def load(self, path: str) -> PreTrainedModel:
-        return load_model(path, self.dtype, self.attn_implementation, self.device)
+        return load_model(path, self.dtype, self.attn_implementation, device())
+
+
+@dataclass
+class EvaluationSettings(ModelSelection):
+    """The models, and the held-out rows that they are measured on."""
+
+    data: str = setting("", "JSON list of sources: [{path, split, count, columns, ...}, ...]")
+    mixture_seed: int = setting(0, "draws the rows of every source that has a count")
+    max_length: int = setting(1024, "tokens a row at most; longer rows are cut at the end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sources = parse_json_list("data", self.data)
+        if not self.sources:
+            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
+        check_sources(self.sources)
+        if self.max_length < 2:
+            raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
 
 
 def parse_models(items: list[str]) -> dict[str, str]:

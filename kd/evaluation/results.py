@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kd.evaluation.likelihood import AGREEMENT
-from kd.evaluation.models import EvaluationSettings, fingerprint
+from kd.evaluation.likelihood import AGREEMENT, Sums
+from kd.evaluation.models import EvaluationSettings, ModelSelection, fingerprint
+from kd.evaluation.processes import RANK, say
 from kd.evaluation.rows import HeldoutRow, text_hash
 from kd.training.checkpoint import commit
 
@@ -19,16 +20,28 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def describe(
-    settings: EvaluationSettings, path: str, rows: str, tokenizer, **more: str
+    settings: EvaluationSettings, path: str, rows: str, tokenizer, **more: object
+) -> dict[str, object]:
+    """All that a figure on held-out rows depends on."""
+    return describe_model(
+        settings,
+        path,
+        tokenizer,
+        data=settings.sources,
+        rows_hash=rows,
+        mixture_seed=settings.mixture_seed,
+        max_length=settings.max_length,
+        **more,
+    )
+
+
+def describe_model(
+    settings: ModelSelection, path: str, tokenizer, **more: object
 ) -> dict[str, object]:
     """All that a figure depends on; a result with an equal description is not measured again."""
     return {
         "model": path,
         "model_files_hash": fingerprint(path),
-        "data": settings.sources,
-        "rows_hash": rows,
-        "mixture_seed": settings.mixture_seed,
-        "max_length": settings.max_length,
         "dtype": settings.dtype,
         "device": settings.device,
         "attn_implementation": settings.attn_implementation,
@@ -38,16 +51,19 @@ def describe(
     }
 
 
-def is_measured(file: Path, description: dict[str, object]) -> bool:
+def is_measured(file: Path, description: dict[str, object], quiet: bool = False) -> bool:
     """True where `file` was made with this description; says so."""
     if not file.is_file() or json.loads(file.read_text())["settings"] != description:
         return False
-    print(f"{file} is measured already with these settings; remove it to measure anew", flush=True)
+    if not quiet:
+        say(f"{file} is measured already with these settings; remove it to measure anew")
     return True
 
 
 def write_result(file: Path, description: dict[str, object], measured: dict[str, object]) -> None:
-    """Write settings, versions and figures, whole or not at all."""
+    """Write settings, versions and figures, whole or not at all; the first process does it."""
+    if RANK:
+        return
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     result = {"settings": description, "versions": versions, "commit": commit(), **measured}
     write_text(file, json.dumps(result) + "\n")
@@ -60,35 +76,78 @@ def write_text(file: Path, text: str) -> None:
     temporary.rename(file)
 
 
-def likelihood_result(rows: list[HeldoutRow], sums: Tensor) -> dict[str, object]:
-    """Perplexity and bits per byte of sums (R, 1) in nats: by source, by kind, overall, by row."""
+def likelihood_result(rows: list[HeldoutRow], nats: Tensor) -> dict[str, object]:
+    """Perplexity and bits per byte of sums (R,) in nats: by source, by kind, overall, by row."""
     records = [
         {
             "source": row.source,
             "kind": row.kind,
             "index": row.index,
-            "tokens": row.encoded.targets,
-            "nats": nats,
+            "tokens": row.targets,
+            "nats": value,
             "bytes": row.bytes,
         }
-        for row, (nats,) in zip(rows, sums.tolist(), strict=True)
+        for row, value in zip(rows, nats.tolist(), strict=True)
     ]
     return grouped(records, likelihood_means)
 
 
-def agreement_result(rows: list[HeldoutRow], sums: Tensor) -> dict[str, object]:
-    """Means a target token of sums (R, F) in the order of AGREEMENT, and the sums by row."""
+def likelihood_text(name: str, result: dict) -> str:
+    """A line a source of the perplexities, to be printed."""
+    lines = []
+    for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
+        bits = means["bits_per_byte"]
+        lines.append(
+            f"{name}, {source}: perplexity {means['perplexity']:.4g} over {means['tokens']} tokens"
+            + ("" if bits is None else f", {bits:.4g} bits per byte of text")
+        )
+    return "\n".join(lines)
+
+
+def agreement_result(rows: list[HeldoutRow], sums: Sums) -> dict[str, object]:
+    """Means a target token by source, kind and place, both calibrations, and the sums by row."""
     records = [
         {
             "source": row.source,
             "kind": row.kind,
             "index": row.index,
-            "tokens": row.encoded.targets,
+            "tokens": row.targets,
             **dict(zip(AGREEMENT, values, strict=True)),
         }
-        for row, values in zip(rows, sums.tolist(), strict=True)
+        for row, values in zip(rows, sums.rows.tolist(), strict=True)
     ]
-    return grouped(records, agreement_means)
+    return {
+        "places": place_means(sums.places),
+        "calibration": calibration(sums.calibration[0]),
+        "teacher_calibration": calibration(sums.calibration[1]),
+        **grouped(records, agreement_means),
+    }
+
+
+def place_means(places: Tensor) -> dict[str, dict[str, float]]:
+    """{"4-7": means over the fourth to seventh target of a row}, of the bins that have tokens."""
+    means = {}
+    for b, (tokens, *values) in enumerate(places.tolist()):
+        if tokens:
+            label = "1" if b == 0 else f"{2**b}-{2 ** (b + 1) - 1}"
+            figures = {n: v / tokens for n, v in zip(AGREEMENT, values, strict=True)}
+            means[label] = {"tokens": int(tokens), **figures}
+    return means
+
+
+def calibration(bins: Tensor) -> dict[str, object]:
+    """How often the most probable token is right where the model gives it so much probability.
+
+    expected_error = sum over bins of n / N * |right - confidence|. Guo et al. 2017, equation 3.
+    """
+    table = [
+        {"tokens": int(n), "confidence": confidence / n, "right": right / n}
+        for n, confidence, right in bins.tolist()
+        if n
+    ]
+    tokens = sum(b["tokens"] for b in table)
+    error = math.fsum(b["tokens"] * abs(b["right"] - b["confidence"]) for b in table) / tokens
+    return {"expected_error": error, "bins": table}
 
 
 def grouped(records: list[dict], means: Callable[[list[dict]], dict]) -> dict[str, object]:

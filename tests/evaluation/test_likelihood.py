@@ -10,7 +10,10 @@ import weakref
 import pytest
 import torch
 from held_out import MAX_LENGTH, ROOT, TEXTS, command, sources
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
+from processes import start, succeed
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,24 +39,29 @@ def model(house, name, dtype="float64"):
     return load_model(str(house / name), dtype, "sdpa", "cpu")
 
 
-def measured(found, rows, tokenizer, size=3, teacher=None):
+def summed(found, rows, tokenizer, size=3, teacher=None):
     batches = make_batches(rows, tokenizer.pad_token_id, size)
     states = teacher and teacher_states(teacher, batches, len(tokenizer))
     return row_sums(found, batches, len(tokenizer), states)
 
 
+def measured(*arguments, **keywords):
+    """(R, F): the sums of every row."""
+    return summed(*arguments, **keywords).rows
+
+
 def own_loss(found, row):
     """The model's own summed loss of one row without padding."""
-    ids, labels = torch.tensor([row.encoded.input_ids]), torch.tensor([row.encoded.labels])
+    ids, labels = torch.tensor([row.windows[0].input_ids]), torch.tensor([row.windows[0].labels])
     with torch.no_grad():
-        return float(found(input_ids=ids, labels=labels).loss.double()) * row.encoded.targets
+        return float(found(input_ids=ids, labels=labels).loss.double()) * row.windows[0].targets
 
 
 def target_logits(found, row, vocabulary):
     """(N, V) at the positions that predict targets, from the whole (1, T, V)."""
-    labels = torch.tensor(row.encoded.labels)
+    labels = torch.tensor(row.windows[0].labels)
     with torch.no_grad():
-        logits = found(input_ids=torch.tensor([row.encoded.input_ids])).logits[0]
+        logits = found(input_ids=torch.tensor([row.windows[0].input_ids])).logits[0]
     return logits[:-1][labels[1:] != IGNORED][:, :vocabulary].double()
 
 
@@ -95,25 +103,25 @@ def test_rows_keep_their_index_where_others_are_dropped(rows):
 
 def test_bytes_are_those_of_the_target_text(rows, tokenizer):
     for row, text in zip(rows[:3], TEXTS, strict=False):
-        first = tokenizer.decode(row.encoded.input_ids[:1])
+        first = tokenizer.decode(row.windows[0].input_ids[:1])
         assert row.bytes == len(text.encode()) - len(first.encode())
     cut = rows[3]  # by max_length, so that no end-of-sequence token is left
-    assert len(cut.encoded) == MAX_LENGTH
+    assert len(cut.windows[0]) == MAX_LENGTH
     assert row_text(cut, tokenizer) == TEXTS[3][: len(row_text(cut, tokenizer))]
-    assert cut.bytes == len(tokenizer.decode(cut.encoded.input_ids[1:]).encode())
+    assert cut.bytes == len(tokenizer.decode(cut.windows[0].input_ids[1:]).encode())
     assert all(row.bytes is None for row in rows[4:])
 
 
 def row_text(row, tokenizer):
-    return tokenizer.decode(row.encoded.input_ids)
+    return tokenizer.decode(row.windows[0].input_ids)
 
 
 def test_bits_per_byte_and_perplexity_follow_from_the_rows(house, rows, tokenizer):
     nats = [own_loss(model(house, "student"), row) for row in rows]
-    result = likelihood_result(rows, measured(model(house, "student"), rows, tokenizer))
+    result = likelihood_result(rows, measured(model(house, "student"), rows, tokenizer)[:, 0])
     size = sum(row.bytes for row in rows[:4])
     bits = sum(nats[:4]) / math.log(2) / size
-    targets = [row.encoded.targets for row in rows]
+    targets = [row.windows[0].targets for row in rows]
     assert result["sources"]["text"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert result["overall"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert result["kinds"]["chat"]["bits_per_byte"] is None
@@ -129,7 +137,7 @@ def test_bits_per_byte_and_perplexity_follow_from_the_rows(house, rows, tokenize
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_agrees_with_itself(house, rows, tokenizer, dtype):
-    sums = measured(
+    sums = summed(
         model(house, "teacher", dtype), rows, tokenizer, 2, model(house, "teacher", dtype)
     )
     overall = agreement_result(rows, sums)["overall"]
@@ -145,7 +153,7 @@ def test_agreement_equals_kl_div_of_whole_logits(house, rows, tokenizer):
     student, teacher = model(house, "student"), model(house, "teacher")
     for row, sums in zip(rows, found, strict=True):
         q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
-        labels = torch.tensor([label for label in row.encoded.labels if label != IGNORED])
+        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORED])
         best = p.argmax(-1)
         wanted = {
             "cross_entropy": -q.gather(-1, labels[:, None]).sum(),
@@ -226,6 +234,108 @@ def check_what_is_measured_again(house, out, common, models, monkeypatch):
 
 def written(out, name):
     return (out / "perplexity" / f"{name}.json").stat().st_mtime_ns
+
+
+def test_agreement_leaves_the_files_that_perplexity_would_write(house, tmp_path):
+    models = [f"student={house / 'student'}", f"adapter={house / 'adapter'}"]
+    common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--models", *models]
+    teacher = ["--teacher", house / "teacher", "--out_dir", tmp_path / "both"]
+    ran = command("agreement.py", *common, *teacher)
+    assert ran.returncode == 0, ran.stderr
+    ran = command(
+        "perplexity.py", *common, f"teacher={house / 'teacher'}", "--out_dir", tmp_path / "alone"
+    )
+    assert ran.returncode == 0, ran.stderr
+    for name in ("student", "adapter", "teacher"):
+        both, alone = (
+            json.loads((tmp_path / folder / "perplexity" / f"{name}.json").read_text())
+            for folder in ("both", "alone")
+        )
+        assert both == alone
+
+
+def test_two_processes_write_what_one_writes(house, tmp_path):
+    arguments = [
+        *("--teacher", house / "teacher", "--models", f"student={house / 'student'}"),
+        *(
+            "--data",
+            json.dumps(sources(house)),
+            "--max_length",
+            str(MAX_LENGTH),
+            "--batch_size",
+            "2",
+        ),
+    ]
+    succeed("python", "eval/agreement.py", *arguments, "--out_dir", tmp_path / "one")
+    # A finished process may still be aborted by gloo, so the run is judged by its files.
+    printed = start("launch/cpu.sh", "eval/agreement.py", *arguments, "--out_dir", tmp_path / "two")
+    assert printed.stdout.count("student, overall: KL") == 1, printed.stdout
+    for part in ("perplexity/student", "perplexity/teacher", "agreement/student"):
+        one, two = (json.loads((tmp_path / n / f"{part}.json").read_text()) for n in ("one", "two"))
+        assert one == two
+
+
+def test_places_and_calibration_are_those_of_the_tokens(house, rows, tokenizer):
+    student, teacher = model(house, "student"), model(house, "teacher")
+    found = agreement_result(rows, summed(student, rows, tokenizer, teacher=teacher))
+    kl, places, confidence, right = [], [], [], []
+    for row in rows:
+        q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
+        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORED])
+        kl += kl_div(q, p, reduction="none", log_target=True).sum(-1).tolist()
+        places += range(1, len(labels) + 1)
+        confidence += q.exp().amax(-1).tolist()
+        right += (q.argmax(-1) == labels).tolist()
+    for label, means in found["places"].items():
+        first, _, last = label.partition("-")
+        inside = [
+            k for k, n in zip(kl, places, strict=True) if int(first) <= n <= int(last or first)
+        ]
+        assert means["tokens"] == len(inside)
+        assert means["forward_kl"] == pytest.approx(sum(inside) / len(inside), rel=1e-6)
+    assert sum(means["tokens"] for means in found["places"].values()) == len(kl)
+    error = 0.0
+    for b in range(10):
+        chosen = [i for i, c in enumerate(confidence) if b / 10 <= c < (b + 1) / 10]
+        error += abs(sum(right[i] for i in chosen) - sum(confidence[i] for i in chosen)) / len(kl)
+    assert found["calibration"]["expected_error"] == pytest.approx(error, rel=1e-6)
+    assert sum(b["tokens"] for b in found["teacher_calibration"]["bins"]) == len(kl)
+
+
+def harness_model(house, tokenizer, max_length):
+    return HFLM(model(house, "student"), tokenizer=tokenizer, max_length=max_length, batch_size=3)
+
+
+def requests(*arguments):
+    return [Instance("loglikelihood", {}, a, 0) for a in arguments]
+
+
+def test_rolling_log_likelihoods_are_those_of_lm_evaluation_harness(house, tokenizer):
+    """Long texts in windows; their bytes give its bits per byte."""
+    raw = load_sources(sources(house)[:1], 0)
+    rows = encode_heldout(raw, tokenizer, MAX_LENGTH, rolling=True)
+    assert [len(row.windows) for row in rows][2:] == [1, 3]
+    nats = measured(model(house, "student"), rows, tokenizer)[:, 0]
+    harness = harness_model(house, tokenizer, MAX_LENGTH - 1)
+    wanted = harness.loglikelihood_rolling(requests(*((text,) for text in TEXTS)))
+    assert (-nats).tolist() == pytest.approx(wanted, rel=1e-6)
+    result = likelihood_result(rows, nats)["overall"]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert result["bytes"] == size
+    assert result["bits_per_byte"] == pytest.approx(-sum(wanted) / size / math.log(2), rel=1e-6)
+
+
+def test_log_likelihoods_of_answers_are_those_of_lm_evaluation_harness(house, rows, tokenizer):
+    chats = [row for row in rows if row.kind == "chat"][:2]
+    pairs = []
+    for row in chats:
+        ids, labels = row.windows[0].input_ids, row.windows[0].labels
+        first = next(i for i, label in enumerate(labels) if label != IGNORED)
+        last = max(i for i, label in enumerate(labels) if label != IGNORED)
+        pairs.append((("", ""), ids[:first], ids[first : last + 1]))
+    nats = measured(model(house, "student"), chats, tokenizer)[:, 0]
+    found = harness_model(house, tokenizer, 512)._loglikelihood_tokens(pairs)
+    assert (-nats).tolist() == pytest.approx([value for value, _ in found], rel=1e-6)
 
 
 def test_different_tokenizers_are_refused_before_a_model_is_loaded(house, tmp_path):

@@ -1,0 +1,144 @@
+"""eval/benchmarks.py beside lm-evaluation-harness's own command line, on the same local files."""
+
+import json
+
+import pytest
+from held_out import command, write_jsonl
+from processes import start, succeed
+
+BOOLQ = [
+    {"passage": f"{name} is {what}.", "question": f"is {name} {asked}", "label": int(what == asked)}
+    for name, what, asked in [
+        ("a list", "long", "long"),
+        ("a map", "short", "long"),
+        ("a tree of names", "tall", "tall"),
+        ("the mill", "still", "old"),
+        ("a river", "low", "low"),
+    ]
+]
+WINOGRANDE = [
+    {
+        "sentence": f"The {a} met the {b} because the _ was {c}.",
+        "option1": a,
+        "option2": b,
+        "answer": str(1 + i % 2),
+    }
+    for i, (a, b, c) in enumerate(
+        [("cat", "dog", "late"), ("list", "map", "old"), ("king", "poet", "kind")]
+    )
+]
+SCIQ = [
+    {
+        "support": "Water boils when it is hot." if i % 2 else "",
+        "question": f"What boils{'?' * i}",
+        "distractor1": "stone",
+        "distractor2": "a long iron bar",
+        "distractor3": "sand",
+        "correct_answer": "water",
+    }
+    for i in range(4)
+]
+GSM8K = [
+    {"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"}
+    for i in range(1, 7)
+]
+TASKS = {"boolq": BOOLQ, "winogrande": WINOGRANDE, "sciq": SCIQ}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(task_data, folder)."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task, rows in TASKS.items():
+        write_jsonl(folder / f"{task}.jsonl", rows)
+    write_jsonl(folder / "train.jsonl", GSM8K[3:])
+    write_jsonl(folder / "gsm8k.jsonl", GSM8K[:3])
+    data = {task: str(folder / f"{task}.jsonl") for task in TASKS}
+    gsm8k = {"train": str(folder / "train.jsonl"), "test": str(folder / "gsm8k.jsonl")}
+    return data | {"gsm8k": gsm8k}, folder
+
+
+def arguments(house, files, out, *names):
+    return [
+        *("--models", *(f"{name}={house / name}" for name in names)),
+        *("--tasks", *files[0], "--task_data", json.dumps(files[0])),
+        *("--batch_size", "3", "--num_fewshot", "2", "--out_dir", out),
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured(house, files):
+    out = files[1] / "results"
+    succeed("python", "eval/benchmarks.py", *arguments(house, files, out, "student", "adapter"))
+    return out
+
+
+def read(out, task, name):
+    return json.loads((out / "benchmarks" / task / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["student", "adapter"])
+def test_numbers_are_those_of_the_harness_own_command_line(house, files, measured, name, tmp_path):
+    peft = f",peft={house / name}" if name == "adapter" else ""
+    succeed(
+        *("lm_eval", "--model", "hf", "--tasks", ",".join(files[0]), "--num_fewshot", "2"),
+        *("--model_args", f"pretrained={house / 'student'}{peft},dtype=float32"),
+        *("--include_path", measured / "benchmarks" / "task_files", "--device", "cpu"),
+        *("--batch_size", "3", "--output_path", tmp_path),
+    )
+    (file,) = tmp_path.rglob("results_*.json")
+    wanted = json.loads(file.read_text())["results"]
+    for task in files[0]:
+        found = read(measured, task, name)["tasks"][task]["metrics"]
+        numbers = {k: v for k, v in wanted[task].items() if isinstance(v, int | float)}
+        assert found == numbers and len(found) >= 2
+
+
+def test_items_carry_the_scores_that_the_metrics_are_means_of(files, measured):
+    for task, rows in (TASKS | {"gsm8k": GSM8K[:3]}).items():
+        found = read(measured, task, "student")["tasks"][task]
+        assert len(set(found["items"]["hashes"])) == len(rows)
+        for metric, values in found["items"]["values"].items():
+            assert len(values) == len(rows)
+            assert found["metrics"][metric] == pytest.approx(sum(values) / len(rows))
+    chances = [read(measured, t, "student")["tasks"][t]["chance"] for t in files[0]]
+    assert chances == [0.5, 0.5, 0.25, None]
+
+
+def test_an_adapter_is_not_measured_as_its_base(measured):
+    base, adapter = (
+        read(measured, "sciq", name)["tasks"]["sciq"] for name in ("student", "adapter")
+    )
+    assert base["items"]["hashes"] == adapter["items"]["hashes"]
+    both = [
+        read(measured, t, n)["tasks"][t]["items"]["values"]
+        for t in TASKS
+        for n in ("student", "adapter")
+    ]
+    assert both[::2] != both[1::2]
+
+
+def test_two_processes_write_what_one_writes_and_a_rerun_measures_nothing(house, files, measured):
+    out = files[1] / "two"
+    job = start("launch/cpu.sh", "eval/benchmarks.py", *arguments(house, files, out, "student"))
+    for task in files[0]:
+        one, two = read(measured, task, "student"), read(out, task, "student")
+        assert one == two, job.stdout[-3000:]
+    again = command("benchmarks.py", *arguments(house, files, out, "student"))
+    assert again.returncode == 0 and again.stdout.count("measured already") == len(files[0])
+    assert "Loading weights" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "bolq"], "has no bolq"),
+        (["--tasks", "boolq", "--task_data", '{"boolq": "no.jsonl"}'], "boolq: no file no.jsonl"),
+        (["--tasks", "boolq", "--task_data", "{"], "task_data: not JSON"),
+        ([], "tasks: none given"),
+    ],
+)
+def test_mistakes_are_named_before_a_model_is_loaded(house, flags, message):
+    ran = command("benchmarks.py", "--models", f"student={house / 'student'}", *flags)
+    assert ran.returncode == 2 and message in ran.stderr, ran.stderr
+    assert "Loading weights" not in ran.stderr
