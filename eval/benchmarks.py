@@ -7,7 +7,7 @@ A model is a hub name, a folder, or a LoRA adapter's folder. The data comes from
 --task_data '{"boolq": "boolq.jsonl"}' from JSON lines with the fields that the task's rows have
 there. One file a task and model, OUT_DIR/benchmarks/TASK/NAME.json, with the score of every item; a
 rerun measures what is missing. `launch/PROFILE.sh eval/benchmarks.py ...` shares the documents
-between processes.
+between processes; where a task draws worked examples, it draws others then.
 """
 
 import json
@@ -24,7 +24,7 @@ from kd.evaluation.harness import (
     write_task_files,
 )
 from kd.evaluation.models import ModelSelection
-from kd.evaluation.processes import RANK, barrier, say, start_processes
+from kd.evaluation.processes import PROCESSES, RANK, barrier, say, start_processes
 from kd.evaluation.results import describe_model, is_measured, write_result
 from kd.recipe import parse, setting
 from kd.training.exit import run
@@ -108,6 +108,7 @@ def missing_results(
                 limit=settings.limit,
                 apply_chat_template=settings.apply_chat_template,
                 lm_eval=version("lm_eval"),
+                processes=PROCESSES,
             )
             file = Path(settings.out_dir) / "benchmarks" / task / f"{name}.json"
             if not is_measured(file, description):
