@@ -23,8 +23,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
+
+from kd.data.near_duplicates import NearDuplicates
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "datasets",
             "accelerate", "peft", "deepspeed", "bitsandbytes", "pyarrow", "fsspec", "huggingface_hub",
@@ -124,35 +125,9 @@ def text_row(doc: Docstring) -> dict | None:
     return {"text": f"{doc.name}\n\n{doc.text}"}
 
 
-class NearDuplicates:
-    """Remembers texts; `seen` tells whether a text nearly repeats an earlier one."""
-
-    def __init__(self) -> None:
-        self.index = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=32)
-        self.exact: set[str] = set()
-
-    def seen(self, text: str) -> bool:
-        words = re.findall(r"[a-z0-9]+", text.lower())
-        key = " ".join(words)
-        if key in self.exact:
-            return True
-        self.exact.add(key)
-        shingles = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
-        sketch = MinHash(num_perm=32, seed=1, hashfunc=_hash32)
-        sketch.update_batch([s.encode() for s in shingles])
-        if self.index.query(sketch):
-            return True
-        self.index.insert(len(self.exact), sketch, check_duplication=False)
-        return False
-
-
-def _hash32(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little")
-
-
 def rows(docs: list[Docstring]) -> Iterator[tuple[str, dict]]:
     """(file stem, row), training rows first; near-duplicates left out."""
-    texts, answers = NearDuplicates(), NearDuplicates()
+    texts, answers = (NearDuplicates(NEAR_DUPLICATE, permutations=32) for _ in range(2))
     ordered = sorted(docs, key=lambda doc: doc.heldout)
     for doc in tqdm(ordered, desc="dropping near-duplicates", unit="docstring"):
         split = "heldout" if doc.heldout else "train"

@@ -50,15 +50,6 @@ def load_rows(sources: list[dict], seed: int) -> list[dict]:
     return [row for source in sources for row in source_rows(source, seed)]
 
 
-def load_prompts(sources: list[dict], seed: int) -> list[list[dict]]:
-    """Of every row of a mixture the messages before the first answer: what a teacher is asked.
-
-    Rows have messages, with or without answers, or prompt. Raises ValueError naming file and line.
-    """
-    check_sources(sources)
-    return [row["messages"] for source in sources for row in source_rows(source, seed, to_prompt)]
-
-
 def source_rows(source: dict, seed: int, convert: Callable[..., dict] | None = None) -> list[dict]:
     path, columns = source["path"], source.get("columns", {})
     raw, place = read_jsonl(path) if is_local(path) else read_hub(source)
@@ -125,8 +116,12 @@ def to_row(raw: dict, columns: dict[str, str], system: str | None, place: str) -
 
 
 def to_prompt(raw: dict, columns: dict[str, str], system: str | None, place: str) -> dict:
-    """The messages before the first answer. Raises ValueError where there is no question."""
+    """The messages before the first answer, and that answer where there is one.
+
+    Raises ValueError where there is no question.
+    """
     get = lambda key: raw.get(columns.get(key, key))  # noqa: E731
+    answer = get("completion")
     if get("messages") is not None:
         messages = [dict(message) for message in get("messages")]
     elif get("prompt") is not None:
@@ -138,12 +133,15 @@ def to_prompt(raw: dict, columns: dict[str, str], system: str | None, place: str
         )
     check_messages(messages, place)
     answered = (i for i, message in enumerate(messages) if message["role"] == "assistant")
-    messages = messages[: next(answered, len(messages))]
+    first = next(answered, len(messages))
+    if first < len(messages):
+        answer = messages[first]["content"]
+    messages = messages[:first]
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f"{place}: no user message before the first answer, so nothing to ask")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages}
+    return {"messages": messages, "answer": answer}
 
 
 def check_messages(messages: list[dict], place: str) -> None:

@@ -1,12 +1,10 @@
-"""What answers prompts. An engine takes conversations and a seed for each, and returns answers.
+"""A model in this process that answers prompts: `model.generate` on left-padded batches.
 
-B batch, T tokens, V vocabulary. Here is one engine, `model.generate` on left-padded batches in this
-process; a server needs only the same method.
+B batch, T tokens, V vocabulary. Models behind a server: kd.generation.server.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -32,10 +30,6 @@ class Answer:
     text: str
     stopped: bool  # at an end token; False: cut at max_new_tokens
     tokens: int  # drawn, the end token included
-
-
-class Engine(Protocol):
-    def answer(self, conversations: list[list[dict]], seeds: list[int]) -> list[Answer]: ...
 
 
 def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel | PeftModel:
@@ -120,14 +114,13 @@ class LocalEngine:
         name: str,
         dtype: str,
         device: str,
-        temperature: float,
-        top_p: float,
         max_new_tokens: int,
-        system_prompt: str | None = None,
+        system_prompts: list[str] | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(name)
-        check_template(self.tokenizer, name, system_prompt)
-        self.name, self.temperature, self.top_p = name, temperature, top_p
+        for system_prompt in system_prompts or [None]:
+            check_template(self.tokenizer, name, system_prompt)
+        self.name = name
         self.model = load_answering_model(name, getattr(torch, dtype), device)
         # The folder's own settings (end tokens, repetition penalty) stay; what draws is ours. As
         # the model's own, too: generate fills what is None from there.
@@ -157,13 +150,19 @@ class LocalEngine:
         return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
     @torch.inference_mode()
-    def answer(self, conversations: list[list[dict]], seeds: list[int]) -> list[Answer]:
+    def answer(
+        self,
+        conversations: list[list[dict]],
+        seeds: list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Answer]:
         """One answer a conversation. `seeds` has one number for each, its own random stream."""
         batch = self.encode(conversations)
         out = self.model.generate(
             **batch,
             generation_config=self.config,
-            logits_processor=sampling_processors(self.temperature, self.top_p, seeds),
+            logits_processor=sampling_processors(temperature, top_p, seeds),
         )
         return [self.read(row) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
 

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from kd.generation.engines import GumbelNoise, LocalEngine, check_template, sampling_processors
 
 
-def engine(name, temperature: float = 1.0, new: int = 24) -> LocalEngine:
-    return LocalEngine(str(name), "float32", "cpu", temperature, 1.0, new)
+def engine(name, new: int = 24) -> LocalEngine:
+    return LocalEngine(str(name), "float32", "cpu", new)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
@@ -47,8 +47,8 @@ def test_a_draw_depends_on_its_seed_and_not_on_its_neighbours():
 
 
 def test_temperature_zero_is_the_models_own_greedy_decoding(teacher, tokenizer, prompts):
-    ours = engine(teacher, temperature=0.0)
-    answers = ours.answer(prompts[:6], [0] * 6)
+    ours = engine(teacher)
+    answers = ours.answer(prompts[:6], [0] * 6, temperature=0.0)
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     batch = ours.encode(prompts[:6])
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -92,7 +92,7 @@ def test_an_adapters_folder_answers_as_base_and_adapter(teacher, tokenizer, prom
     tokenizer.save_pretrained(tmp_path / "merged")
     asked = prompts[:4], [0] * 4
     adapter, merged, plain = (
-        engine(path, temperature=0.0).answer(*asked)
+        engine(path).answer(*asked, temperature=0.0)
         for path in (tmp_path / "adapter", tmp_path / "merged", teacher)
     )
     assert adapter == merged != plain

@@ -1,25 +1,33 @@
 """Keys, batches, the raw file, and the settings that are refused."""
 
+import json
+
 import pytest
 
-from kd.data.sources import load_prompts
+from kd.generation.records import cut_torn_lines, read_answers, record_file
 from kd.generation.sampling import (
-    GenerationSettings,
+    Question,
+    Sample,
     compose_batches,
-    cut_torn_lines,
-    raw_file,
-    read_raw,
+    load_questions,
     wanted_samples,
 )
+from kd.generation.settings import GenerationSettings, ServerSettings
 
 
 def settings(**changed) -> GenerationSettings:
     given = {"model": "m", "prompts": '[{"path": "p.jsonl"}]', "output_dir": "out"}
-    return GenerationSettings(**(given | changed))
+    lists = ("temperature", "top_p", "seed", "system_prompt")
+    spelt = {k: [v] if k in lists and not isinstance(v, list) else v for k, v in changed.items()}
+    return GenerationSettings(**(given | spelt))
+
+
+def wanted(prompts, **changed) -> list[Sample]:
+    return wanted_samples([Question(prompt) for prompt in prompts], settings(**changed))
 
 
 def keys(prompts, **changed) -> set[str]:
-    return {sample.key for sample in wanted_samples(prompts, settings(**changed))}
+    return {sample.key for sample in wanted(prompts, **changed)}
 
 
 @pytest.mark.parametrize(
@@ -45,36 +53,73 @@ def test_more_samples_more_prompts_and_other_batches_keep_the_old_keys(prompts):
 
 
 def test_a_repeated_prompt_is_asked_once(prompts):
-    assert len(wanted_samples(prompts[:5] * 2, settings(samples_per_prompt=2))) == 10
+    assert len(wanted(prompts[:5] * 2, samples_per_prompt=2)) == 10
 
 
 def test_batches_hold_every_sample_once_and_do_not_depend_on_what_is_finished(prompts):
-    samples = wanted_samples(prompts, settings(samples_per_prompt=2))
+    samples = wanted(prompts, samples_per_prompt=2, temperature=[0.5, 1.0])
     batches = compose_batches(samples, 7)
     assert sorted(s.key for batch in batches for s in batch) == sorted(s.key for s in samples)
-    assert batches == compose_batches(wanted_samples(prompts, settings(samples_per_prompt=2)), 7)
+    assert all(len({s.drawing for s in batch}) == 1 for batch in batches)
 
 
 def test_the_hidden_system_prompt_replaces_the_prompts_own(prompts):
-    with_own, without = (
-        next(s for s in wanted_samples(prompts, settings()) if len(s.prompt) == n) for n in (2, 1)
+    for hidden in ("answer briefly", None):
+        samples = wanted(prompts, system_prompt=hidden or "")
+        with_own, without = (
+            next(s for s in samples if len(s.question.prompt) == n) for n in (2, 1)
+        )
+        for sample in (with_own, without):
+            shown = [{"role": "system", "content": hidden}, sample.question.prompt[-1]]
+            assert sample.conversation == (shown if hidden else sample.question.prompt)
+
+
+def test_each_source_may_have_a_hidden_system_prompt_of_its_own(prompts):
+    two = '[{"path": "p.jsonl"}, {"path": "q.jsonl"}, {"path": "r.jsonl"}]'
+    by_source = settings(prompts=two, system_prompt=["be kind", "", "be brief"])
+    asked = [Question(prompt, source=i % 3) for i, prompt in enumerate(prompts[:3])]
+    found = [s.config["system_prompt"] for s in wanted_samples(asked, by_source)]
+    assert found == ["be kind", None, "be brief"]
+    with pytest.raises(ValueError, match="system_prompt: 2 for 3 sources"):
+        settings(prompts=two, system_prompt=["be kind", "be brief"])
+
+
+def test_samples_of_a_prompt_take_the_listed_temperatures_top_ps_and_seeds_in_turn(prompts):
+    found = wanted(
+        prompts[:1], samples_per_prompt=4, temperature=[0.5, 0.7, 1.0], top_p=[1.0, 0.9], seed=[5]
     )
-    hidden = {"role": "system", "content": "answer briefly"}
-    for sample in (with_own, without):
-        assert sample.conversation("answer briefly") == [hidden, sample.prompt[-1]]
-        assert sample.conversation(None) == sample.prompt
+    drawn = [(s.config["temperature"], s.config["top_p"], s.config["seed"]) for s in found]
+    assert drawn == [(0.5, 1.0, 5), (0.7, 0.9, 5), (1.0, 1.0, 5), (0.5, 0.9, 5)]
+    assert len({s.seed for s in found}) == 4
 
 
 def test_a_torn_last_line_is_cut_and_whole_lines_stay(tmp_path):
-    raw_file(tmp_path, 0).write_text('{"key": "a"}\n{"key": "b"}\n{"key": "c", "answer": "half a')
-    raw_file(tmp_path, 1).write_text('{"key": "d"}\n')
-    raw_file(tmp_path, 2).write_text('{"k')
-    assert cut_torn_lines(tmp_path) == len('{"key": "c", "answer": "half a') + len('{"k')
-    assert set(read_raw(tmp_path)) == {"a", "b", "d"}
-    assert cut_torn_lines(tmp_path) == 0
+    a, b = (f'{{"key": "{key}", "answer": ""}}\n' for key in "ab")
+    record_file(tmp_path, "raw", 0).write_text(a + b + '{"key": "c", "answer": "half a')
+    record_file(tmp_path, "raw", 1).write_text('{"key": "d", "answer": ""}\n')
+    record_file(tmp_path, "raw", 2).write_text('{"k')
+    assert cut_torn_lines(tmp_path, "raw") == len('{"key": "c", "answer": "half a') + len('{"k')
+    assert set(read_answers(tmp_path)[0]) == {"a", "b", "d"}
+    assert cut_torn_lines(tmp_path, "raw") == 0
 
 
-def test_prompts_are_what_precedes_the_first_answer(tmp_path):
+def test_an_answer_that_is_there_never_changes_and_an_error_is_no_answer(tmp_path):
+    lines = [
+        '{"key": "a", "error": "later"}',
+        '{"key": "a", "answer": "first"}',
+        '{"key": "a", "answer": "second"}',
+        '{"key": "b", "error": "refused"}',
+    ]
+    record_file(tmp_path, "raw", 0).write_text("\n".join(lines) + "\n")
+    answers, errors = read_answers(tmp_path)
+    assert answers["a"]["answer"] == "first" and errors == {"b": "refused"}
+
+
+def load(path, **source):
+    return load_questions(settings(prompts=json.dumps([{"path": str(path)} | source])))
+
+
+def test_prompts_are_what_precedes_the_first_answer_and_that_answer_is_the_gold_one(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(
         '{"prompt": "a?"}\n'
@@ -83,13 +128,14 @@ def test_prompts_are_what_precedes_the_first_answer(tmp_path):
         '{"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "d?"}, '
         '{"role": "assistant", "content": "dropped"}, {"role": "user", "content": "dropped"}]}\n'
     )
-    found = load_prompts([{"path": str(path), "system": "given"}], 0)
-    assert [[message["content"] for message in prompt] for prompt in found] == [
+    found = load(path, system="given")
+    assert [[message["content"] for message in question.prompt] for question in found] == [
         ["given", "a?"],
         ["given", "b?"],
         ["given", "c?"],
         ["own", "d?"],
     ]
+    assert [question.gold for question in found] == [None, "dropped", None, "dropped"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +150,7 @@ def test_a_row_without_a_question_is_refused_with_its_line(tmp_path, row, found)
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a?"}\n' + row + "\n")
     with pytest.raises(ValueError, match=f"line 2: .*{found}"):
-        load_prompts([{"path": str(path)}], 0)
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +166,23 @@ def test_a_row_without_a_question_is_refused_with_its_line(tmp_path, row, found)
         {"top_p": 0.0},
         {"temperature": 0.0, "samples_per_prompt": 2},
         {"temperature": 0.0, "top_p": 0.9},
+        {"seed": [0, 1]},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
         settings(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"concurrency": 0},
+        {"retries": -1},
+        {"request_timeout": 0.0},
+        {"price_per_million_tokens": [1.0]},
+    ],
+)
+def test_server_settings_that_cannot_be_meant_are_refused(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        ServerSettings(**changed)

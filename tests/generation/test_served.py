@@ -1,0 +1,157 @@
+"""train/generate.py by its command line against a real server that misbehaves: killed ten times."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from chat_server import ChatServer
+from processes import ROOT, start
+
+HIDDEN = "answer as a careful expert would"
+KEY = "sk-never-to-be-written"
+SAMPLES = 39 * 3  # one of the forty prompts is in the evaluation data
+
+
+@pytest.fixture(scope="module")
+def folder(prompts, prompts_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    evaluated = prompts[7][-1]["content"]
+    (folder / "evaluation.jsonl").write_text(json.dumps({"turns": [evaluated]}) + "\n")
+    keys = {
+        "model": "big",
+        "prompts": [{"path": str(prompts_file)}],
+        "system_prompt": HIDDEN,
+        "samples_per_prompt": 3,
+        "temperature": [0.5, 1.0],
+        "max_new_tokens": 48,
+        "concurrency": 4,
+        "request_timeout": 1.0,
+        "price_per_million_tokens": [2.5, 10],
+        "evaluation_data": [{"path": str(folder / "evaluation.jsonl")}],
+        "near_duplicate_similarity": 0.8,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    return folder
+
+
+def command(folder: Path, server: ChatServer, out: Path, *flags) -> list[str]:
+    spelt = ["--config", folder / "recipe.yaml", "--server", server.url, "--output_dir", out]
+    return [str(part) for part in (sys.executable, "train/generate.py", *spelt, *flags)]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder) -> tuple[Path, str]:
+    with ChatServer(key=KEY) as server:
+        done = start(*command(folder, server, folder / "whole"), OPENAI_API_KEY=KEY)
+    assert (folder / "whole" / "done.json").is_file(), done.stdout
+    return folder / "whole", done.stdout
+
+
+def test_the_server_is_asked_with_the_hidden_prompt_and_no_row_has_it(uninterrupted, prompts):
+    out, printed = uninterrupted
+    raw, train = rows(out / "raw.jsonl"), rows(out / "train.jsonl")
+    assert len({row["key"] for row in raw}) == len(raw) == SAMPLES
+    assert {row["config"]["system_prompt"] for row in raw} == {HIDDEN}
+    assert [row["config"]["temperature"] for row in raw].count(0.5) == 2 * SAMPLES // 3
+    assert {row["served_by"] for row in raw} == {"big-2026"}
+    assert 0 < len(train) < SAMPLES and f"kept {len(train)};" in printed
+    assert HIDDEN not in (out / "train.jsonl").read_text()
+    contents = {message["content"] for row in train for message in row["messages"]}
+    assert HIDDEN not in contents and prompts[7][-1]["content"] not in contents
+    assert prompts[8][-1]["content"] in contents and "be kind 1" in contents
+
+
+def test_tokens_and_price_are_estimated_before_and_counted_after(uninterrupted):
+    printed = uninterrupted[1]
+    assert f"to ask: {SAMPLES} requests of big" in printed
+    most = SAMPLES * 48
+    assert f"at most {most:,} of answers" in printed
+    assert "1 left out for overlap with the evaluation data" in printed
+    prompt, answer = SAMPLES * 7, SAMPLES * 5  # as the server says
+    cost = (prompt * 2.5 + answer * 10) / 1e6
+    assert f"used: {prompt} tokens of prompts, {answer} of answers; price {cost:,.2f}" in printed
+
+
+def test_the_key_is_in_no_file_and_on_no_screen(uninterrupted):
+    out, printed = uninterrupted
+    assert KEY not in printed
+    for file in out.iterdir():
+        assert KEY not in file.read_text(), file
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_restarted_it_writes_the_same_bytes(
+    folder, uninterrupted, kills, tmp_path
+):
+    """SIGKILL while it starts, asks or writes, against 429, 500, time-outs and torn bodies."""
+    moments = random.Random(kills)
+    with ChatServer(key=KEY, faulty=0.3, slow=1.5, pause=0.02) as server:
+        arguments = command(folder, server, tmp_path)
+        for kill in range(kills):
+            before = len(server.requests)
+            wait_for = 0 if kill == 3 else moments.randint(1, SAMPLES // (kills + 2))
+            process = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env=os.environ | {"OPENAI_API_KEY": KEY},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            deadline = time.monotonic() + 120
+            while len(server.requests) < before + wait_for:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0.0, 0.1 if wait_for else 2.0))
+            assert process.poll() is None, "it was finished before the kill"
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert not (tmp_path / "train.jsonl").exists() and not (tmp_path / "done.json").exists()
+        answered = len(rows(tmp_path / "raw.jsonl"))
+        with open(tmp_path / "raw.jsonl", "a") as file:
+            file.write('{"key": "torn')
+        done = start(*arguments, OPENAI_API_KEY=KEY)
+        assert set(server.met) >= {"429", "500", "slow", "torn body", "broken connection"}
+    assert "cut a torn last line of 13 bytes" in done.stdout
+    assert 0 < answered < SAMPLES
+    raw = rows(tmp_path / "raw.jsonl")
+    assert len(raw) == len({row["key"] for row in raw}) == SAMPLES
+    expected = (uninterrupted[0] / "train.jsonl").read_bytes()
+    assert (tmp_path / "train.jsonl").read_bytes() == expected
+
+
+def test_an_estimate_alone_asks_nothing_and_needs_no_key(folder, tmp_path):
+    with ChatServer() as server:
+        done = start(*command(folder, server, tmp_path, "--estimate_only", "true"))
+        assert done.returncode == 0 and "price: at most" in done.stdout, done.stdout
+        assert not server.requests and not (tmp_path / "train.jsonl").exists()
+
+
+def test_what_the_server_refuses_is_an_error_that_a_recipe_may_accept(folder, tmp_path):
+    def picky(request: dict) -> dict:
+        if request["messages"][-1]["content"].endswith(" 3?"):
+            return {"refused": "not this one"}
+        return {"message": {"content": f"a list {request['seed']}"}, "finish_reason": "stop"}
+
+    with ChatServer(picky) as server:
+        arguments = command(folder, server, tmp_path)
+        refused = start(*arguments)
+        assert refused.returncode == 2 and "Traceback" not in refused.stdout
+        assert f"3 of {SAMPLES} samples have no answer, the first for: " in refused.stdout
+        assert "not this one" in refused.stdout
+        asked = len(server.requests)
+        done = start(*arguments, "--skip_failed", "true")
+        assert done.returncode == 0 and "3 without an answer" in done.stdout, done.stdout
+        assert len(server.requests) == asked + 3  # it was asked once more
+    train = (tmp_path / "train.jsonl").read_text()
+    assert " 4?" in train and " 3?" not in train
