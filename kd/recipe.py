@@ -26,6 +26,9 @@ Divergence = Literal[
 ]
 
 
+CHECK_STEPS, CHECK_RATE = 10, 5  # of --check; the rate multiplies learning_rate
+
+
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its line of `--help`."""
     return field(default=default, metadata={"help": help})
@@ -170,12 +173,21 @@ class TrainingSettings(TrainingArguments):
     early_stopping_patience: int | None = setting(
         None, "stop after so many evaluations without a better metric_for_best_model"
     )
+    check: bool = setting(
+        False, "ten steps on eight rows in output_dir/check, which must over-fit: try this first"
+    )
+    max_skipped_steps: int = setting(
+        3, "steps in a row without a finite loss or gradient that are left out; one more: an error"
+    )
+    logging_nan_inf_filter: bool = setting(False, "true would log another loss in place of nan")
     remove_unused_columns: bool = setting(False, "the collator decides what the models see")
     ddp_find_unused_parameters: bool | None = setting(False, "every trained weight gets a gradient")
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir: not given; wanted the folder of this run")
+        if self.check:
+            self.set_up_check()
         processes = int(os.environ.get("WORLD_SIZE", 1))
         self.per_device_train_batch_size, self.gradient_accumulation_steps = derive_batch(
             self.global_batch_size,
@@ -191,6 +203,16 @@ class TrainingSettings(TrainingArguments):
             self.per_device_eval_batch_size or self.per_device_train_batch_size
         )
         super().__post_init__()
+
+    def set_up_check(self) -> None:
+        """Ten steps that learn fast, and a checkpoint; nothing of the run itself is touched."""
+        self.output_dir, self.report_to = f"{self.output_dir}/check", ["none"]
+        self.max_steps = self.save_steps = CHECK_STEPS
+        self.logging_strategy = self.save_strategy = "steps"
+        self.logging_steps, self.eval_strategy = 1, "no"
+        self.learning_rate *= CHECK_RATE
+        self.lr_scheduler_type, self.warmup_steps = "constant", 0
+        self.load_best_model_at_end, self.early_stopping_patience = False, None
 
 
 def derive_batch(

@@ -1,30 +1,44 @@
 # Sourced by the profiles of this folder; turns `launch/PROFILE.sh [options] SCRIPT [flags]` into one command.
 #   --dry-run   print the command instead of running it
 #   --cpu       rehearse the profile with two CPU processes: only counts and precision are replaced
-# NUM_PROCESSES=8 in the environment replaces the profile's number of processes.
+#   --torchrun  start by torchrun instead of accelerate launch, with the same DeepSpeed JSON
+# NUM_PROCESSES=8 in the environment replaces the profile's number of processes (of one node). With --torchrun,
+# NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make this one of several nodes (launch/slurm/train.sbatch).
 # A profile sets: accelerate_config, flags (both training scripts), distill_flags, generate_flags.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
-dry_run='' launcher=(accelerate launch --config_file "$accelerate_config" --main_process_port 0)
+# SIGUSR1 is a warning to the run, so it must not end the launcher: both launchers hand it on.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+dry_run='' torchrun='' launcher=(accelerate launch --config_file "$accelerate_config" --main_process_port 0)
 [[ -n ${NUM_PROCESSES:-} ]] && launcher+=(--num_processes "$NUM_PROCESSES")
-rehearsal=()
+rehearsal=() processes=$(sed -n 's/^num_processes: //p' "$accelerate_config")
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --dry-run) dry_run=1 ;;
+        --torchrun) torchrun=1 ;;
         --cpu)
             # accelerate's own --cpu would drop DeepSpeed, so a copy of the configuration says it.
             mkdir -p runs/rehearsal
             sed 's/^use_cpu: .*/use_cpu: true/; s/^num_processes: .*/num_processes: 2/' \
                 "$accelerate_config" > "runs/rehearsal/${accelerate_config##*/}"
             launcher[3]=runs/rehearsal/${accelerate_config##*/}
-            rehearsal=(--use_cpu true --fp16 false --bf16 true)
+            rehearsal=(--use_cpu true --fp16 false --bf16 true) processes=2
             export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} ;;
-        *) echo "$0: unknown option $1; wanted --dry-run or --cpu, then a script" >&2; exit 2 ;;
+        *) echo "$0: unknown option $1; wanted --dry-run, --cpu or --torchrun, then a script" >&2; exit 2 ;;
     esac
     shift
 done
-[[ -f ${1:-} ]] || { echo "usage: $0 [--dry-run] [--cpu] SCRIPT [flags]; no script '${1:-}'" >&2; exit 2; }
+[[ -f ${1:-} ]] || { echo "usage: $0 [--dry-run] [--cpu] [--torchrun] SCRIPT [flags]; no script '${1:-}'" >&2; exit 2; }
 script=$1; shift
+if [[ -n $torchrun ]]; then
+    launcher=(torchrun --nproc-per-node "${NUM_PROCESSES:-$processes}")
+    if [[ -n ${NNODES:-} ]]; then
+        launcher+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+    else
+        launcher+=(--standalone)
+    fi
+    flags+=(--deepspeed "$(sed -n 's/^ *deepspeed_config_file: //p' "$accelerate_config")")
+fi
 case $script in
     train/distill.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
     train/sft.py) flags+=("${rehearsal[@]}") ;;

@@ -8,19 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from kd.training.saving import checkpoints
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is written last."""
-    found = [
-        folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (folder / "trainer_state.json").is_file()
-    ]
-    newest = max(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    """The newest checkpoint as it lies there, unchecked."""
+    newest = next(iter(checkpoints(Path(output_dir))), None)
     return None if newest is None else str(newest)
 
 
@@ -29,19 +24,24 @@ def write_record(output_dir: str, settings: list, names: dict[str, str] | None =
 
     `names` are keys that no dataclass of `settings` holds.
     """
-    recipe: dict[str, Any] = dict(names or {})
-    for part in settings:
-        to_dict = getattr(part, "to_dict", lambda part=part: dataclasses.asdict(part))
-        recipe.update(to_dict())
     record = {
         "command": sys.argv,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "recipe": recipe,
+        "recipe": recipe_of(settings, names),
     }
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, default=str) + "\n"
     (Path(output_dir) / "run.json").write_text(text)
+
+
+def recipe_of(settings: list, names: dict[str, str] | None = None) -> dict[str, Any]:
+    """Every key of a run with its value."""
+    recipe: dict[str, Any] = dict(names or {})
+    for part in settings:
+        to_dict = getattr(part, "to_dict", lambda part=part: dataclasses.asdict(part))
+        recipe.update(to_dict())
+    return recipe
 
 
 def commit() -> str | None:

@@ -1,33 +1,75 @@
 """How a script ends: together, with a done marker, and without gloo's abort at interpreter exit."""
 
+import ctypes
 import json
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from kd.training.stopping import Stopped
 
 DONE = "done.json"
+OUTCOME = (
+    "KD_OUTCOME"  # names a file for done, stopped or failed; launch/slurm/train.sbatch reads it
+)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`, report a user's mistake in one line, and leave the process.
 
     gloo's threads abort one process in ten at interpreter exit after all its work, so a finished
-    process leaves by os._exit; success is the done marker, written before.
+    process leaves by os._exit; success is the done marker, written before. A launcher prints the
+    first failure of all its processes last: it reads that from the error handler.
     """
+    die_with_the_launcher()
+    where = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         main()
+    except Stopped as stopped:
+        if dist.is_initialized():
+            dist.barrier()  # what rank 0 wrote is there; srun ends all at the first that leaves
+        if first():
+            print(stopped, flush=True)
+            report_outcome("stopped")
+        leave(128 + stopped.number)
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        where = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        get_error_handler().record_exception(error)
         print(f"{where}error: {error}", file=sys.stderr)
+        report_outcome("failed")  # starting again would not help
         leave(2)
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        sys.stderr.write("".join(f"{where}{line}\n" for line in traceback.format_exc().split("\n")))
+        leave(1)
     if dist.is_initialized():
         dist.barrier()
+    if first():
+        report_outcome("done")
     leave(0)
+
+
+def die_with_the_launcher() -> None:
+    """Where the launcher is killed -9, its processes would train on, with nobody to stop them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def report_outcome(outcome: str) -> None:
+    if os.environ.get(OUTCOME):
+        Path(os.environ[OUTCOME]).write_text(outcome + "\n")
 
 
 def leave(code: int) -> None:

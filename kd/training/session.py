@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+import shutil
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     set_seed,
 )
 
@@ -26,8 +27,14 @@ from kd.recipe import (
     TrainingSettings,
 )
 from kd.teachers.live import LiveTeacher
-from kd.training.checkpoint import last_checkpoint, write_record
+from kd.training.check import check_rows, report_check
+from kd.training.checkpoint import recipe_of, write_record
 from kd.training.exit import is_done, mark_done
+from kd.training.out_of_memory import names_what_to_change
+from kd.training.same_run import about_run, check_same_run
+from kd.training.saving import open_to_umask, usable_checkpoint
+from kd.training.stopping import STOPPED
+from kd.training.tensorboard import write_no_step_twice
 from kd.training.trainer import DistillationTrainer, causal_lm
 
 
@@ -45,6 +52,8 @@ def train(
     """
     check_sources(data.sources)
     check_sources(data.eval_sources)
+    if training.check and training.process_index == 0:  # always anew
+        shutil.rmtree(training.output_dir, ignore_errors=True)
     model_settings = with_dtype(model_settings, training)
     if teacher_settings and teacher_settings.teacher_deepspeed and "RANK" not in os.environ:
         raise ValueError(
@@ -61,14 +70,15 @@ def train(
     objective, hidden = Objective(), None
     if teacher_settings and objective_settings:
         objective, hidden = objectives(objective_settings, name, teacher_settings.teacher)
-    rows, eval_rows = prepare_rows(data, tokenizer, training)
     settings = [model_settings, data, training, teacher_settings, objective_settings]
+    names = {"student" if teacher_settings else "model": name}
+    about, checkpoint = resume_point(training, recipe_of([s for s in settings if s], names))
+    rows, eval_rows = prepare_rows(data, tokenizer, training)
+    if training.check:
+        rows = check_rows(rows, training.global_batch_size)
     if training.process_index == 0:
-        names = {"student" if teacher_settings else "model": name}
         write_record(training.output_dir, [s for s in settings if s], names)
 
-    # Transformers reads the place of its TensorBoard files from here; one folder across restarts.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{training.output_dir}/tensorboard"
     set_seed(training.seed)
     model = load_trained(name, model_settings, tokenizer)
     teacher = None
@@ -87,23 +97,47 @@ def train(
         vocabulary=len(tokenizer),
         teacher=teacher,
         hidden=hidden,
+        about=about,
     )
-    trainer.add_callback(SavesGenerationConfig(trainer))
+    write_no_step_twice(trainer, f"{training.output_dir}/tensorboard", checkpoint)
     if training.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+        trainer.add_callback(EarlyStopping(training.early_stopping_patience))
     say(training, describe(trainer, training))
-    checkpoint = last_checkpoint(training.output_dir)
-    if checkpoint:
-        say(training, f"going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with names_what_to_change(
+        training, model_settings, data.max_length, teacher_settings, objective_settings
+    ):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.stop.leave(training.output_dir, trainer.state.global_step, trainer.state.max_steps)
     metrics = dict(result.metrics)
+    if training.check:
+        say(training, report_check(trainer.state.log_history, metrics["train_runtime"]))
+        return
     if eval_rows:
         metrics |= trainer.evaluate()
-    save_model(trainer)
+    trainer.save_model()
     trainer.save_state()  # the training curve, for the report
     if training.process_index == 0:
+        open_to_umask(Path(training.output_dir).glob("*.safetensors"))
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")
+
+
+def resume_point(training: TrainingSettings, recipe: dict) -> tuple[dict, str | None]:
+    """(what this run's manifests say of it, the checkpoint that it goes on from).
+
+    Raises ValueError where there is one that belongs to another run.
+    """
+    plugin = getattr(training, "deepspeed_plugin", None)
+    stage = plugin.hf_ds_config.get_value("zero_optimization.stage") if plugin else None
+    about = about_run(training, recipe, stage)
+    found = usable_checkpoint(training.output_dir)
+    if training.process_index == 0:
+        (Path(training.output_dir) / STOPPED).unlink(missing_ok=True)
+    if not found:
+        return about, None
+    check_same_run(found[0], found[1], about)
+    say(training, f"going on from {found[0]}")
+    return about, found[0]
 
 
 def with_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSettings:
@@ -183,22 +217,13 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
     )
 
 
-class SavesGenerationConfig(TrainerCallback):
-    """An adapter's checkpoint has no generation_config of its own; without one it may not stop."""
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers', which forgets how long it has been patient where a run goes on."""
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.config = causal_lm(trainer.model).generation_config
-
-    def on_save(self, args, state, control, **_) -> None:
-        if state.is_world_process_zero:
-            self.config.save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}")
-
-
-def save_model(trainer: DistillationTrainer) -> None:
-    """Weights or adapter, tokenizer, chat template and generation_config in output_dir."""
-    trainer.save_model()
-    if trainer.args.process_index == 0:
-        causal_lm(trainer.model).generation_config.save_pretrained(trainer.args.output_dir)
+    def on_train_begin(self, args, state, control, **kw) -> None:
+        super().on_train_begin(args, state, control, **kw)
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        vars(self).update(saved.get("attributes", {}))
 
 
 def say(training: TrainingSettings, text: str) -> None:

@@ -7,11 +7,13 @@ nowhere else.
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
@@ -20,6 +22,11 @@ from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, return_loss
 from kd.teachers.live import LiveTeacher
+from kd.training.health import NonFinite
+from kd.training.pace import Pace
+from kd.training.saving import write_checkpoint
+from kd.training.stopping import StopsOnSignal, deaf_worker
+from kd.training.watchdog import Watchdog
 
 
 class DistillationTrainer(Trainer):
@@ -32,9 +39,11 @@ class DistillationTrainer(Trainer):
         vocabulary: int,
         teacher: LiveTeacher | None = None,
         hidden: HiddenObjective | None = None,
+        about: dict[str, Any] | None = None,
         **kw,
     ):
         super().__init__(*args, **kw)
+        self.about = about or {}  # of the run, for the manifest of every checkpoint
         self.objective = objective
         self.hidden = hidden
         self.vocabulary = vocabulary
@@ -44,6 +53,10 @@ class DistillationTrainer(Trainer):
         return_loss(causal_lm(self.model))
         self.metric_sums = torch.zeros(len(REPORTED), device=self.args.device)
         self.first_batch = True
+        self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace()
+        self.non_finite = NonFinite(self, self.args.max_skipped_steps)
+        for guard in (self.watchdog, self.pace, self.non_finite, self.stop):
+            self.add_callback(guard)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The normalised training loss of a micro-batch; metrics stay on the device."""
@@ -51,6 +64,7 @@ class DistillationTrainer(Trainer):
         if self.first_batch:
             self.check_first_batch(outputs["metrics"])
         self.metric_sums += outputs["metrics"]
+        self.non_finite.note(inputs["input_ids"], outputs["loss"])
         loss = outputs["loss"] * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
@@ -71,7 +85,11 @@ class DistillationTrainer(Trainer):
         """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""
         layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
         nothing = contextlib.nullcontext((None, None))
-        with self.teacher.signal(batch, layers) if self.teacher else nothing as (signal, states):
+        self.watchdog.beat()
+        with (
+            self.teacher.signal(batch, layers) if self.teacher else nothing as (signal, states),
+            self.pace.own_work(batch["input_ids"]),
+        ):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
@@ -138,13 +156,25 @@ class DistillationTrainer(Trainer):
         mine = rows[self.args.process_index :: ranks]
         return [self.data_collator(mine[i : i + size]) for i in range(0, len(mine), size)]
 
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        return loader
+
+    def _save_checkpoint(self, model, trial) -> None:
+        write_checkpoint(self)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's, with the projections of the hidden-state loss in a file of their own."""
+        """Trainer's, with generation_config, and the projections of the hidden-state loss apart."""
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         mark = f"{PROJECTIONS}."
         own = {k.split(mark)[1]: v.contiguous() for k, v in state_dict.items() if mark in k}
         rest = {k: v for k, v in state_dict.items() if mark not in k}
         super()._save(output_dir, rest)
+        if self.args.should_save:  # an adapter has none of its own; without one it may not stop
+            causal_lm(self.model).generation_config.save_pretrained(
+                output_dir or self.args.output_dir
+            )
         if own and self.args.should_save:
             save_file(own, f"{output_dir or self.args.output_dir}/{PROJECTIONS}.safetensors")
 

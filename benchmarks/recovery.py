@@ -1,0 +1,289 @@
+"""One two-rank run is killed -9 again and again; it must end bit-equal to a run never killed.
+
+python benchmarks/recovery.py --kills 100 --json benchmarks/results/recovery_cpu.json
+
+QLoRA with dropout and a hidden-state loss under ZeRO-2, beside a teacher sharded by ZeRO-3, on the
+CPU. Every start is the same command. What is killed (rank 0, rank 1, the launcher, all at once) and
+when (between steps, inside a save, at its rename) is drawn from --seed. Stopped itself, it goes on
+in --work. A kill costs the start of two processes: 8 to 15 s.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from kd.recipe import parse, setting
+from kd.training.checkpoint import commit
+from kd.training.exit import is_done
+from kd.training.saving import ASIDE, NAME, checkpoints, step_of
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS_A_KILL, SAVE_STEPS = 3, 2
+TARGETS, MOMENTS = ("rank 0", "rank 1", "launcher", "all"), ("step", "save", "rename")
+MARK = "KD_RECOVERY"  # in the environment of every process of a run, so that none hides
+
+
+@dataclass
+class RecoverySettings:
+    kills: int = setting(10, "kill -9 so many times in a row")
+    json: str | None = setting(None, "file for the result")
+    seed: int = setting(0, "draws what is killed, and when")
+    work: str = setting("runs/recovery", "folder of the two runs; removed when all is done")
+    timeout_s: int = setting(180, "a start that neither trains nor ends for so long has failed")
+
+
+def main() -> None:
+    (settings,) = parse(RecoverySettings, description=__doc__)
+    work = Path(settings.work).resolve()
+    steps = STEPS_A_KILL * settings.kills + 8
+    make_inputs(work)
+    whole, killed = work / "whole", work / "killed"
+    if not is_done(str(whole)):
+        run = Start(command(work, whole, steps), work / "whole.log")
+        run.wait(settings.timeout_s + steps)
+        assert is_done(str(whole)), f"the run that nobody kills failed: {work}/whole.log"
+    file = work / "kills.jsonl"
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with open(file, "a") as log:
+        for i in tqdm(range(len(done), settings.kills), desc="kills"):
+            draw = random.Random(f"{settings.seed} {i}")
+            found = kill_once(command(work, killed, steps), killed, draw, settings.timeout_s)
+            done.append(found)
+            log.write(json.dumps(found) + "\n")
+            log.flush()
+    last = Start(command(work, killed, steps), work / "last.log")
+    last.wait(settings.timeout_s + steps)
+    result = summary(done, whole, killed, steps) | {"seed": settings.seed, "commit": commit()}
+    print(json.dumps(result, indent=2))
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=2) + "\n")
+    if result["equal"]:
+        shutil.rmtree(work)
+
+
+def make_inputs(work: Path) -> None:
+    """Two random models that differ in width, and rows; the tokenizer is the quickstart's."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "quickstart" / "student")
+    for seed, (name, width) in enumerate({"student": 32, "teacher": 48}.items()):
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(work / name)
+        tokenizer.save_pretrained(work / name)
+    words = (ROOT / "README.md").read_text().split()
+    texts = [" ".join(words[i : i + 5 + i % 23]) for i in range(0, 400, 5)]
+    (work / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+def command(work: Path, output: Path, steps: int) -> list[str]:
+    flags = {
+        "student": work / "student",
+        "teacher": work / "teacher",
+        "data": json.dumps([{"path": str(work / "rows.jsonl")}]),
+        "quantization": "nf4",
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "soft_weight": 0.5,
+        "hidden_weight": 0.5,
+        "global_batch_size": 8,
+        "max_per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": SAVE_STEPS,
+        "dataloader_num_workers": 1,
+        "disable_tqdm": "true",
+        "output_dir": output,
+    }
+    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
+    return ["launch/cpu.sh", "--torchrun", "train/distill.py", *spelt]
+
+
+class Start:
+    """One start of the run: its processes, and what it has printed."""
+
+    def __init__(self, arguments: list[str], log: Path):
+        self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        self.printed, self.log = "", log
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env=os.environ | {MARK: self.mark},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self) -> None:
+        with open(self.log, "w") as file:
+            for line in self.process.stdout:
+                self.printed += line
+                file.write(line)
+
+    def wait(self, seconds: float) -> None:
+        """To its end; what is left of it then is killed."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill(self.alive())
+
+    def alive(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if (
+                    process.environ().get(MARK) == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def target(self, name: str) -> list[psutil.Process]:
+        if name == "launcher":
+            return [psutil.Process(self.process.pid)]
+        alive = self.alive()
+        if name == "all":
+            return alive
+        ranks = [p for p in alive if environment(p).get("RANK") == name[-1]]
+        return [p for p in ranks if environment_parent(p) == self.process.pid]
+
+    def kill(self, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
+
+
+def environment_parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: int) -> dict:
+    """Start the run, kill it as drawn, and say what was found."""
+    target, moment = draw.choice(TARGETS), draw.choice(MOMENTS)
+    # Late enough that no drawn sequence could stay for ever before the first save.
+    steps, delay = draw.randint(SAVE_STEPS, SAVE_STEPS + 1), draw.random()
+    before = newest(output)
+    run, begin = Start(arguments, output.with_name("start.log")), time.monotonic()
+    ended = not wait_for(lambda: run.printed.count("'grad_norm'") >= steps, run, timeout)
+    if not ended and moment == "save":
+        wait_for(lambda: any(output.glob(f"{ASIDE}{NAME}*")), run, 10)
+        time.sleep(0.1 * delay)
+    elif not ended and moment == "rename":
+        wait_for(lambda: any(output.glob(f"{ASIDE}{NAME}*/manifest.json")), run, 10)
+        time.sleep(0.004 * delay)
+    elif not ended:
+        time.sleep(0.3 * delay)
+    failed = ended or run.process.poll() is not None
+    killed = time.monotonic()
+    run.kill(run.target(target))
+    ends_by_itself = wait_for(lambda: not run.alive(), None, 45)
+    left = [path.name for path in output.glob(f"{ASIDE}{NAME}*")]
+    run.kill(run.alive())
+    if failed:
+        print(run.printed[-3000:])
+    return {
+        "target": target,
+        "moment": moment,
+        "from": before,
+        "to": newest(output),
+        "half_written": left,
+        "failed_start": failed,
+        "orphans": not ends_by_itself,
+        "trained_s": round(killed - begin, 1),
+        "ended_s": round(time.monotonic() - killed, 1),
+    }
+
+
+def wait_for(condition, run: Start | None, seconds: float) -> bool:
+    """Poll until `condition`; False where the run ended or the time was over before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if run and run.process.poll() is not None:
+            return False
+        time.sleep(0.001 if run else 0.1)
+    return False
+
+
+def newest(output: Path) -> int:
+    return max([step_of(path) for path in checkpoints(output)], default=0)
+
+
+def summary(kills: list[dict], whole: Path, killed: Path, steps: int) -> dict:
+    same_weights = digests(whole) == digests(killed)
+    same_curve = history(whole) == history(killed)
+    wanted = list(range(1, steps + 1))
+    return {
+        "kills": len(kills),
+        "equal": is_done(str(killed)) and same_weights and same_curve,
+        "failed_starts": sum(kill["failed_start"] for kill in kills),
+        "left_processes_behind": sum(kill["orphans"] for kill in kills),
+        "left_a_save_half_written": sum(bool(kill["half_written"]) for kill in kills),
+        "targets": {t: sum(kill["target"] == t for kill in kills) for t in TARGETS},
+        "moments": {m: sum(kill["moment"] == m for kill in kills) for m in MOMENTS},
+        "steps": steps,
+        "same_weights": same_weights,
+        "same_loss_curve": same_curve,
+        "tensorboard_shows_every_step_once": tensorboard_steps(killed) == wanted,
+    }
+
+
+def digests(output: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.glob("*.safetensors")
+    }
+
+
+def history(output: Path) -> list[dict]:
+    """The training curve: everything that is logged at a step."""
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]
+
+
+def tensorboard_steps(output: Path) -> list[int]:
+    events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+if __name__ == "__main__":
+    main()
