@@ -1,27 +1,30 @@
-"""A teacher spread over all processes by ZeRO-3, streamed from disk: no process ever holds it whole.
+"""Teachers streamed from disk: spread over all processes by ZeRO-3, or whole on each.
 
-Every rank reads only its own range of bytes of every tensor.
+Sharded, every rank reads only its own range of bytes of every tensor, and never holds more than its
+shard and one tensor. Packed tensors (AWQ, ...) are sharded as they are: a 4-bit teacher
+costs a rank its bytes / ranks, and the layer that is being used.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers.integrations.deepspeed as integration
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
+from transformers import AutoConfig, PreTrainedModel
 
 from kd.models.heads import backbone_only
+from kd.models.quantized import Slot, check_readable, empty_model
+from kd.models.tensor_files import TensorFiles
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors"]
+COMPUTED = "rotary_emb.inv_freq"  # in old files; the configuration gives it
 
 
 def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str = "auto"):
@@ -31,30 +34,131 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
     Raises ValueError for checkpoints that cannot be sharded, the same on every rank.
     """
     import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 
-    folder = checkpoint_folder(name)
-    files = tensor_files(folder)
-    config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation)
-    check_can_be_sharded(config, name)
-    dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
     settings = engine_settings(ds_config)
-    # The device override alone: with zero.Init's own dtype every float tensor, rotary frequencies
-    # included, would be cast, and every logit be slightly wrong.
-    init = deepspeed.zero.Init(
-        config_dict_or_path=settings,
-        dtype=dtype,
-        tensor_overrides=[DeepSpeedTensorOverride.device],
-    )
-    with without_zero_init(), no_init_weights(), init:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # no_init_weights skips it, and an untied head would stay as it was made
-    model.eval().requires_grad_(False)
-    fill_shards(model, files)
+    model, slots, files = open_checkpoint(name, attn_implementation, dtype)
+    # Not entered as a context: that would cast every float tensor made inside (rotary frequencies,
+    # scales), replace F.linear for good, and send every whole tensor from rank 0 to the others.
+    zero = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
+
+    def read_shard(slot: Slot) -> nn.Parameter:
+        parameter = torch.empty_like(slot.parameter, device=zero.local_device)
+        parameter = nn.Parameter(parameter, requires_grad=False)
+        zero._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+        shard = parameter.ds_tensor  # flat, ceil(numel / ranks) numbers, zero-padded at the end
+        first = dist.get_rank() * shard.numel()
+        mine = min(max(parameter.ds_numel - first, 0), shard.numel())
+        files.read_range(slot.stored, first, shard.data[:mine])
+        shard.data[mine:].zero_()
+        return parameter
+
+    fill_model(slots, files, read_shard, 1 / dist.get_world_size())
+    note_unread(files, name)
+    to_device(model, zero.local_device)
     backbone_only(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     engine.eval()
     return engine, model
+
+
+def load_unsharded(
+    name: str, attn_implementation: str, dtype: str, device: torch.device
+) -> PreTrainedModel:
+    """The frozen CausalLM with the layers of `load_sharded`, whole in this process."""
+    model, slots, files = open_checkpoint(name, attn_implementation, dtype)
+
+    def read_whole(slot: Slot) -> nn.Parameter:
+        whole = torch.empty_like(slot.parameter, device=device)
+        files.read_range(slot.stored, 0, whole.view(-1))
+        return nn.Parameter(whole, requires_grad=False)
+
+    fill_model(slots, files, read_whole, 1.0)
+    note_unread(files, name)
+    to_device(model, device)
+    return model
+
+
+def open_checkpoint(
+    name: str, attn_implementation: str, dtype: str
+) -> tuple[PreTrainedModel, list[Slot], TensorFiles]:
+    """The model without its tensors, the places for them, and the files that hold them."""
+    folder = checkpoint_folder(name)
+    with error_on_every_rank():
+        config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation)
+        check_readable(config, name)
+        files = TensorFiles(folder)
+        with without_zero_init():
+            kept = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            model, slots = empty_model(config, files, kept or torch.float32)
+    return model, slots, files
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder itself, or the hub's files, downloaded by one process a machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    with error_on_every_rank():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            snapshot_download(name, allow_patterns=CHECKPOINT_FILES)
+    return Path(snapshot_download(name, local_files_only=True, allow_patterns=CHECKPOINT_FILES))
+
+
+def fill_model(
+    slots: list[Slot], files: TensorFiles, read: Callable[[Slot], nn.Parameter], share: float
+) -> None:
+    """Read every slot; `share` of the bytes are this rank's."""
+    total = share * sum(files.tensors[slot.stored].bytes for slot in slots)
+    shown = tqdm(
+        total=round(total),
+        desc="reading the teacher",
+        unit="B",
+        unit_scale=True,
+        disable=is_distributed() and dist.get_rank() != 0,
+    )
+    with shown, error_on_every_rank():
+        for slot in slots:
+            slot.put(read(slot))
+            shown.update(files.bytes_read - shown.n)
+
+
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers, which are computed on the CPU on every machine."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def note_unread(files: TensorFiles, name: str) -> None:
+    """Nothing is left out in silence."""
+    unread = [key for key in files.unread() if not key.endswith(COMPUTED)]
+    if unread and not (is_distributed() and dist.get_rank()):
+        print(
+            f"note: {name}: {len(unread)} tensors of its files have no place in the model and were "
+            f"not read: {', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}",
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def error_on_every_rank() -> Iterator[None]:
+    """What goes wrong on one rank inside is raised on all: none waits for another for ever."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors = [error and str(error)]
+    if is_distributed():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error and str(error))
+    for rank, text in enumerate(errors):
+        if text:
+            raise ValueError(text if rank == 0 else f"{text} (rank {rank})") from error
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextlib.contextmanager
@@ -81,81 +185,3 @@ def engine_settings(ds_config: str) -> dict:
                 "teacher's tensors; remove it (every tensor keeps the type of its file)"
             )
     return settings | {"train_micro_batch_size_per_gpu": 1}
-
-
-def check_can_be_sharded(config, name: str) -> None:
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method")
-        raise ValueError(
-            f"teacher {name}: {method} weights cannot be sharded yet; leave teacher_deepspeed out "
-            "(the teacher whole on every GPU), or use the unquantised checkpoint"
-        )
-    settings = config.get_text_config().to_dict()
-    if settings.get("num_experts") or settings.get("num_local_experts"):
-        raise ValueError(
-            f"teacher {name}: a mixture of experts gathers other modules on every rank, which "
-            "ZeRO-3 answers with a hang; leave teacher_deepspeed out"
-        )
-
-
-def checkpoint_folder(name: str) -> Path:
-    """The folder itself, or the hub's files, downloaded by one process a machine."""
-    if Path(name).is_dir():
-        return Path(name)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        snapshot_download(name, allow_patterns=CHECKPOINT_FILES)
-    dist.barrier()
-    return Path(snapshot_download(name, local_files_only=True, allow_patterns=CHECKPOINT_FILES))
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file. Raises ValueError where a file of the index is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
-        if missing:
-            raise ValueError(f"{folder}: {', '.join(missing)} missing, though the index names it")
-        return {name: folder / file for name, file in names.items()}
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no safetensors file; convert the checkpoint with Transformers")
-    with safe_open(file, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
-
-
-def fill_shards(model: nn.Module, files: dict[str, Path]) -> None:
-    """Copy this rank's range of every tensor into `param.ds_tensor`.
-
-    Raises ValueError naming tensor and file where one is missing or has another shape.
-    """
-    rank = dist.get_rank()
-    parameters = list(model.named_parameters())  # a tied tensor once, under its first name
-    handles: dict[Path, object] = {}
-    for name, parameter in tqdm(
-        parameters, desc="streaming the teacher", unit="tensor", disable=rank != 0
-    ):
-        if name not in files:
-            raise ValueError(f"the teacher's checkpoint has no tensor {name}")
-        file = files[name]
-        if file not in handles:
-            handles[file] = safe_open(file, "pt")
-        source = handles[file].get_slice(name)
-        shape = tuple(source.get_shape())
-        if shape != tuple(parameter.ds_shape):
-            raise ValueError(f"{file}: {name} is {shape}; wanted {tuple(parameter.ds_shape)}")
-        shard = parameter.ds_tensor  # flat, ceil(numel / ranks) numbers, zero-padded at the end
-        start = rank * shard.numel()
-        piece = flat_range(source, shape, start, min(start + shard.numel(), parameter.ds_numel))
-        shard.data[: len(piece)].copy_(piece.to(shard.dtype))
-
-
-def flat_range(source, shape: tuple[int, ...], start: int, end: int) -> torch.Tensor:
-    """Numbers start..end of the flattened tensor, reading only the rows that hold them."""
-    if end <= start:
-        return torch.empty(0)
-    row = 1
-    for size in shape[1:]:
-        row *= size
-    first, last = start // row, -(-end // row)
-    return source[first:last].reshape(-1)[start - first * row : end - first * row]

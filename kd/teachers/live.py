@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from kd.losses.fused import TeacherSignal
 from kd.models.heads import backbone_only, head_of, layer_states, target_positions
-from kd.models.sharding import load_sharded, without_zero_init
+from kd.models.quantized import has_own_layers
+from kd.models.sharding import load_sharded, load_unsharded, without_zero_init
 from kd.recipe import ModelSettings, TeacherSettings
 
 
@@ -62,8 +63,12 @@ class LiveTeacher:
 
 
 def load_whole(settings: TeacherSettings, model: ModelSettings, device: torch.device):
-    """The unsharded teacher, frozen; quantised checkpoints load as Transformers loads them."""
+    """The unsharded teacher, frozen; AWQ has the same layers as sharded, others Transformers'."""
     dtype = settings.teacher_dtype
+    if has_own_layers(settings.teacher):
+        teacher = load_unsharded(settings.teacher, model.attn_implementation, dtype, device)
+        backbone_only(teacher)
+        return teacher
     with without_zero_init():
         teacher = AutoModelForCausalLM.from_pretrained(
             settings.teacher,

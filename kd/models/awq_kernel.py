@@ -1,0 +1,58 @@
+"""AWQ's packed weights to floating point on CUDA: one pass, every packed word read once.
+
+R rows (in), W words (8 columns, out) of a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 32  # at most; a power of two that divides the group, so that a block has one row of zeros
+WORDS = 64
+
+
+def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """As kd.models.awq.dequantize."""
+    inputs, words = qweight.shape
+    group = inputs // len(scales)
+    rows = min(ROWS, group & -group)
+    weight = torch.empty(inputs, 8 * words, dtype=dtype, device=qweight.device)
+    grid = (inputs // rows, triton.cdiv(words, WORDS))
+    _dequantize_kernel[grid](
+        qweight, qzeros, scales, weight, words, group, ROWS=rows, WORDS=WORDS, num_warps=4
+    )
+    return weight
+
+
+@triton.jit
+def _unpack(words):
+    """(R, W) words -> (R, 8 W) numbers 0..15; column j of a word is nibble 0 4 1 5 2 6 3 7."""
+    column = tl.arange(0, 8)
+    shifts = 4 * ((column >> 1) + 4 * (column & 1))
+    numbers = (words[:, :, None] >> shifts[None, None, :]) & 15  # (R, W, 8)
+    return tl.reshape(numbers, (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _dequantize_kernel(
+    qweight, qzeros, scales, weight, words, group, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    place = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    columns = tl.program_id(1) * 8 * WORDS + tl.arange(0, 8 * WORDS)
+    numbers = _unpack(
+        tl.load(qweight + rows[:, None] * words + place[None, :], mask=(place < words)[None, :])
+    )
+    first = (tl.program_id(0) * ROWS // group).to(tl.int64)
+    zeros = _unpack(
+        tl.load(qzeros + first * words + place[None, :], mask=(place < words)[None, :])
+    )  # (1, 8 W)
+    inside = (columns < 8 * words)[None, :]
+    scale = tl.load(scales + first * 8 * words + columns[None, :], mask=inside)
+    value = (numbers - zeros).to(tl.float32) * scale.to(tl.float32)
+    tl.store(
+        weight + rows[:, None] * 8 * words + columns[None, :],
+        value.to(weight.dtype.element_ty),
+        mask=inside,
+    )

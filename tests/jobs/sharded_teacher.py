@@ -1,0 +1,143 @@
+"""One start of several ranks: every checkpoint in WORK/good sharded and whole, in WORK/bad refused.
+
+torchrun --nproc-per-node 3 tests/jobs/sharded_teacher.py WORK
+
+Writes WORK/<ranks>-<rank>.json: for every good checkpoint what was held, read, gathered and how far
+its logits are from the whole model's; for every bad one the error.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from transformers import AutoModelForCausalLM
+
+from kd.models import sharding, tensor_files
+from kd.models.heads import backbone_only, head_of
+from kd.models.load import load_trained
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings
+from kd.training.exit import leave
+
+CPU = torch.device("cpu")
+gathers, sent = [], []  # numbers of each all-gather, of each broadcast
+
+
+def count(owner, name: str, log: list, place: int) -> None:
+    real = getattr(owner, name)
+
+    def counting(*args, **kw):
+        log.append(args[place].numel())
+        return real(*args, **kw)
+
+    setattr(owner, name, counting)
+
+
+@torch.no_grad()
+def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
+    """Three forwards in a row, of other lengths on every rank, the student called between."""
+    attention = "eager" if "gemma2" in folder.name else "sdpa"  # it has no other
+    if "bf16" in folder.name:  # the oracle is Transformers where it can be
+        whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    else:
+        whole = sharding.load_unsharded(str(folder), attention, "auto", CPU)
+    backbone_only(whole)
+    sent.clear()
+    opened = []
+    real = sharding.TensorFiles
+
+    def remember(*args):
+        opened.append(real(*args))
+        return opened[-1]
+
+    sharding.TensorFiles = remember
+    engine, sharded = sharding.load_sharded(str(folder), ds_config, attention)
+    sharding.TensorFiles = real
+    (files,) = opened
+    shards = [p.ds_tensor.numel() * p.element_size() for p in sharded.parameters()]
+    kept = [p for p in sharded.parameters() if p.ds_persist]
+    found = {
+        "checkpoint": files.total_bytes,
+        "held": sum(shards),
+        "kept whole": sum(p.ds_numel * p.element_size() for p in kept),
+        "read": files.bytes_read,
+        "sent": sum(sent),
+        "types": sorted({str(p.dtype) for p in sharded.parameters()}),
+        "differences": [],
+        "gathers": [],
+    }
+    for forward, length in enumerate((9 + 8 * dist.get_rank(), 24, 3)):
+        ids = torch.arange(3, 3 + length)[None]
+        positions = torch.zeros_like(ids, dtype=torch.bool)
+        positions[:, :-1] = forward or dist.get_rank()  # first, rank 0 has no target token
+        gathers.clear()
+        hidden = engine(input_ids=ids, position_ids=torch.arange(length)[None])
+        found["gathers"].append(len(gathers))
+        head = list(sharded.get_output_embeddings().parameters())
+        with deepspeed.zero.GatheredParameters(head):
+            logits = head_of(sharded).logits(hidden[positions], 300)
+        hidden = whole(input_ids=ids, position_ids=torch.arange(length)[None])
+        truth = head_of(whole).logits(hidden[positions], 300)
+        assert logits.shape == truth.shape
+        difference = (logits - truth).abs().flatten().tolist()
+        found["differences"].append(max([0.0, *difference]) + float(truth.isnan().any()))
+        found["spread"] = truth.std().item() if truth.numel() else 0.0
+        student.train(forward % 2 == 0)
+        student(input_ids=ids)
+    return found
+
+
+def refusal(folder: Path, ds_config: str) -> str:
+    if (folder / "0").is_dir():  # a machine of its own for every rank
+        folder = folder / str(dist.get_rank())
+    try:
+        sharding.load_sharded(str(folder), ds_config, "sdpa")
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def refusal_in_the_middle(folder: Path, ds_config: str) -> str:
+    """A disk that gives up on one rank, after some tensors."""
+    real, calls = tensor_files.fill, []
+
+    def failing(file, out):
+        calls.append(out)
+        if dist.get_rank() == 1 and len(calls) == 5:
+            raise OSError("the disk gave up")
+        real(file, out)
+
+    tensor_files.fill = failing
+    found = refusal(folder, ds_config)
+    tensor_files.fill = real
+    return found
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    deepspeed.init_distributed("gloo")
+    count(partition_parameters, "_dist_allgather_fn", gathers, 1)
+    count(deepspeed.comm, "all_gather_into_tensor", gathers, 0)
+    count(deepspeed.comm, "broadcast", sent, 0)
+    settings = ModelSettings(dtype="bfloat16", quantization="nf4", lora_rank=4)
+    name = str(work / "student")
+    student = load_trained(name, settings, load_tokenizer(name))
+    good, bad = (sorted((work / kind).iterdir()) for kind in ("good", "bad"))
+    config = str(work / "teacher.json")
+    found = {"bad": {folder.name: refusal(folder, config) for folder in bad}}
+    found["good"] = {folder.name: compare(folder, student, config) for folder in good}
+    for profile in ("teacher_zero3", "teacher_zero3_offload"):
+        found["good"][profile] = compare(good[0], student, f"ds_configs/{profile}.json")
+    # The last: DeepSpeed numbers parameters, and here one rank stops counting before the others.
+    found["bad"]["reading"] = refusal_in_the_middle(work / "good" / "qwen2-bf16", config)
+    (work / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
+    dist.barrier()
+    leave(0)

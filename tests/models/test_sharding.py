@@ -1,0 +1,181 @@
+"""A sharded teacher is the whole one to the last bit, at its share of memory and of reading."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from processes import start
+from safetensors.torch import load_file, save_file
+from small import save_small, small_tokenizer
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
+
+from kd.models import awq_writer
+
+SIZES = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+ARCHITECTURES = {  # with untied heads, where not said otherwise
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)),  # tied, soft-capped
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),  # fused qkv
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
+}
+FORMATS = ("bf16", "awq")
+GROUP = 32
+# Small tensors are kept whole, and groups of others fetched ahead, at the sizes of these models.
+DEEPSPEED = {
+    "stage": 3,
+    "stage3_prefetch_bucket_size": 20_000,
+    "stage3_max_live_parameters": 40_000,
+    "stage3_param_persistence_threshold": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Checkpoints of every architecture and format, and broken ones."""
+    work = tmp_path_factory.mktemp("sharding")
+    save_small(work / "student", hidden=64)
+    (work / "teacher.json").write_text(json.dumps({"zero_optimization": DEEPSPEED}))
+    (work / "good").mkdir()
+    for name, build in ARCHITECTURES.items():
+        torch.manual_seed(0)
+        plain = work / "good" / f"{name}-bf16"
+        build().to(torch.bfloat16).save_pretrained(plain, max_shard_size="60KB")
+        small_tokenizer().save_pretrained(plain)
+        awq = work / "good" / f"{name}-awq"
+        awq_writer.write(awq_writer.WriterSettings(str(plain), str(awq), GROUP))
+    break_checkpoints(work)
+    return work
+
+
+def break_checkpoints(work) -> None:
+    bad = work / "bad"
+    bad.mkdir()
+
+    def copy(name: str, source: str = "qwen2-awq") -> tuple:
+        folder = shutil.copytree(work / "good" / source, bad / name)
+        return folder, sorted(folder.glob("*.safetensors"))
+
+    _, files = copy("torn")
+    files[0].write_bytes(files[0].read_bytes()[:-1000])
+    _, files = copy("missing file", "qwen2-bf16")
+    files[1].unlink()
+    for name, change in (
+        ("missing tensor", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.scales")),
+        ("wrong shape", lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
+    ):
+        folder, files = copy(name)
+        tensors = load_file(files[0])
+        change(tensors)
+        save_file(tensors, files[0])
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, files[0].name)}))
+    _, files = copy("torn on one machine/1")
+    files[0].write_bytes(files[0].read_bytes()[:-1000])
+    for machine in "02":
+        copy(f"torn on one machine/{machine}")
+    folder, _ = copy("fp8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    Qwen3MoeConfig(**SIZES).save_pretrained(bad / "experts")
+
+
+WANTED_REFUSALS = {
+    "torn": ["model-00001-of-00001.safetensors", "up to the end of", "fetch it again"],
+    "missing file": ["model-00002-of-", "missing"],
+    "missing tensor": ["model.layers.1.mlp.up_proj.scales"],
+    "wrong shape": ["model-00001-of-00001.safetensors", "model.norm.weight is (63,); wanted (64,)"],
+    "torn on one machine": ["one machine/1", "fetch it again", "(rank 1)"],
+    "fp8": ["fp8 weights", "python -m kd.models.awq"],
+    "experts": ["mixture of experts", "leave teacher_deepspeed out"],
+    "reading": [".safetensors", "cannot be read", "the disk gave up", "(rank 1)"],
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def found(work, request) -> list[dict]:
+    """What every rank found."""
+    ranks = request.param
+    job = start(
+        "torchrun", "--nproc-per-node", ranks, "tests/jobs/sharded_teacher.py", work, timeout=900
+    )
+    files = [work / f"{ranks}-{rank}.json" for rank in range(ranks)]
+    assert all(file.is_file() for file in files), job.stdout[-6000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_logits_are_those_of_the_whole_teacher_to_the_last_bit(found):
+    """Lengths differ between the ranks, one has no target token, a student is called between."""
+    for rank in found:
+        assert len(rank["good"]) == len(ARCHITECTURES) * len(FORMATS) + 2
+        assert {k: v["differences"] for k, v in rank["good"].items() if any(v["differences"])} == {}
+        assert all(v["spread"] > 0.3 for v in rank["good"].values())
+
+
+def test_the_third_forward_gathers_less_often_than_the_first(found):
+    """DeepSpeed's trace is whole: it fetches ahead, several tensors at a time."""
+    for rank in found:
+        for name, model in rank["good"].items():
+            first, _, third = model["gathers"]
+            assert third < 0.6 * first, (name, model["gathers"])
+
+
+def test_a_rank_holds_and_reads_its_share_and_nothing_is_sent(found):
+    ranks = len(found)
+    for name in found[0]["good"]:
+        models = [rank["good"][name] for rank in found]
+        size = models[0]["checkpoint"]
+        assert sum(model["read"] for model in models) == size, name  # each byte once
+        for model in models:
+            # A share is rounded up to whole numbers, of 4 bytes at most, for each tensor.
+            assert model["held"] <= size / ranks + 4 * 100, (name, model)
+            assert model["sent"] == 0, name
+            if name not in ("teacher_zero3", "teacher_zero3_offload"):  # all is small for these
+                assert model["kept whole"] < 0.1 * size, (name, model)
+
+
+def test_every_tensor_keeps_the_type_of_its_file(found):
+    for name, model in found[0]["good"].items():
+        wanted = {"awq": ["torch.bfloat16", "torch.float16", "torch.int32"]}
+        if "-" in name:
+            assert model["types"] == wanted.get(name.split("-")[1], ["torch.bfloat16"]), name
+
+
+def test_broken_checkpoints_are_named_on_every_rank(found):
+    for rank in found:
+        assert set(rank["bad"]) == set(WANTED_REFUSALS)
+        for name, parts in WANTED_REFUSALS.items():
+            text = rank["bad"][name]
+            assert not [part for part in parts if part not in text], (name, text)
