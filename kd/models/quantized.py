@@ -10,9 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from kd.models.awq import awq_layer, check_awq
+from kd.models.gptq import check_gptq, gptq_layer
+from kd.models.nf4 import nf4_layer
 from kd.models.tensor_files import TensorFiles
 
-READERS = {"awq": (check_awq, awq_layer)}  # quant_method -> (checks its settings, makes a layer)
+READERS = {  # quantisation -> (checks its settings, makes a layer)
+    "awq": (check_awq, awq_layer),
+    "gptq": (check_gptq, gptq_layer),
+    "bitsandbytes 4-bit": (None, nf4_layer),
+}
 WRITER = "python -m kd.models.awq --model MODEL --output_dir FOLDER"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -35,24 +41,32 @@ def quantization_settings(config: PretrainedConfig) -> dict | None:
     return getattr(config, "quantization_config", None) or None
 
 
+def quantization(settings: dict) -> str:
+    """Its key in READERS, where it is read here."""
+    bits = "8" if settings.get("load_in_8bit") else "4"
+    method = settings.get("quant_method", "unnamed")
+    return f"{method} {bits}-bit" if method == "bitsandbytes" else method
+
+
 def has_own_layers(name: str) -> bool:
     """True for quantised checkpoints, in a folder or on the hub, that are read into our layers."""
     settings = quantization_settings(AutoConfig.from_pretrained(name))
-    return bool(settings) and settings.get("quant_method") in READERS
+    return bool(settings) and quantization(settings) in READERS
 
 
 def check_readable(config: PretrainedConfig, name: str) -> None:
     """Raises ValueError for what cannot be read into layers that ZeRO-3 can shard."""
     settings = quantization_settings(config)
     if settings:
-        method = settings.get("quant_method")
+        method = quantization(settings)
         if method not in READERS:
             raise ValueError(
                 f"{name}: {method} weights are not read here; wanted one of {', '.join(READERS)}, "
                 f"or no quantisation. This makes one of the unquantised model: {WRITER}"
             )
         check, _ = READERS[method]
-        check(settings, name)
+        if check:
+            check(settings, name)
     text = config.get_text_config().to_dict()
     if any(text.get(key) for key in EXPERTS):
         raise ValueError(
@@ -75,7 +89,7 @@ def empty_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings = quantization_settings(config)
     if settings:
-        _, layer = READERS[settings["quant_method"]]
+        _, layer = READERS[quantization(settings)]
         for name, module in list(model.named_modules()):
             packed = layer(module, name, files, settings) if type(module) is nn.Linear else None
             if packed is not None:

@@ -1,8 +1,8 @@
 """Teachers streamed from disk: spread over all processes by ZeRO-3, or whole on each.
 
 Sharded, every rank reads only its own range of bytes of every tensor, and never holds more than its
-shard and one tensor. Packed tensors (AWQ, ...) are sharded as they are: a 4-bit teacher
-costs a rank its bytes / ranks, and the layer that is being used.
+shard and one tensor. Packed tensors (AWQ, NF4, GPTQ) are sharded as they are: a 4-bit teacher costs
+a rank its bytes / ranks, and the layer that is being used.
 """
 
 import contextlib

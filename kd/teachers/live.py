@@ -63,7 +63,7 @@ class LiveTeacher:
 
 
 def load_whole(settings: TeacherSettings, model: ModelSettings, device: torch.device):
-    """The unsharded teacher, frozen; AWQ has the same layers as sharded, others Transformers'."""
+    """The unsharded teacher, frozen; a quantised one has the layers of the sharded one."""
     dtype = settings.teacher_dtype
     if has_own_layers(settings.teacher):
         teacher = load_unsharded(settings.teacher, model.attn_implementation, dtype, device)

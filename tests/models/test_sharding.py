@@ -9,6 +9,8 @@ from processes import start
 from safetensors.torch import load_file, save_file
 from small import save_small, small_tokenizer
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -26,7 +28,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from kd.models import awq_writer
+from kd.models import awq, awq_writer
+from kd.models.sharding import load_unsharded
 
 SIZES = {
     "vocab_size": 331,
@@ -50,7 +53,7 @@ ARCHITECTURES = {  # with untied heads, where not said otherwise
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),  # fused qkv
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)),
 }
-FORMATS = ("bf16", "awq")
+FORMATS = ("bf16", "awq", "nf4")
 GROUP = 32
 # Small tensors are kept whole, and groups of others fetched ahead, at the sizes of these models.
 DEEPSPEED = {
@@ -75,8 +78,41 @@ def work(tmp_path_factory):
         small_tokenizer().save_pretrained(plain)
         awq = work / "good" / f"{name}-awq"
         awq_writer.write(awq_writer.WriterSettings(str(plain), str(awq), GROUP))
+        write_nf4(plain, work / "good" / f"{name}-nf4", nested=name != "llama")
+    write_gptq(work / "good" / "qwen2-awq", work / "good" / "qwen2-gptq")
     break_checkpoints(work)
     return work
+
+
+def write_nf4(plain, folder, nested: bool) -> None:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
+    )
+    AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, quantization_config=settings, attn_implementation="eager"
+    ).save_pretrained(folder)
+
+
+def write_gptq(source, folder) -> None:
+    """The numbers of an AWQ checkpoint, packed as GPTQ packs them."""
+    shutil.copytree(source, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    shifts = 4 * torch.arange(8)
+    for name in [key for key in tensors if key.endswith("qweight")]:
+        numbers = awq.unpack(tensors[name]).unflatten(0, (-1, 8))  # (in / 8, 8, out)
+        tensors[name] = (numbers.long() << shifts[:, None]).sum(1).to(torch.int32)
+        zeros = (awq.unpack(tensors[name.replace("qweight", "qzeros")]) - 1) & 15
+        packed = (zeros.unflatten(1, (-1, 8)).long() << shifts).sum(-1).to(torch.int32)
+        tensors[name.replace("qweight", "qzeros")] = packed
+        rows = torch.arange(numbers.numel() // numbers.shape[-1], dtype=torch.int32)
+        tensors[name.replace("qweight", "g_idx")] = rows // GROUP
+    save_file(tensors, file)
+    index = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def break_checkpoints(work) -> None:
@@ -139,7 +175,7 @@ def found(work, request) -> list[dict]:
 def test_logits_are_those_of_the_whole_teacher_to_the_last_bit(found):
     """Lengths differ between the ranks, one has no target token, a student is called between."""
     for rank in found:
-        assert len(rank["good"]) == len(ARCHITECTURES) * len(FORMATS) + 2
+        assert len(rank["good"]) == len(ARCHITECTURES) * len(FORMATS) + 3
         assert {k: v["differences"] for k, v in rank["good"].items() if any(v["differences"])} == {}
         assert all(v["spread"] > 0.3 for v in rank["good"].values())
 
@@ -157,7 +193,9 @@ def test_a_rank_holds_and_reads_its_share_and_nothing_is_sent(found):
     for name in found[0]["good"]:
         models = [rank["good"][name] for rank in found]
         size = models[0]["checkpoint"]
-        assert sum(model["read"] for model in models) == size, name  # each byte once
+        # Each byte once; every rank reads the few bytes that describe an NF4 layer.
+        excess = sum(model["read"] for model in models) - size
+        assert 0 <= excess < 0.05 * size if "nf4" in name else excess == 0, name
         for model in models:
             # A share is rounded up to whole numbers, of 4 bytes at most, for each tensor.
             assert model["held"] <= size / ranks + 4 * 100, (name, model)
@@ -168,9 +206,21 @@ def test_a_rank_holds_and_reads_its_share_and_nothing_is_sent(found):
 
 def test_every_tensor_keeps_the_type_of_its_file(found):
     for name, model in found[0]["good"].items():
-        wanted = {"awq": ["torch.bfloat16", "torch.float16", "torch.int32"]}
+        wanted = {"bf16": [], "awq": ["float16", "int32"], "nf4": ["float32", "uint8"]}
+        wanted["gptq"] = wanted["awq"]
         if "-" in name:
-            assert model["types"] == wanted.get(name.split("-")[1], ["torch.bfloat16"]), name
+            types = sorted(["bfloat16", *wanted[name.split("-")[1]]])
+            assert model["types"] == [f"torch.{dtype}" for dtype in types], name
+
+
+def test_awq_and_gptq_give_one_model(work):
+    """The same numbers in another packing."""
+    folder, ids = work / "good", torch.arange(3, 40)[None]
+    one, other = (
+        load_unsharded(str(folder / name), "sdpa", "auto", torch.device("cpu"))
+        for name in ("qwen2-awq", "qwen2-gptq")
+    )
+    assert torch.equal(one(ids).logits, other(ids).logits)
 
 
 def test_broken_checkpoints_are_named_on_every_rank(found):
