@@ -4,12 +4,22 @@ Chat: every assistant turn with its end-of-turn token, nothing else. Plain text:
 end-of-sequence token behind it. The first token of a row is never a target: nothing precedes it.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from kd.data.files import BadRow
+from kd.data.template import Find, Span, span_finder
 
 IGNORED = -100  # the label that transformers and PyTorch leave out
+CHUNK = 256  # rows that are tokenised in one call
+NO_TARGET = "without a target"
+TOO_LONG = "longer than max_length"
 
 
 @dataclass(frozen=True)
@@ -31,94 +41,179 @@ class EncodingReport:
 
     read: int = 0
     kept: int = 0
-    without_target: int = 0
-    cut: int = 0
+    dropped: Counter = field(default_factory=Counter)  # rows by reason
+    cut: int = 0  # rows longer than max_length that were kept
+    targets_cut: int = 0  # those that lost targets by it
     tokens: int = 0
     targets: int = 0
 
+    @property
+    def without_target(self) -> int:
+        return self.dropped[NO_TARGET]
+
     def __str__(self) -> str:
+        counts = Counter({NO_TARGET: 0}) | self.dropped
+        counts.setdefault(NO_TARGET, 0)
+        dropped = ", ".join(f"{counts[reason]} dropped {reason}" for reason in sorted(counts))
+        lost = f", {self.targets_cut} of them in a target" if self.targets_cut else ""
         return (
-            f"rows: {self.read} read, {self.kept} kept, {self.without_target} dropped without a "
-            f"target, {self.cut} cut at max_length; {self.tokens} tokens, {self.targets} targets"
+            f"rows: {self.read} read, {self.kept} kept, {dropped}, {self.cut} cut at max_length"
+            f"{lost}; {self.tokens} tokens, {self.targets} targets"
         )
 
 
+@dataclass(frozen=True)
+class CutRow:
+    """Ids (T,) of a row and its mask (T,), True at targets, at most max_length long."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    cut: bool
+    targets_cut: bool
+
+    def encoded(self) -> EncodedRow:
+        return EncodedRow(self.ids.tolist(), np.where(self.mask, self.ids, IGNORED).tolist())
+
+
 def encode_rows(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, progress: bool = True
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    progress: bool = True,
+    on_long_row: str = "cut",
 ) -> tuple[list[EncodedRow], EncodingReport]:
     """Encode rows of `kd.data.sources`; rows without any target are dropped and counted.
 
     Raises ValueError where no row is left, or a chat row meets a tokenizer without a template.
     """
-    if tokenizer.chat_template is None and any("messages" in row for row in rows):
-        raise ValueError(
-            f"{tokenizer.name_or_path}: no chat template, and the data has chat rows; give "
-            "chat_template: a file with one"
-        )
-    encoded, report = [], EncodingReport(read=len(rows))
-    texts = encode_texts([row["text"] for row in rows if "text" in row], tokenizer)
-    for row in tqdm(rows, desc="tokenising", unit="row", disable=not progress):
-        ids, mask = next(texts) if "text" in row else encode_chat(row["messages"], tokenizer)
-        report.cut += len(ids) > max_length
-        ids, mask = ids[:max_length], mask[:max_length]
-        mask[0] = False
-        row = EncodedRow(ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)])
-        if not row.targets:
-            report.without_target += 1
-            continue
-        report.tokens += len(row)
-        report.targets += row.targets
-        encoded.append(row)
-    report.kept = len(encoded)
-    if not encoded:
-        raise ValueError(f"no row with a target token is left ({report})")
+    encoder, encoded, report = Encoder(tokenizer, max_length, on_long_row), [], EncodingReport()
+    placed = [(f"row {i}", row) for i, row in enumerate(rows)]
+    with tqdm(total=len(rows), desc="tokenising", unit="row", disable=not progress) as bar:
+        for start in range(0, len(rows), CHUNK):
+            chunk = placed[start : start + CHUNK]
+            encoded += [row.encoded() for row in count_rows(encoder(chunk), report)]
+            bar.update(len(chunk))
+    require_rows(report)
     return encoded, report
 
 
-def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase):
-    """(ids, mask) of every text, all encoded in one call; every token is a target."""
-    batch = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    for ids in batch:
-        # Where pad is eos it is still a real token here: the mask, not the id, tells padding.
-        if not ids or ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        yield ids, [True] * len(ids)
+def require_rows(report: EncodingReport) -> None:
+    if not report.kept:
+        raise ValueError(f"no row with a target token is left ({report})")
 
 
-def encode_chat(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation and True at the tokens of assistant turns, end-of-turn included.
+def count_rows(results: list["CutRow | BadRow"], report: EncodingReport) -> list["CutRow"]:
+    """The rows that are kept, each accounted for in the report."""
+    kept = [row for row in results if isinstance(row, CutRow)]
+    report.read += len(results)
+    report.kept += len(kept)
+    report.dropped.update(row.kind for row in results if isinstance(row, BadRow))
+    report.cut += sum(row.cut for row in kept)
+    report.targets_cut += sum(row.targets_cut for row in kept)
+    report.tokens += sum(len(row.ids) for row in kept)
+    report.targets += sum(int(row.mask.sum()) for row in kept)
+    return kept
 
-    A template with generation markers tells its assistant tokens itself; for others a turn is what
-    the conversation up to it has more than the conversation before it with the generation prompt.
-    Raises ValueError where the template does not write conversations from left to right.
+
+class Encoder:
+    """Encodes chunks of rows with one tokenizer call for all texts and one for all chats.
+
+    `on_long_row`: cut keeps the first max_length tokens, cut_left the last, drop none.
     """
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        out = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-    full = render(messages, tokenizer)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:i], tokenizer, add_generation_prompt=True)
-        through = render(messages[: i + 1], tokenizer)
-        if not (through.startswith(before) and full.startswith(through.rstrip())):
-            raise ValueError(
-                "the chat template rewrites earlier turns, so assistant tokens cannot be told "
-                "apart; give chat_template: a file with {% generation %} markers around them"
-            )
-        spans.append((len(before), len(through.rstrip())))  # a newline after the end token is none
-    out = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    inside = [
-        any(start < right and end > left for left, right in spans) and end > start
-        for start, end in out["offset_mapping"]
-    ]
-    return list(out["input_ids"]), inside
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        on_long_row: str = "cut",
+        on_bad_row: str = "error",
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.on_long_row, self.on_bad_row = on_long_row, on_bad_row
+        self.find: Find | None = None  # made for the first conversation: texts need no template
+
+    def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[CutRow | BadRow]:
+        """A result for each (place, row). Raises BadRow where a template refuses a conversation,
+        or returns it where bad rows are dropped."""
+        texts = [i for i, (_, row) in enumerate(rows) if "text" in row]
+        chats = [i for i, (_, row) in enumerate(rows) if "text" not in row]
+        found: list[CutRow | BadRow] = [None] * len(rows)  # type: ignore[list-item]
+        for i, (ids, mask) in zip(texts, self.texts([rows[i][1] for i in texts]), strict=True):
+            found[i] = self.cut(ids, mask, rows[i][0])
+        for i, chat in zip(chats, self.chats([rows[i] for i in chats]), strict=True):
+            found[i] = chat if isinstance(chat, BadRow) else self.cut(*chat, rows[i][0])
+        return found
+
+    def texts(self, rows: list[dict]):
+        """(ids, mask) of every text; every token is a target."""
+        if not rows:
+            return
+        eos = self.tokenizer.eos_token_id
+        for ids in self.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]:
+            # Where pad is eos it is still a real token here: the mask, not the id, tells padding.
+            ids = np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32)
+            yield ids, np.ones(len(ids), bool)
+
+    def chats(self, rows: list[tuple[str, dict]]):
+        """(ids, mask) of every conversation, or why there is none; True at assistant tokens."""
+        if not rows:
+            return
+        rendered = [self.rendered(place, row) for place, row in rows]
+        good = [found for found in rendered if not isinstance(found, BadRow)]
+        out = iter(())
+        if good:  # the template wrote the special tokens
+            full = [text for text, _ in good]
+            batch = self.tokenizer(full, add_special_tokens=False, verbose=False)
+            out = enumerate(batch["input_ids"])
+        for found in rendered:
+            if isinstance(found, BadRow):
+                yield found
+                continue
+            i, ids = next(out)
+            yield np.array(ids, np.int32), token_mask(batch, i, found[1], len(ids))
+
+    def rendered(self, place: str, row: dict) -> tuple[str, list[Span]] | BadRow:
+        if self.find is None:
+            self.find = span_finder(self.tokenizer)
+        try:
+            return self.find(row["messages"], row.get("tools"))
+        except (TemplateError, ValueError, TypeError) as error:
+            found = f"the chat template refuses it: {error}"
+            bad = BadRow(place, "refused by the chat template", found)
+            if self.on_bad_row == "error":
+                raise bad from error
+            return bad
+
+    def cut(self, ids: np.ndarray, mask: np.ndarray, place: str) -> CutRow | BadRow:
+        long = len(ids) > self.max_length
+        if long and self.on_long_row == "drop":
+            return BadRow(place, TOO_LONG, f"{len(ids)} tokens")
+        left = self.on_long_row == "cut_left"
+        kept = slice(-self.max_length, None) if left else slice(self.max_length)
+        lost = long and bool(mask.sum() > mask[kept].sum())
+        ids, mask = ids[kept], mask[kept].copy()
+        mask[:1] = False
+        if not mask.any():
+            return BadRow(place, NO_TARGET, "no target token")
+        return CutRow(ids, mask, long, lost)
 
 
-def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **kwargs) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+def token_mask(batch: BatchEncoding, row: int, spans: list[Span], length: int) -> np.ndarray:
+    """True at the tokens that hold a character of a span, (length,)."""
+    mask = np.zeros(length, bool)
+    for left, right in spans:
+        tokens = (batch.char_to_token(row, at) for at in range(left, right))
+        first = next((token for token in tokens if token is not None), None)
+        if first is None:
+            continue  # empty, or nothing of it became a token
+        tokens = (batch.char_to_token(row, at) for at in range(right - 1, left - 1, -1))
+        last = next(token for token in tokens if token is not None)
+        while last + 1 < length and shares_character(batch, row, last + 1, right):
+            last += 1  # a character may be cut into several tokens
+        mask[first : last + 1] = True
+    return mask
+
+
+def shares_character(batch: BatchEncoding, row: int, token: int, right: int) -> bool:
+    span = batch.token_to_chars(row, token)
+    return span is not None and span.start < right and span.end > span.start

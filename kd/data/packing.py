@@ -5,37 +5,80 @@ the right, which causal attention never looks at, and where documents share a ro
 restart, from which Transformers derives the block-diagonal mask.
 """
 
-from collections.abc import Iterator
+import bisect
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PreTrainedConfig
 
 from kd.data.masks import IGNORED, EncodedRow
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def check_packing(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError where documents of one row would see each other in a model.
+
+    What keeps them apart is made of position_ids; layers that carry a state from token to token,
+    and positions that are counted in another way, do not look at those.
+    """
+    text = config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
+    rotary = getattr(text, "rope_parameters", None) is not None
+    if others or not (rotary or text.model_type == "gpt2"):
+        why = f"layers of {', '.join(sorted(others))}" if others else "no rotary positions"
+        raise ValueError(
+            f"packing: {name} ({text.model_type}) has {why}, so nothing would keep the documents "
+            "of a row apart; set packing: false, and train_sampling_strategy: group_by_length "
+            "against padding"
+        )
 
 
 def pack(rows: list[EncodedRow], max_length: int) -> list[list[EncodedRow]]:
     """Best-fit decreasing: each row goes where the least space is left behind it."""
-    by_space: dict[int, list[list[EncodedRow]]] = {}
+    return [[rows[i] for i in bin_] for bin_ in pack_lengths(list(map(len, rows)), max_length)]
+
+
+def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """`pack` for rows of these lengths: the indices of each bin."""
+    by_space: dict[int, list[list[int]]] = {}
+    spaces: list[int] = []  # the keys of by_space in order
     packed = []
-    for row in sorted(rows, key=len, reverse=True):
-        space = min((s for s in by_space if s >= len(row) and by_space[s]), default=None)
-        if space is None:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        place = bisect.bisect_left(spaces, lengths[i])
+        if place == len(spaces):
             bin_, space = [], max_length
             packed.append(bin_)
         else:
+            space = spaces[place]
             bin_ = by_space[space].pop()
-        bin_.append(row)
-        by_space.setdefault(space - len(row), []).append(bin_)
+            if not by_space[space]:
+                del by_space[space], spaces[place]
+        bin_.append(i)
+        left = space - lengths[i]
+        if left not in by_space:
+            by_space[left] = []
+            bisect.insort(spaces, left)
+        by_space[left].append(bin_)
     return packed
 
 
 class Collator:
-    """Lists of documents (one list a row) to right-padded tensors."""
+    """Lists of documents (one list a row) to right-padded tensors.
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8) -> None:
+    `flat`: all documents of a batch in one row, B = 1. FlashAttention keeps documents apart in such
+    batches alone; in two packed rows every document would see those before it, without a word.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, flat: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.multiple = pad_to_multiple_of
+        self.flat = flat
 
     def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, torch.Tensor]:
+        if self.flat:
+            rows = [[document for documents in rows for document in documents]]
         longest = max(sum(map(len, documents)) for documents in rows)
         width = -(-longest // self.multiple) * self.multiple
         ids = torch.full((len(rows), width), self.pad_token_id)
@@ -59,8 +102,11 @@ def spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:
         start += len(row)
 
 
-def padding_share(rows: list[list[EncodedRow]], batch: int) -> float:
-    """Share of padding when rows are batched in this order."""
-    lengths = [sum(map(len, documents)) for documents in rows]
+def padding_share(lengths: Sequence[int], batch: int, grouped: bool = False) -> float:
+    """Share of padding when rows of these lengths are batched in a random order, or by length."""
+    lengths = list(lengths)
+    random.Random(0).shuffle(lengths)
+    if grouped:
+        lengths.sort()
     groups = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
     return 1 - sum(lengths) / sum(max(group) * len(group) for group in groups)

@@ -1,0 +1,246 @@
+"""Tokenised rows on the disk, under a fingerprint of everything that decides them.
+
+One process prepares them and the others wait for its lock, on one machine or on a shared disk;
+there is no collective call that could time out, and whoever dies leaves nothing that is half there.
+A folder holds ids (int32) and mask (bool) of all rows one behind the other, where each row ends,
+and report.json; it is mapped into memory, so processes on one machine share its pages.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kd.data.masks import CHUNK, IGNORED, EncodedRow, Encoder, EncodingReport
+from kd.data.masks import count_rows, require_rows
+from kd.data.sources import check_sources, hub_table, local_files, read_rows
+from kd.data.workers import encode_in_order, worker_count
+
+FORMAT = 1  # raise it where equal settings come to make other rows
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What decides the rows beside their sources and their tokenizer."""
+
+    max_length: int
+    seed: int = 0
+    on_bad_row: str = "error"
+    on_long_row: str = "cut"
+    mixture_rows: int | None = None
+    train_rows: int | None = None
+
+
+class TokenisedRows(Sequence):
+    """Rows of one cache folder, each a list of documents: one, or after `packed` several."""
+
+    def __init__(self, folder: Path, bins: list[list[int]] | None = None) -> None:
+        self.folder = folder
+        self.ids = np.memmap(folder / "ids", np.int32, "r")
+        self.mask = np.memmap(folder / "mask", np.bool_, "r")
+        self.ends = np.fromfile(folder / "ends", np.int64)
+        self.report = read_report(folder)
+        self.bins = bins
+
+    def __len__(self) -> int:
+        return len(self.ends if self.bins is None else self.bins)
+
+    def __getitem__(self, i: int) -> list[EncodedRow]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        if self.bins is None:
+            return [self.document(i % len(self))]
+        return [self.document(j) for j in self.bins[i]]
+
+    def document(self, i: int) -> EncodedRow:
+        part = slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
+        ids = self.ids[part]
+        return EncodedRow(ids.tolist(), np.where(self.mask[part], ids, IGNORED).tolist())
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths = self.document_lengths
+        if self.bins is None:
+            return lengths.tolist()
+        return [int(lengths[documents].sum()) for documents in self.bins]
+
+
+def read_report(folder: Path) -> EncodingReport:
+    values = json.loads((folder / "report.json").read_text())
+    return EncodingReport(**values | {"dropped": Counter(values["dropped"])})
+
+
+def tokenised_rows(
+    sources: list[dict],
+    settings: RowSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: str,
+    workers: int = 0,
+    progress: bool = True,
+) -> TokenisedRows:
+    """The rows of the sources, from the cache where an earlier call has made them.
+
+    Raises ValueError as `read_rows` and `encode_rows` do.
+    """
+    check_sources(sources)
+    folder = Path(cache) / fingerprint(sources, settings, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_whole(folder):
+        with alone(folder.with_suffix(".lock")):
+            if not is_whole(folder):  # whoever had the lock before may have made it
+                prepare(folder, sources, settings, tokenizer, workers, progress)
+    return TokenisedRows(folder)
+
+
+def fingerprint(
+    sources: list[dict], settings: RowSettings, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Equal for rows that are equal; the content of files counts, not only their names."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+    if backend:  # what the last call left there
+        backend |= {"truncation": None, "padding": None}
+    parts = {
+        "format": FORMAT,
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "settings": asdict(settings),
+        "sources": sources,
+        "contents": [content_of(source) for source in sources],
+        "tokenizer": backend or tokenizer.get_vocab(),
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def content_of(source: dict) -> str:
+    files = local_files(source["path"])
+    if files is None:
+        return hub_table(source)._fingerprint  # of the data set's revision, configuration and split
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file}\n{Path(file).stat().st_size}\n".encode())
+        with open(file, "rb") as content:
+            while block := content.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all bytes are there; a full disk or a lost machine may leave fewer."""
+    try:
+        report = read_report(folder)
+        sizes = [(folder / name).stat().st_size for name in ("ids", "mask", "ends")]
+    except (OSError, ValueError):
+        return False
+    return sizes == [4 * report.tokens, report.tokens, 8 * report.kept]
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Inside, no other process is; they wait, however long it takes.
+
+    A POSIX lock: forked workers do not inherit it, and the system gives it back when we die.
+    """
+    with open(lock, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            start = time.monotonic()
+            print(f"waiting for the process that prepares {lock.with_suffix('')}", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            print(f"waited {time.monotonic() - start:.0f} s for the rows", flush=True)
+        except OSError as error:
+            raise ValueError(
+                f"data_cache: no locks on the file system of {lock.parent} ({error}); take a folder "
+                "on another one"
+            ) from error
+        yield
+
+
+def prepare(
+    folder: Path,
+    sources: list[dict],
+    settings: RowSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Write the folder aside and rename it, so that it is whole or not there."""
+    for torn in [*folder.parent.glob(f"{folder.name}.tmp-*"), folder]:
+        shutil.rmtree(torn, ignore_errors=True)  # of a process that was killed
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    aside.mkdir()
+    try:
+        report = write_rows(aside, sources, settings, tokenizer, workers, progress)
+        (aside / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_rows(
+    folder: Path,
+    sources: list[dict],
+    settings: RowSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+    progress: bool,
+) -> EncodingReport:
+    bad: Counter = Counter()
+    rows = read_rows(
+        sources,
+        settings.seed,
+        settings.on_bad_row,
+        bad,
+        mixture_rows=settings.mixture_rows,
+        train_rows=settings.train_rows,
+    )
+    encoder = Encoder(tokenizer, settings.max_length, settings.on_long_row, settings.on_bad_row)
+    report, end = EncodingReport(), 0
+    bar = tqdm(desc="tokenising", unit="row", disable=not progress)
+    with (
+        open(folder / "ids", "wb") as ids,
+        open(folder / "mask", "wb") as mask,
+        open(folder / "ends", "wb") as ends,
+        bar,
+    ):
+        for results in encode_in_order(encoder, chunks(rows), worker_count(workers)):
+            for row in count_rows(results, report):
+                end += len(row.ids)
+                ids.write(row.ids.tobytes())
+                mask.write(row.mask.tobytes())
+                ends.write(np.int64(end).tobytes())
+            bar.update(len(results))
+    report.read += bad.total()
+    report.dropped.update(bad)
+    require_rows(report)
+    return report
+
+
+def chunks(rows: Iterator) -> Iterator[list]:
+    chunk = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
