@@ -60,6 +60,9 @@ class ModelSettings:
     chat_template: str | None = setting(
         None, "file with a Jinja chat template, in place of the tokenizer's own"
     )
+    template_arguments: str | None = setting(
+        None, "variables of the template, such as {enable_thinking: false}; saved with the model"
+    )
 
     def __post_init__(self) -> None:
         if self.quantization != "none" and not self.lora_rank:
@@ -75,6 +78,7 @@ class ModelSettings:
                 "embedding already: remove the key, or set lora_rank"
             )
         require_file("chat_template", self.chat_template)
+        parse_json_object("template_arguments", self.template_arguments)
 
 
 @dataclass
@@ -83,12 +87,25 @@ class DataSettings:
 
     data: str = setting("", "JSON list of sources: [{path, split, count, columns, ...}, ...]")
     eval_data: str | None = setting(None, "the same for the held-out rows")
-    max_length: int = setting(1024, "tokens a row at most; longer rows are cut at the end")
+    max_length: int = setting(1024, "tokens a row at most")
+    on_long_row: Literal["cut", "cut_left", "drop"] = setting(
+        "cut", "a longer row keeps its first tokens, or its last, or is dropped; all are counted"
+    )
+    on_bad_row: Literal["error", "drop"] = setting(
+        "error", "a row that cannot be read: stop with its file and line, or drop and count it"
+    )
     packing: bool = setting(False, "several documents a row, no attention between them")
     mixture_seed: int = setting(
         0, "draws the rows of every source; apart from `seed`, so that seeds share their rows"
     )
-    train_rows: int | None = setting(None, "use only the first rows of the mixture (a trial run)")
+    mixture_rows: int | None = setting(
+        None, "rows of all sources with a weight together; without: as many as never repeat one"
+    )
+    train_rows: int | None = setting(
+        None, "so many rows of the mixture, of each source its share (a trial run)"
+    )
+    data_cache: str = setting("runs/cache", "folder of tokenised rows, which all runs may share")
+    data_workers: int = setting(0, "processes that tokenise; 0: one for each core")
 
     def __post_init__(self) -> None:
         self.sources = parse_json_list("data", self.data)
@@ -97,6 +114,11 @@ class DataSettings:
             raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
         if self.max_length < 2:
             raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
+        for key in ("mixture_rows", "train_rows"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+        if self.data_workers < 0:
+            raise ValueError(f"data_workers: {self.data_workers}; wanted 0 (all cores) or more")
 
 
 @dataclass
@@ -270,6 +292,19 @@ def parse_json_list(key: str, text: str | None) -> list[dict]:
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"{key}: found {text}; wanted a list of objects [{{path: ...}}, ...]")
+    return value
+
+
+def parse_json_object(key: str, text: str | None) -> dict:
+    """The object that a recipe key holds once it is spelt as a flag."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key}: not JSON ({error}); wanted an object: {text}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: found {text}; wanted an object {{name: value}}")
     return value
 
 

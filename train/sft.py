@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from kd.recipe import DataSettings, ModelSettings, TrainingSettings, parse, setting
 from kd.training.exit import run
-from kd.training.session import train
+from kd.training.session import show_rows, train
 
 
 @dataclass
 class SftSettings:
     model: str = setting("", "hub name or folder of the model to train")
+    show_rows: int = setting(0, "print so many rows with their targets marked, and train nothing")
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -23,6 +24,9 @@ def main() -> None:
     sft, model, data, training = parse(
         SftSettings, ModelSettings, DataSettings, TrainingSettings, description=__doc__
     )
+    if sft.show_rows:
+        show_rows(sft.show_rows, sft.model, model, data, training)
+        return
     train(sft.model, model, data, training)
 
 

@@ -24,8 +24,16 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.masks import CHUNK, IGNORED, EncodedRow, Encoder, EncodingReport
-from kd.data.masks import count_rows, require_rows
+from kd.data.masks import (
+    CHUNK,
+    IGNORED,
+    EncodedRow,
+    Encoder,
+    EncodingReport,
+    count_rows,
+    require_rows,
+)
+from kd.data.packing import pack_lengths
 from kd.data.sources import check_sources, hub_table, local_files, read_rows
 from kd.data.workers import encode_in_order, worker_count
 
@@ -65,6 +73,15 @@ class TokenisedRows(Sequence):
             return [self.document(i % len(self))]
         return [self.document(j) for j in self.bins[i]]
 
+    def packed(self, max_length: int) -> "TokenisedRows":
+        """The same documents, as many a row as fit."""
+        return TokenisedRows(self.folder, pack_lengths(self.lengths, max_length))
+
+    def subset(self, chosen: list[int]) -> "TokenisedRows":
+        """These rows, in this order."""
+        bins = [[i] for i in range(len(self))] if self.bins is None else self.bins
+        return TokenisedRows(self.folder, [bins[i] for i in chosen])
+
     def document(self, i: int) -> EncodedRow:
         part = slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
         ids = self.ids[part]
@@ -77,15 +94,22 @@ class TokenisedRows(Sequence):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        lengths = self.document_lengths
+        return self.per_row(self.document_lengths)
+
+    @property
+    def targets(self) -> list[int]:
+        """Target tokens of each row."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return self.per_row(np.add.reduceat(self.mask, starts, dtype=np.int64))
+
+    def per_row(self, of_documents: np.ndarray) -> list[int]:
         if self.bins is None:
-            return lengths.tolist()
-        return [int(lengths[documents].sum()) for documents in self.bins]
+            return of_documents.tolist()
+        return [int(of_documents[documents].sum()) for documents in self.bins]
 
 
 def read_report(folder: Path) -> EncodingReport:
-    values = json.loads((folder / "report.json").read_text())
-    return EncodingReport(**values | {"dropped": Counter(values["dropped"])})
+    return EncodingReport(**json.loads((folder / "report.json").read_text()))
 
 
 def tokenised_rows(
@@ -230,7 +254,7 @@ def write_rows(
                 ends.write(np.int64(end).tobytes())
             bar.update(len(results))
     report.read += bad.total()
-    report.dropped.update(bad)
+    report.drop(bad.elements())
     require_rows(report)
     return report
 

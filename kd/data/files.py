@@ -64,7 +64,7 @@ class JsonLines:
         with open(self.path, "rb") as file:
             for i in indices:
                 file.seek(self.starts[i])
-                line = file.readline(LARGEST_ROW + 1)
+                line = file.readline(LARGEST_ROW + 1).rstrip(b"\r\n")
                 place = f"{self.path}, line {self.numbers[i]}"
                 yield place, caught(json_object, line, place)
 

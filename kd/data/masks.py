@@ -5,7 +5,7 @@ end-of-sequence token behind it. The first token of a row is never a target: not
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +41,7 @@ class EncodingReport:
 
     read: int = 0
     kept: int = 0
-    dropped: Counter = field(default_factory=Counter)  # rows by reason
+    dropped: dict[str, int] = field(default_factory=dict)  # rows by reason
     cut: int = 0  # rows longer than max_length that were kept
     targets_cut: int = 0  # those that lost targets by it
     tokens: int = 0
@@ -49,11 +49,13 @@ class EncodingReport:
 
     @property
     def without_target(self) -> int:
-        return self.dropped[NO_TARGET]
+        return self.dropped.get(NO_TARGET, 0)
+
+    def drop(self, kinds: Iterable[str]) -> None:
+        self.dropped = dict(Counter(self.dropped) + Counter(kinds))
 
     def __str__(self) -> str:
-        counts = Counter({NO_TARGET: 0}) | self.dropped
-        counts.setdefault(NO_TARGET, 0)
+        counts = {NO_TARGET: 0} | self.dropped
         dropped = ", ".join(f"{counts[reason]} dropped {reason}" for reason in sorted(counts))
         lost = f", {self.targets_cut} of them in a target" if self.targets_cut else ""
         return (
@@ -107,7 +109,7 @@ def count_rows(results: list["CutRow | BadRow"], report: EncodingReport) -> list
     kept = [row for row in results if isinstance(row, CutRow)]
     report.read += len(results)
     report.kept += len(kept)
-    report.dropped.update(row.kind for row in results if isinstance(row, BadRow))
+    report.drop(row.kind for row in results if isinstance(row, BadRow))
     report.cut += sum(row.cut for row in kept)
     report.targets_cut += sum(row.targets_cut for row in kept)
     report.tokens += sum(len(row.ids) for row in kept)

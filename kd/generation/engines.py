@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kd.data.masks import render
+from kd.data.template import render
 from kd.models.tokenizer import generation_config, load_tokenizer
 
 

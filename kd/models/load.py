@@ -13,6 +13,21 @@ from kd.models.tokenizer import generation_config, template_tokens, untrained_to
 from kd.recipe import ModelSettings
 
 
+def check_attention(implementation: str) -> None:
+    """Raise ValueError where the machine has no kernel for it, before anything is loaded."""
+    if implementation != "flash_attention_2":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("attn_implementation: flash_attention_2 runs on GPUs alone; set sdpa")
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise ValueError(
+            f"attn_implementation: flash_attention_2 needs compute capability 8.0 or more, and "
+            f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; set sdpa, which "
+            "keeps packed documents apart by a mask"
+        )
+
+
 def load_trained(
     name: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:

@@ -1,9 +1,12 @@
 """The tokenizer, what ends an answer, and whether teacher and student share one vocabulary."""
 
+import re
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from kd.data.template import with_arguments
 
 PROBE = "Caf\u00e9 1234567, don't  stop;\n\tif x:\n        \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d"
 
@@ -18,6 +21,26 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so this hides no EOS
     return tokenizer
+
+
+def set_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: dict) -> None:
+    """Give the chat template its variables for good: they are saved with the tokenizer.
+
+    Raises ValueError where the template does not read one of them.
+    """
+    if not arguments:
+        return
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        found = "no chat template" if template is None else "several chat templates"
+        raise ValueError(f"template_arguments: given, and {tokenizer.name_or_path} has {found}")
+    for name in arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"template_arguments: {name}: the chat template of {tokenizer.name_or_path} does "
+                "not read it"
+            )
+    tokenizer.chat_template = with_arguments(template, arguments)
 
 
 def check_same_tokenizer(

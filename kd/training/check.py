@@ -2,15 +2,14 @@
 
 import math
 
-from kd.data.masks import EncodedRow
 from kd.recipe import CHECK_STEPS
 
 ROWS, WANTED_FALL = 8, 0.1
 
 
-def check_rows(rows: list[list[EncodedRow]], global_batch: int) -> list[list[EncodedRow]]:
+def check_rows(lengths: list[int], global_batch: int) -> list[int]:
     """The eight longest rows, for memory is to be checked as well, as often as fills a step."""
-    longest = sorted(rows, key=lambda documents: sum(map(len, documents)))[-ROWS:]
+    longest = sorted(range(len(lengths)), key=lambda i: lengths[i])[-ROWS:]
     return (longest * math.ceil(global_batch / len(longest)))[:global_batch]
 
 

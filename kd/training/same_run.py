@@ -13,7 +13,7 @@ FREE = {
     "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "per_device_eval_batch_size",
     "max_per_device_train_batch_size", "max_skipped_steps", "push_to_hub", "hub_token", "hub_model_id",
-    "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
+    "data_cache", "data_workers", "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
 }  # fmt: skip
 LENGTH = {"max_steps", "num_train_epochs"}  # free where no learning rate depends on the last step
 

@@ -12,19 +12,22 @@ from transformers import (
     set_seed,
 )
 
-from kd.data.masks import EncodedRow, encode_rows
-from kd.data.packing import Collator, pack, padding_share
-from kd.data.sources import check_sources, load_rows
+from kd.data.cache import RowSettings, TokenisedRows, tokenised_rows
+from kd.data.packing import Collator, check_packing, padding_share
+from kd.data.show import log_lengths, shown_rows, write_summary
+from kd.data.sources import check_sources
+from kd.data.template import writes_the_date
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections, layer_map
-from kd.models.load import load_trained, parameter_counts
-from kd.models.tokenizer import check_same_tokenizer, load_tokenizer
+from kd.models.load import check_attention, load_trained, parameter_counts
+from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     TeacherSettings,
     TrainingSettings,
+    parse_json_object,
 )
 from kd.teachers.live import LiveTeacher
 from kd.training.check import check_rows, report_check
@@ -52,6 +55,7 @@ def train(
     """
     check_sources(data.sources)
     check_sources(data.eval_sources)
+    check_attention(model_settings.attn_implementation)
     if training.check and training.process_index == 0:  # always anew
         shutil.rmtree(training.output_dir, ignore_errors=True)
     model_settings = with_dtype(model_settings, training)
@@ -67,6 +71,10 @@ def train(
     if teacher_settings:
         note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
         say(training, note)
+    set_template(tokenizer, model_settings, training)
+    if data.packing:
+        for model_name in [name, *([teacher_settings.teacher] if teacher_settings else [])]:
+            check_packing(AutoConfig.from_pretrained(model_name), model_name)
     objective, hidden = Objective(), None
     if teacher_settings and objective_settings:
         objective, hidden = objectives(objective_settings, name, teacher_settings.teacher)
@@ -75,9 +83,10 @@ def train(
     about, checkpoint = resume_point(training, recipe_of([s for s in settings if s], names))
     rows, eval_rows = prepare_rows(data, tokenizer, training)
     if training.check:
-        rows = check_rows(rows, training.global_batch_size)
+        rows = rows.subset(check_rows(rows.lengths, training.global_batch_size))
     if training.process_index == 0:
         write_record(training.output_dir, [s for s in settings if s], names)
+        write_summary(training.output_dir, rows, eval_rows)
 
     set_seed(training.seed)
     model = load_trained(name, model_settings, tokenizer)
@@ -91,7 +100,9 @@ def train(
         args=training,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(
+            tokenizer.pad_token_id, flat=model_settings.attn_implementation == "flash_attention_2"
+        ),
         processing_class=tokenizer,
         objective=objective,
         vocabulary=len(tokenizer),
@@ -103,6 +114,8 @@ def train(
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStopping(training.early_stopping_patience))
     say(training, describe(trainer, training))
+    if training.process_index == 0 and "tensorboard" in training.report_to:
+        log_lengths(rows, f"{training.output_dir}/tensorboard")
     with names_what_to_change(
         training, model_settings, data.max_length, teacher_settings, objective_settings
     ):
@@ -186,20 +199,50 @@ def objectives(
     )
 
 
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, model: ModelSettings, training: TrainingSettings
+) -> None:
+    """Student, teacher and whoever loads the saved tokenizer read this one template."""
+    arguments = parse_json_object("template_arguments", model.template_arguments)
+    set_template_arguments(tokenizer, arguments)
+    template = tokenizer.chat_template
+    if isinstance(template, str) and writes_the_date(template):
+        say(
+            training,
+            "note: the chat template writes today's date into every conversation; "
+            'template_arguments: {date_string: "26 Jul 2024"} makes it the same for ever',
+        )
+
+
 def prepare_rows(
     data: DataSettings, tokenizer: PreTrainedTokenizerBase, training: TrainingSettings
-) -> tuple[list[list[EncodedRow]], list[list[EncodedRow]] | None]:
+) -> tuple[TokenisedRows, TokenisedRows | None]:
     """(training rows, held-out rows), each a list of documents a row."""
-    progress = training.process_index == 0 and not training.disable_tqdm
 
-    def encode(sources: list[dict], packing: bool) -> list[list[EncodedRow]]:
-        raw = load_rows(sources, data.mixture_seed)
-        encoded, report = encode_rows(raw, tokenizer, data.max_length, progress)
-        say(training, str(report))
-        return pack(encoded, data.max_length) if packing else [[row] for row in encoded]
+    def prepare(sources: list[dict], **sizes: int | None) -> TokenisedRows:
+        settings = RowSettings(
+            data.max_length, data.mixture_seed, data.on_bad_row, data.on_long_row, **sizes
+        )
+        progress = not training.disable_tqdm
+        rows = tokenised_rows(
+            sources, settings, tokenizer, data.data_cache, data.data_workers, progress
+        )
+        say(training, f"{rows.report}\ntokenised rows: {rows.folder}")
+        return rows
 
-    rows = encode(data.sources, data.packing)
-    return rows, encode(data.eval_sources, False) if data.eval_sources else None
+    rows = prepare(data.sources, mixture_rows=data.mixture_rows, train_rows=data.train_rows)
+    rows = rows.packed(data.max_length) if data.packing else rows
+    return rows, prepare(data.eval_sources) if data.eval_sources else None
+
+
+def show_rows(
+    count: int, name: str, model: ModelSettings, data: DataSettings, training: TrainingSettings
+) -> None:
+    """Print rows as training would read them; no model is loaded."""
+    tokenizer = load_tokenizer(name, model.chat_template)
+    set_template(tokenizer, model, training)
+    rows, _ = prepare_rows(data, tokenizer, training)
+    say(training, shown_rows(rows, tokenizer, count))
 
 
 def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
@@ -207,12 +250,15 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
     trained, total = parameter_counts(trainer.model)
     micro, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rows = trainer.train_dataset
-    targets = sum(row.targets for documents in rows for row in documents) / len(rows)
+    targets = sum(rows.targets) / len(rows)
+    grouped = training.train_sampling_strategy == "group_by_length"
+    flat = trainer.data_collator.flat  # then there is none
+    padding = 0.0 if flat else padding_share(rows.lengths, micro, grouped)
     return (
         f"parameters: {trained:,} trained of {total:,}\n"
         f"rows a step: {training.global_batch_size} = {training.world_size} processes x {micro} "
         f"rows x {steps} accumulation; about {targets * training.global_batch_size:.0f} target "
-        f"tokens\npadding: {padding_share(rows, micro):.0%} of a micro-batch\n"
+        f"tokens\npadding: {padding:.0%} of a micro-batch\n"
         f"objective: {trainer.objective}"
     )
 

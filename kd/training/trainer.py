@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kd.data.masks import IGNORED, EncodedRow
 from kd.losses.fused import Objective
@@ -142,6 +143,13 @@ class DistillationTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Trainer's own; to group rows by length it has to be told their lengths."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(step, lengths=(train_dataset or self.train_dataset).lengths)
 
     def heldout_batches(self, rows: list[list[EncodedRow]] | None = None) -> list[dict]:
         """This rank's batches: every row once, and equally many batches on every rank.

@@ -41,5 +41,5 @@ def test_changing_one_document_leaves_the_other_unchanged_to_the_bit(tokenizer):
 
 
 def test_padding_share_counts_what_is_thrown_away():
-    rows = [[document(10)], [document(5)], [document(4)], [document(4)]]
-    assert padding_share(rows, 2) == 1 - 23 / 28
+    lengths = [10, 4, 5, 4]  # (4, 4) and (5, 10) side by side
+    assert padding_share(lengths, 2, grouped=True) == 1 - 23 / 28

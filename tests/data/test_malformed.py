@@ -1,0 +1,200 @@
+"""Malformed rows and files: each an error with file and line, or a counted drop, by choice."""
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd.data.files import LARGEST_ROW, BadRow
+from kd.data.sources import load_rows, read_rows
+
+GOOD = b'{"text": "a good row"}'
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+def chat(*messages) -> dict:
+    return {"messages": list(messages)}
+
+
+# What stands on line 2 between two good rows: the kind it is dropped by, and a part of the message.
+LINES: dict[str, tuple[object, str, str]] = {
+    "an open brace": (b'{"text": "a"', "not JSON", "Expecting"),
+    "an open string": (b'{"text": "a', "not JSON", "Unterminated string"),
+    "no JSON": (b"text: a", "not JSON", "Expecting value"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "not JSON", "Extra data"),
+    "a comma behind the last": (b'{"text": "a",}', "not JSON", "not JSON"),
+    "single quotes": (b"{'text': 'a'}", "not JSON", "property name"),
+    "a control character": (b'{"text": "a\x01"}', "not JSON", "control character"),
+    "NaN": (b'{"text": "a", "score": NaN}', "not JSON", "NaN is no JSON"),
+    "Infinity": (b'{"text": "a", "score": -Infinity}', "not JSON", "-Infinity is no JSON"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "not JSON", "key 'text' twice"),
+    "a number of 5000 digits": (b'{"n": ' + b"7" * 5000 + b"}", "not JSON", "not JSON"),
+    "200000 brackets": (b"[" * 200_000, "not JSON", "not JSON"),
+    "a list": (b"[1, 2]", "no object", "found list"),
+    "a string": (b'"text"', "no object", "found str"),
+    "null": (b"null", "no object", "found NoneType"),
+    "a number": (b"3", "no object", "found int"),
+    "Latin-1": ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8", "at byte 13"),
+    "binary": (bytes([128, 0, 255, 1]), "not UTF-8", "at byte 0"),
+    "NUL": (b"\0\0\0", "not JSON", "not JSON"),
+    "half a surrogate pair": (b'{"text": "\\ud83d"}', "not UTF-8", "\\ud83d"),
+    "a huge line": (b'{"text": "' + b"a" * LARGEST_ROW + b'"}', "too large", "more than 16 MiB"),
+    "an empty object": ({}, "missing fields", "fields []"),
+    "other fields": ({"question": "a"}, "missing fields", "fields ['question']; wanted messages"),
+    "prompt alone": ({"prompt": "a"}, "missing fields", "wanted messages"),
+    "instruction alone": ({"instruction": "a"}, "missing fields", "wanted messages"),
+    "all fields null": ({"text": None, "messages": None}, "missing fields", "wanted messages"),
+    "an empty text": ({"text": ""}, "empty", "text is empty"),
+    "blanks": ({"text": " \n\t "}, "empty", "text is empty"),
+    "text a number": ({"text": 3}, "wrong type", "text is int 3; wanted a string"),
+    "text a list": ({"text": ["a"]}, "wrong type", "text is list"),
+    "messages a string": ({"messages": "a"}, "wrong type", "messages is str"),
+    "messages an object": ({"messages": {"role": "user"}}, "wrong type", "messages is dict"),
+    "messages half a list": ({"messages": "[{"}, "not JSON", "messages is not JSON"),
+    "no messages": ({"messages": []}, "empty", "messages is an empty list"),
+    "a message a string": (chat("a"), "wrong type", "message str"),
+    "a message null": (chat(None, ANSWER), "wrong type", "message NoneType"),
+    "no role": (chat({"content": "a"}, ANSWER), "unknown role", "wanted a role of system, user"),
+    "an unknown role": (chat({"role": "bot", "content": "a"}), "unknown role", "wanted a role"),
+    "role a number": (chat({"role": 1, "content": "a"}), "unknown role", "wanted a role"),
+    "role a list": (chat({"role": ["user"], "content": "a"}), "unknown role", "wanted a role"),
+    "no content": (chat(USER, {"role": "assistant"}), "wrong type", "and a content string"),
+    "content null": (chat({"role": "user", "content": None}), "wrong type", "content string"),
+    "content a number": (chat({"role": "user", "content": 1.5}), "wrong type", "content string"),
+    "content an image": (
+        chat({"role": "user", "content": [{"type": "image", "url": "a"}]}, ANSWER),
+        "wrong type",
+        "content string",
+    ),
+    "content an empty list": (chat({"role": "user", "content": []}), "wrong type", "content"),
+    "no answer": (chat(USER), "no answer", "no assistant message, so nothing to learn"),
+    "only a system prompt": (chat({"role": "system", "content": "a"}), "no answer", "no assistant"),
+    "an empty answer": (chat(USER, {"role": "assistant", "content": ""}), "empty", "is empty"),
+    "tool calls a string": (chat(USER, ANSWER | {"tool_calls": "f()"}), "wrong type", "tool_calls"),
+    "tool calls of strings": (chat(USER, ANSWER | {"tool_calls": ["f"]}), "wrong type", "objects"),
+    "tools a string": (chat(USER, ANSWER) | {"tools": "search"}, "wrong type", "tools is str"),
+    "ShareGPT of no one": ({"conversations": [{"value": "a"}]}, "unknown role", "wanted a role"),
+    "ShareGPT without value": ({"conversations": [{"from": "gpt"}]}, "wrong type", "content"),
+    "prompt a number": ({"prompt": 1, "completion": "b"}, "wrong type", "prompt is int 1"),
+    "completion a number": ({"prompt": "a", "completion": 1}, "wrong type", "completion is int"),
+    "an empty completion": ({"prompt": "a", "completion": " "}, "empty", "nothing to learn"),
+    "Alpaca with a number": ({"instruction": 1, "output": "a"}, "wrong type", "instruction is"),
+    "Alpaca without a word": ({"instruction": "a", "output": ""}, "empty", "nothing to learn"),
+    "system a number": (chat(USER, ANSWER) | {"system": 3}, "wrong type", "content string"),
+    "an id a second time": ({"text": "a", "id": "x"}, "repeated id", "line 1; wanted each once"),
+}  # fmt: skip
+
+
+def write_between(path, line) -> str:
+    first = b'{"text": "a good row", "id": "x"}'
+    line = line if isinstance(line, bytes) else json.dumps(line).encode()
+    path.write_bytes(b"\n".join([first, line, GOOD]))
+    return str(path)
+
+
+def test_the_table_is_as_long_as_it_says():
+    assert len(LINES) >= 60
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_bad_row_is_an_error_with_file_and_line_or_a_counted_drop(tmp_path, name):
+    line, kind, message = LINES[name]
+    path = write_between(tmp_path / "bad.jsonl", line)
+    with pytest.raises(BadRow) as error:
+        load_rows([{"path": path}], seed=0)
+    assert f"{path}, line 2: " in str(error.value) and message in str(error.value)
+    assert len(str(error.value)) < 600
+    dropped: Counter = Counter()
+    rows = [row for _, row in read_rows([{"path": path}], 0, "drop", dropped)]
+    assert rows == [{"text": "a good row"}] * 2 and dropped == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    "start, end",
+    [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n\r\n \t\r\n"), (b"\n", b"\n\n")],
+    ids=["BOM", "CRLF", "BOM, CRLF and blank lines", "blank lines"],
+)  # fmt: skip
+def test_bom_crlf_and_blank_lines_are_no_faults_and_lines_keep_their_numbers(tmp_path, start, end):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start + GOOD + end + GOOD + end)
+    assert load_rows([{"path": str(path)}], 0) == [{"text": "a good row"}] * 2
+    path.write_bytes(start + GOOD + end + b"broken" + end)
+    number = (start + GOOD + end).count(b"\n") + 1
+    with pytest.raises(BadRow, match=f"rows.jsonl, line {number}: not JSON"):
+        load_rows([{"path": str(path)}], 0)
+
+
+FILES = {
+    "empty.jsonl": (b"", "no rows"),
+    "blank.jsonl": (b"\n \n", "no rows"),
+    "empty.json": (b"[]", "no rows"),
+    "empty.csv": (b"", "no rows"),
+    "header.csv": (b"prompt,completion\n", "no rows"),
+    "empty.txt": (b" \n", "no rows"),
+    "gzip.jsonl": (b"\x1f\x8b\x08abc", "gzip; unpack it first"),
+    "zip.json": (b"PK\x03\x04abc", "zip; unpack it first"),
+    "parquet.jsonl": (b"PAR1abc", "Parquet; name it .parquet"),
+    "utf16.csv": ("text\na\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+    "open.json": (b'[{"text": "a"},\n{"text": "b"', "open.json, line 2: not JSON"),
+    "latin.json": (b'[{"text":\n "caf\xe9"}]', "latin.json, line 2: not UTF-8"),
+    "twice.csv": (b"text,text\na,b\n", "wanted a name for each"),
+    "not.parquet": (b"PAR1 and then nothing", "no parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_is_an_error_whatever_the_recipe_says(tmp_path, name):
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows([{"path": str(tmp_path / name)}], 0, "drop")
+
+
+@pytest.mark.parametrize(
+    "line, kind, message",
+    [
+        (b"a,b,c", "not CSV", "line 2: 3 cells; the header has 2"),
+        (b"a", "not CSV", "line 2: 1 cells"),
+        (b'"a"b,c', "not CSV", "line 2: not CSV"),
+        (b"caf\xe9,b", "not UTF-8", "line 2: not UTF-8"),
+        (b"a,", "empty", "line 2: every assistant message is empty"),
+    ],
+)
+def test_a_bad_line_of_a_csv_file_is_named_or_dropped(tmp_path, line, kind, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\n" + line + b'\n"why,\nso?",because\n')
+    with pytest.raises(BadRow, match=message):
+        load_rows([{"path": str(path)}], 0)
+    dropped: Counter = Counter()
+    ((place, row),) = read_rows([{"path": str(path)}], 0, "drop", dropped)
+    assert [m["content"] for m in row["messages"]] == ["why,\nso?", "because"]
+    assert dropped == {kind: 1} and place.endswith("line 3")
+
+
+def test_bad_items_of_a_json_list_and_rows_of_parquet_are_named(tmp_path):
+    (tmp_path / "a.json").write_text('[\n {"text": "a"},\n\n {"txt": "b"}\n]')
+    with pytest.raises(BadRow, match=r"a.json, line 4: fields \['txt'\]"):
+        load_rows([{"path": str(tmp_path / "a.json")}], 0)
+    table = pa.table({"text": ["a", None, float("nan") and "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadRow, match="a.parquet, row 1: fields"):
+        load_rows([{"path": str(tmp_path / "a.parquet")}], 0)
+    pq.write_table(pa.table({"text": [1.5, float("nan")]}), tmp_path / "b.parquet")
+    with pytest.raises(BadRow, match="b.parquet, row 0: text is float 1.5; wanted a string"):
+        load_rows([{"path": str(tmp_path / "b.parquet")}], 0)
+
+
+def test_a_count_is_exact_also_where_drawn_rows_are_dropped(tmp_path):
+    lines = [json.dumps({"text": f"row {i}"}) if i % 3 else "broken" for i in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    dropped: Counter = Counter()
+    source = {"path": str(path), "count": 40}
+    rows = [row["text"] for _, row in read_rows([source], 0, "drop", dropped)]
+    assert len(rows) == len(set(rows)) == 40 and 0 < dropped["not JSON"] <= 20
+    assert rows == [row["text"] for _, row in read_rows([source], 0, "drop")]
+    with pytest.raises(ValueError, match="count 41, but of 60 rows only 40 can be used"):
+        load_rows([source | {"count": 41}], 0, "drop")
