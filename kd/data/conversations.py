@@ -72,7 +72,10 @@ def to_row(raw: dict, source: dict, place: str) -> dict:
 
 
 def to_prompt(raw: dict, source: dict, place: str) -> dict:
-    """The messages before the first answer. Raises BadRow where there is no question."""
+    """The messages before the first answer, and that answer where there is one.
+
+    Raises BadRow where there is no question.
+    """
     fields = Fields(raw, source)
     kind = fields.kind(KINDS | {"prompt": ("prompt",), "instruction": ("instruction",)})
     if kind in (None, "text"):
@@ -80,11 +83,13 @@ def to_prompt(raw: dict, source: dict, place: str) -> dict:
         raise BadRow(place, "missing fields", found + "(columns: {prompt: its_name} maps others)")
     messages = fields.messages(kind, place)
     answered = (i for i, message in enumerate(messages) if message["role"] == "assistant")
-    messages = messages[: next(answered, len(messages))]
+    first = next(answered, len(messages))
+    answer = messages[first]["content"] if first < len(messages) else None
+    messages = messages[:first]
     if not any(message["role"] == "user" for message in messages):
         found = "no user message before the first answer, so nothing to ask"
         raise BadRow(place, "no question", found)
-    return {"messages": messages}
+    return {"messages": messages, "answer": answer}
 
 
 class Fields:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kd.data.conversations import Fields
 from kd.data.near_duplicates import NearDuplicates, Overlap, repeated_share
-from kd.data.sources import check_messages, source_rows
+from kd.data.sources import source_rows
 from kd.generation.rationales import (
     LABEL,
     RATIONALE,
@@ -72,13 +73,14 @@ class FilterReport:
 def evaluation_texts(sources: list[dict], seed: int) -> list[str]:
     """What the models will be asked in an evaluation: user messages, prompt, turns, instruction."""
 
-    def convert(raw: dict, columns: dict[str, str], _, place: str) -> dict:
-        get = lambda key: raw.get(columns.get(key, key))  # noqa: E731
-        if get("messages") is not None:
-            check_messages(get("messages"), place)
-            return {"texts": [m["content"] for m in get("messages") if m["role"] == "user"]}
+    def convert(raw: dict, source: dict, place: str) -> dict:
+        get = Fields(raw, source)
+        for key in ("messages", "conversations"):
+            if get[key] is not None:
+                messages = get.messages(key, place)
+                return {"texts": [m["content"] for m in messages if m["role"] == "user"]}
         for key in ("prompt", "turns", "instruction", "question"):
-            found = get(key)
+            found = get[key]
             texts = found if isinstance(found, list) else [found]
             if found and all(isinstance(text, str) for text in texts):
                 return {"texts": texts}

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from kd.data.masks import render
+from kd.data.template import render
 from kd.models.tokenizer import load_tokenizer
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from kd.data.sources import source_rows, to_prompt
+from kd.data.conversations import to_prompt
+from kd.data.sources import source_rows
 from kd.generation.settings import GenerationSettings
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from processes import ROOT
 
-from kd.data.sources import load_prompts, load_rows, read_rows, shares
+from kd.data.conversations import to_prompt
+from kd.data.sources import load_rows, read_rows, shares, source_rows
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -319,4 +320,5 @@ def test_experiment_a_reads_exactly_its_counts(monkeypatch):
     }
     assert len(load_rows(recipe["eval_data"], 0)) == 100
     answers = yaml.safe_load((A_TEACHER.parent / "2_answers.yaml").read_text())
-    assert len(load_prompts(answers["prompts"], 0)) == 20_000
+    questions = [source_rows(source, 0, to_prompt) for source in answers["prompts"]]
+    assert sum(map(len, questions)) == 20_000
