@@ -18,7 +18,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 def shown_rows(rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
     """`count` rows from all over the mixture, first to last."""
     count = min(count, len(rows))
-    parts = [f"targets between {BEGIN} and {END}, which no model sees"]
+    parts = [f"targets stand between {BEGIN} and {END} (which are not in the data)"]
     for i in np.linspace(0, len(rows) - 1, count).round().astype(int).tolist():
         for number, document in enumerate(rows[i], 1):
             which = f", document {number} of {len(rows[i])}" if rows.bins else ""
