@@ -13,8 +13,8 @@ def what_the_numbers_say(summary: dict, expected: list[str]) -> str:
     parts += [share_sentences(summary)]
     parts.append(
         "Spreads and p-values (Welch's two-sided t-test) are between training seeds, on one set of "
-        "held-out rows; they are not corrected for the number of comparisons, and few seeds show "
-        "only large differences."
+        "held-out rows; Holm's are corrected for the number of pairs of a figure. Few seeds show only "
+        "large differences."
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -39,8 +39,8 @@ def pair_sentence(pair: dict) -> str:
         text += f", standard error {number(error, metric, error)}"
     if pair["p_value"] is None:
         return f"{text}; {pair['note']}, so this order is not established."
-    text += f", p = {pair['p_value']:.2g}"
-    if pair["p_value"] >= CHANCE:
+    text += f", p = {pair['p_value']:.2g} (Holm {pair['p_holm']:.2g})"
+    if pair["p_holm"] >= CHANCE:
         return f"{text}: no difference that these seeds can show."
     return text + ("; the ranges overlap." if pair["ranges_overlap"] else ".")
 
@@ -67,14 +67,14 @@ def expected_sentence(summary: dict, expected: list[str]) -> str:
             continue
         found = [name for name in order if name in expected]
         tests = [
-            pair["p_value"] is not None and pair["p_value"] < CHANCE
+            pair["p_value"] is not None and pair["p_holm"] < CHANCE
             for pair in summary["pairs"]
             if pair["metric"] == metric and {pair["first"], pair["second"]} <= set(expected)
         ]
         if found != expected:
             lines.append(f"- by {label}: not found; measured {' < '.join(found)}.")
         elif all(tests):
-            lines.append(f"- by {label}: found, every difference with p < {CHANCE}.")
+            lines.append(f"- by {label}: found, every difference with Holm's p < {CHANCE}.")
         else:
             lines.append(f"- by {label}: found in the means, but not every difference is shown.")
     return "\n".join([f"Expected order, best first: {' < '.join(expected)}.", *lines])

@@ -48,6 +48,39 @@ def plot_bars(settings: dict[str, dict], file: Path) -> bool:
     return True
 
 
+def plot_trade_off(
+    speeds: dict[str, dict], metric: str, values: dict[str, dict], file: Path
+) -> bool:
+    """The quality of every model over its parameters and over its speed; False without both.
+
+    `speeds`: {model: its result}; `values`: {setting: {"value", "low", "high"}} of `metric`.
+    """
+    points = {}
+    for name, numbers in values.items():
+        sizes = [r for model, r in speeds.items() if split_seed(model)[0] == name]
+        if isinstance(numbers, dict) and sizes:
+            points[name] = (numbers, sizes[0])
+    if not points:
+        return False
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
+    largest = {name: max(result["batch_sizes"], key=int) for name, (_, result) in points.items()}
+    for axis, title in zip(axes, ("parameters", "decoding, tokens/s"), strict=True):
+        for i, (name, (numbers, result)) in enumerate(points.items()):
+            speed = result["batch_sizes"][largest[name]]["decoding_tokens_per_second"]
+            x = result["parameters"] if title == "parameters" else speed
+            error = [
+                [max(numbers["value"] - numbers["low"], 0)],
+                [max(numbers["high"] - numbers["value"], 0)],
+            ]
+            axis.errorbar(x, numbers["value"], error, fmt="o", color=f"C{i}", capsize=3)
+            axis.annotate(name, (x, numbers["value"]), (5, 4), textcoords="offset points")
+        axis.set_xlabel(title)
+        axis.margins(0.25)
+    axes[0].set_ylabel(metric)
+    save(figure, file)
+    return True
+
+
 def colour_of(name: str, students: list[str]) -> str:
     """One colour a student in every plot, by its place in the alphabet; grey for the others."""
     names = sorted(set(students))

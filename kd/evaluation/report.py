@@ -6,9 +6,19 @@ import re
 from pathlib import Path
 
 from kd.evaluation.findings import what_the_numbers_say
+from kd.evaluation.sections import (
+    ITEMS_EXPLAINED,
+    PAIRS_EXPLAINED,
+    answer_accuracy_note,
+    item_rows,
+    judge_sections,
+    pair_rows,
+    speed_rows,
+)
 from kd.evaluation.summary import METRICS, NOT_RUN, REFERENCE
 from kd.evaluation.tables import markdown_table, source_rows, summary_rows
 
+KINDS = ("perplexity", "agreement", "benchmarks", "judge", "open_answers", "speed")
 SHOWN_ANSWER = 300  # characters of an answer in the table
 EXPLANATIONS = """\
 Perplexity: exp of the mean negative log-likelihood of the held-out target tokens (of text all but
@@ -67,27 +77,26 @@ def as_cell(text: str) -> str:
     return text.replace("\n", "<br>") or "(empty)"
 
 
-def origin(results: dict[str, dict[str, dict]]) -> str:
-    """Every file with its settings: what all share once, the rest beside the file."""
+def origin(files: dict[str, dict]) -> str:
+    """Every file with its settings: what all files of a kind share once, the rest beside the file."""
+    kinds: dict[str, dict[str, dict]] = {}
+    for file, result in files.items():
+        record = result["settings"] | {"versions": result["versions"], "commit": result["commit"]}
+        kind = next(kind for kind in KINDS if f"/{kind}/" in file)
+        kinds.setdefault(kind, {})[file] = record
     parts = []
-    for measurement, found in results.items():
-        if not found:
-            parts.append(f"{measurement}: {NOT_RUN}")
+    for kind in KINDS:
+        records = kinds.get(kind)
+        if not records:
+            parts.append(f"{kind}: {NOT_RUN}")
             continue
-        records = [
-            r["settings"] | {"versions": r["versions"], "commit": r["commit"]}
-            for r in found.values()
-        ]
-        shared = {
-            key: value
-            for key, value in records[0].items()
-            if all(record.get(key) == value for record in records)
-        }
+        first = next(iter(records.values()))
+        shared = {k: v for k, v in first.items() if all(r.get(k) == v for r in records.values())}
         rows = [["file", "its own settings"]]
-        for name, record in zip(found, records, strict=True):
+        for file, record in records.items():
             own = {key: value for key, value in record.items() if key not in shared}
-            rows.append([f"{measurement}/{name}.json", as_code(own)])
-        parts.append(f"{measurement}, the same for all files: {as_code(shared)}")
+            rows.append([file, as_code(own)])
+        parts.append(f"{kind}, the same for all files: {as_code(shared)}")
         parts.append(markdown_table(rows))
     return "\n\n".join(parts)
 
@@ -114,7 +123,9 @@ def warnings(results: dict[str, dict[str, dict]]) -> list[str]:
 
 def render(
     summary: dict,
+    comparison: dict[str, dict],
     results: dict[str, dict[str, dict]],
+    files: dict[str, dict],
     expected: list[str],
     samples: list[dict] | None,
     plots: dict[str, bool],
@@ -125,10 +136,12 @@ def render(
     def plot(file: str) -> str:
         return f"![{Path(file).stem.replace('_', ' ')}]({file})" if plots[file] else NOT_RUN
 
-    bars, curves = plots
+    bars, trade_off, curves = plots
+    speeds = {file: r for file, r in files.items() if "/speed/" in file}
     missing = [
         f"Training curve of {name}: {NOT_RUN}" for name, state in histories.items() if state is None
     ]
+    measured = [name for group in summary["settings"].values() for name in group["models"]]
     notes = [f"Note: {text}." for text in warnings(results)]
     sections = [
         "# Report",
@@ -141,8 +154,21 @@ def render(
         what_the_numbers_say(summary, expected),
         "## By source",
         markdown_table(source_rows(summary)),
+        "## By item: intervals, and what is lost against the teacher",
+        markdown_table(item_rows(comparison)) if comparison else NOT_RUN,
+        ITEMS_EXPLAINED,
+        answer_accuracy_note(files),
+        "## Students against each other",
+        markdown_table(pair_rows(comparison)) if comparison else NOT_RUN,
+        PAIRS_EXPLAINED,
+        "## Judged",
+        judge_sections(files),
+        "## Speed and size",
+        markdown_table(speed_rows(speeds, measured)) if speeds else NOT_RUN,
         "## Plots",
         plot(bars),
+        "### Quality against size and speed",
+        plot(trade_off),
         "### Training",
         "Lines: training. Points: held-out rows. Nats a target token.",
         plot(curves),
@@ -150,7 +176,7 @@ def render(
         "## Sample answers",
         markdown_table(sample_rows(samples)) if samples else NOT_RUN,
         "## Where the numbers come from",
-        origin(results),
+        origin(files),
         *(f"Training curve of {run}: `{state}`" for run, state in histories.items() if state),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
-from kd.evaluation.statistics import Spread, difference, overlap, spread
+from kd.evaluation.statistics import Spread, difference, holm, overlap, spread
 
 NOT_RUN = "not run"
 REFERENCE = "reference"  # true by definition: the start closes 0 % of the gap
@@ -41,23 +41,20 @@ METRICS = {
 }
 
 
-def read_results(folder: str) -> dict[str, dict[str, dict]]:
+def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
     """{measurement: {name: its JSON without the rows}}.
 
     Raises ValueError where there is none, or where results were not measured alike.
     """
     results: dict[str, dict[str, dict]] = {}
     for measurement in MEASUREMENTS:
-        files = sorted((Path(folder) / measurement).glob("*.json"))
+        files = [
+            f for folder in folders for f in sorted((Path(folder) / measurement).glob("*.json"))
+        ]
         results[measurement] = {file.stem: json.loads(file.read_text()) for file in files}
         for result in results[measurement].values():
             result.pop("rows")  # the report needs the means alone
         check_comparable(measurement, results[measurement])
-    if not any(results.values()):
-        raise ValueError(
-            f"results: no perplexity/*.json or agreement/*.json in {folder}; run "
-            "eval/perplexity.py and eval/agreement.py with this out_dir first"
-        )
     for name in set(results["perplexity"]) & set(results["agreement"]):
         hashes = {results[m][name]["settings"]["model_files_hash"] for m in MEASUREMENTS}
         if len(hashes) > 1:
@@ -135,10 +132,18 @@ def share_closed(value: float | str, start: float | str, goal: float | str) -> f
 
 
 def summarise(
-    results: dict[str, dict[str, dict]], runs: list[str], teacher: str, start: str
+    results: dict[str, dict[str, dict]],
+    runs: list[str],
+    teacher: str,
+    start: str,
+    others: list[str] | None = None,
 ) -> dict[str, dict]:
-    """All numbers of the report: by model, by setting over its seeds, by pair of settings."""
-    names = dict.fromkeys([teacher, start, *sorted(set().union(*results.values()))])
+    """All numbers of perplexity and agreement: by model, by setting over its seeds, by pair.
+
+    `others` are models that have other measurements.
+    """
+    measured = sorted(set(others or []).union(*results.values()))
+    names = dict.fromkeys([teacher, start, *measured])
     names |= dict.fromkeys(unmeasured(runs, results))
     names |= dict.fromkeys(missing_seeds(list(names)))
     models = {name: model_metrics(name, results, teacher, start) for name in names}
@@ -161,12 +166,20 @@ def summarise(
         "sources": by_source(groups, results),
         "best": {metric: best_of(metric, students) for metric in METRICS},
         "order": {metric: order_of(metric, students) for metric in COMPARED},
-        "pairs": [
-            pair(metric, *names, students, models)
-            for metric in COMPARED
-            for names in combinations(order_of(metric, students), 2)
-        ],
+        "pairs": [pair for metric in COMPARED for pair in pairs(metric, students, models)],
     }
+
+
+def pairs(metric: str, students: dict[str, dict], models: dict[str, dict]) -> list[dict]:
+    """Of all students with this metric, best first; p-values also corrected for their number."""
+    found = [
+        pair(metric, *names, students, models)
+        for names in combinations(order_of(metric, students), 2)
+    ]
+    tested = [pair for pair in found if pair["p_value"] is not None]
+    for one, p in zip(tested, holm([pair["p_value"] for pair in tested]), strict=True):
+        one["p_holm"] = p
+    return found
 
 
 def unmeasured(runs: list[str], results: dict[str, dict[str, dict]]) -> list[str]:

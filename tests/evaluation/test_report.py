@@ -9,6 +9,8 @@ from held_out import command, write_jsonl
 from scipy import special
 
 from kd.evaluation.findings import pair_sentence, what_the_numbers_say
+from kd.evaluation.items import read_metrics
+from kd.evaluation.judging import by, means
 from kd.evaluation.statistics import difference, overlap, spread
 from kd.evaluation.summary import read_results, summarise
 
@@ -34,11 +36,27 @@ SETTINGS = {
     "device": "cpu",
     "attn_implementation": "sdpa",
 }
-TEXT_TOKENS, CHAT_TOKENS, TEXT_BYTES = 400, 100, 1500
+TEXT_TOKENS, CHAT_TOKENS, TEXT_BYTES, ROWS = 400, 100, 1500, 20
+GRADED = ("teacher", "start", "distill-seed0")
+BENCHMARKED = (
+    "teacher",
+    "start",
+    "distill-seed0",
+    "distill-seed1",
+    "sft-seed0",
+    "sft-seed1",
+    "mix-seed0",
+)
 SAMPLE = {"prompt": "What is a|b?", "answers": {"distill": "<b>\n*bold*", "sft": "x" * 400}}
 
 
-def likelihood(text, chat):
+def jitter(name, count):
+    """Numbers of a model that add up to 0, so that means stay those of FIGURES."""
+    draw = np.random.default_rng(sum(name.encode())).normal(0, 0.3, count)
+    return draw - draw.mean()
+
+
+def likelihood(name, text, chat):
     def means(tokens, perplexity, size):
         nats = tokens * math.log(perplexity)
         bits = nats / math.log(2) / size if size else None
@@ -50,30 +68,105 @@ def likelihood(text, chat):
     }
     overall = {"bits_per_byte": kinds["text"]["bits_per_byte"]}
     sources = {"docs": kinds["text"], "talk": kinds["chat"]}
-    return {"sources": sources, "kinds": kinds, "overall": overall, "rows": []}
+    rows = [
+        {
+            **{"source": source, "kind": kind, "index": i, "tokens": tokens // ROWS},
+            "nats": tokens // ROWS * (math.log(perplexity) + noise),
+        }
+        for source, kind, tokens, perplexity in (
+            ("docs", "text", TEXT_TOKENS, text),
+            ("talk", "chat", CHAT_TOKENS, chat),
+        )
+        for i, noise in enumerate(jitter(name + kind, ROWS))
+    ]
+    return {"sources": sources, "kinds": kinds, "overall": overall, "rows": rows}
 
 
-def agreement(kl):
+def agreement(name, kl):
     means = {"forward_kl": kl, "top1_agreement": math.exp(-kl)}
-    return {"sources": {"talk": means}, "kinds": {"chat": means}, "overall": means, "rows": []}
+    rows = [
+        {
+            **{"source": "talk", "kind": "chat", "index": i, "tokens": 5},
+            **{"forward_kl": 5 * (kl + noise / 10), "top1_agreement": 5 * math.exp(-kl)},
+        }
+        for i, noise in enumerate(jitter(name, ROWS))
+    ]
+    return {"sources": {"talk": means}, "kinds": {"chat": means}, "overall": means, "rows": rows}
+
+
+def benchmark(name):
+    """40 documents, a task where guessing scores a half; better models have more of them right."""
+    better = {"teacher": 34, "start": 21, "distill": 31, "mix": 27, "sft": 24}[name.split("-")[0]]
+    right = np.random.default_rng(sum(name.encode())).permutation(
+        [1.0] * better + [0.0] * (40 - better)
+    )
+    items = {"hashes": [f"d{i}" for i in range(40)], "values": {"acc,none": right.tolist()}}
+    task = {"metrics": {"acc,none": float(right.mean())}, "chance": 0.5, "items": items}
+    return {"tasks": {"boolq": task | {"version": 2.0, "num_fewshot": 0}}, "groups": {}}
+
+
+def graded(name):
+    """Six questions of two turns; one grade is missing."""
+    grades = np.random.default_rng(sum(name.encode())).integers(1, 11, 12).astype(float).tolist()
+    items = [
+        {"question_id": str(i // 2), "category": "ab"[i // 6], "turn": 1 + i % 2, "score": g}
+        for i, g in enumerate(grades)
+    ]
+    items[3]["score"] = None
+    turns = by(items, "turn", "score")
+    categories = {
+        c: means(part, "score") | {"turns": by(part, "turn", "score")}
+        for c in "ab"
+        for part in [[item for item in items if item["category"] == c]]
+    }
+    return {
+        "overall": means(items, "score"),
+        "turns": turns,
+        "categories": categories,
+        "items": items,
+    }
+
+
+def speed(name):
+    size = 1000 if name == "teacher" else 400
+    numbers = {
+        "prefill_tokens_per_second": 9000.0 / size,
+        "decoding_tokens_per_second": 700.0 / size,
+        "first_token_seconds": 0.01,
+        "peak_memory_bytes": None,
+    }
+    return {"parameters": size, "bytes_on_disk": 2 * size, "batch_sizes": {"1": numbers}}
 
 
 def write(folder, figures=FIGURES, **other):
     versions = {"versions": {"torch": "2"}, "commit": "abc"}
     for name, (text, chat, kl) in figures.items():
         settings = SETTINGS | {"model": name, "model_files_hash": name} | other.get(name, {})
-        measured = {"perplexity": likelihood(text, chat)}
+        measured = {"perplexity": likelihood(name, text, chat)}
         if kl is not None:
-            measured["agreement"] = agreement(kl)
+            measured["agreement"] = agreement(name, kl)
+        if name in BENCHMARKED:
+            measured["benchmarks/boolq"] = benchmark(name)
+        if name in GRADED:
+            measured["judge/mt_bench/results"] = graded(name)
+            measured["speed"] = speed(name)
         for part, result in measured.items():
+            more = {}
+            if part.startswith("judge"):
+                more = {
+                    "benchmark": "mt_bench",
+                    "mode": "score",
+                    "judge": "gpt-4o",
+                    "baseline": None,
+                }
             (folder / part).mkdir(parents=True, exist_ok=True)
-            record = {"settings": settings, **versions, **result}
+            record = {"settings": settings | more, **versions, **result}
             (folder / part / f"{name}.json").write_text(json.dumps(record))
 
 
 def numbers(tmp_path, figures, runs=()):
     write(tmp_path, figures)
-    return summarise(read_results(str(tmp_path)), list(runs), "teacher", "start")
+    return summarise(read_results([str(tmp_path)]), list(runs), "teacher", "start")
 
 
 @pytest.fixture(scope="module")
@@ -227,15 +320,151 @@ def test_samples_are_shown_as_they_are(report):
 
 def test_the_plots_and_the_origin_of_every_number_are_there(report):
     folder, ran, data, text = report
-    for plot in ("perplexity_and_kl.png", "training_curves.png"):
+    for plot in ("perplexity_and_kl.png", "training_curves.png", "size_and_speed.png"):
         assert f"]({plot})" in text
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    for file in [*folder.glob("perplexity/*.json"), *folder.glob("agreement/*.json")]:
-        assert f"{file.parent.name}/{file.name}" in text
-        assert file.stem in data["origin"][file.parent.name]
+    found = [
+        file
+        for file in folder.rglob("*.json")
+        if "settings" in json.loads(file.read_text())
+        and "models" not in json.loads(file.read_text())
+    ]
+    assert len(found) == len(data["origin"]) == 10 + 8 + 7 + 2 * 3
+    for file in found:
+        assert f"| {file} |" in text.split("## Where the numbers come from")[1]
+        assert data["origin"][str(file)]["settings"] == json.loads(file.read_text())["settings"]
     assert '"max_length": 64' in text and '"torch": "2"' in text
     assert "checkpoint-20/trainer_state.json" in text
     assert ran.stdout.rstrip().endswith(f"wrote {folder / 'report.md'}")
+
+
+def models_of(setting):
+    return [name for name in FIGURES if name.split("-seed")[0] == setting]
+
+
+def right(name):
+    return np.array(benchmark(name)["tasks"]["boolq"]["items"]["values"]["acc,none"])
+
+
+def test_values_on_items_and_losses_are_those_of_the_files(report):
+    found = report[2]["items"]
+    assert set(found) == {
+        *("text perplexity", "chat perplexity", "KL to teacher", "top-1 agreement"),
+        *("boolq acc", "mt_bench grade"),
+    }
+    for setting in ("start", "distill", "sft", "mix"):
+        perplexities = [FIGURES[name][0] for name in models_of(setting)]
+        numbers = found["text perplexity"]["settings"][setting]
+        assert numbers["value"] == pytest.approx(np.mean(perplexities))
+        assert numbers["loss"]["value"] == pytest.approx(np.mean(perplexities) / 20 - 1)
+        assert numbers["low"] < numbers["value"] < numbers["high"]
+        accuracy = np.mean(
+            [right(name).mean() for name in models_of(setting) if name in BENCHMARKED]
+        )
+        numbers = found["boolq acc"]["settings"][setting]
+        assert numbers["value"] == pytest.approx(accuracy)
+        assert numbers["loss"]["value"] == pytest.approx((34 / 40 - accuracy) / (34 / 40))
+        wanted = (34 / 40 - accuracy) / (34 / 40 - 0.5)
+        assert numbers["loss_above_chance"]["value"] == pytest.approx(wanted)
+    grades = [i["score"] for i in graded("distill-seed0")["items"] if i["score"] is not None]
+    assert found["mt_bench grade"]["settings"]["distill"]["value"] == pytest.approx(np.mean(grades))
+    assert found["mt_bench grade"]["settings"]["sft"] == "not run"
+    assert "loss" not in found["KL to teacher"]["settings"]["sft"]
+
+
+def test_intervals_are_those_of_another_bootstrap(report):
+    """Drawn by other code: of one seed the percentiles, of several Student's t."""
+    found = report[2]["items"]["boolq acc"]["settings"]
+    draw = np.random.default_rng(7)
+    for setting in ("mix", "distill", "sft"):
+        seeds = [right(name) for name in models_of(setting) if name in BENCHMARKED]
+        chosen = [draw.choice(40, 40) for _ in range(20_000)]
+        drawn = np.array([[seed[c].mean() for seed in seeds] for c in chosen])
+        means, count = drawn.mean(1), len(seeds)
+        low, high = np.quantile(means, [0.025, 0.975])
+        if count > 1:
+            noise = (drawn - means[:, None]).var(0).sum() / (count - 1)
+            between = np.var([s.mean() for s in seeds], ddof=1) / count
+            variance = max(means.var() - noise / count, 0) + between if between else means.var()
+            freedom = variance**2 / (between**2 / (count - 1)) if between else 1e9
+            reach = special.stdtrit(freedom, 0.975) * math.sqrt(variance)
+            low, high = np.mean(seeds) - reach, np.mean(seeds) + reach
+        assert found[setting]["low"] == pytest.approx(low, abs=0.026)  # one document of 40
+        assert found[setting]["high"] == pytest.approx(high, abs=0.026)
+
+
+def test_pairs_are_tested_over_seeds_or_over_items_and_corrected(report):
+    pairs = report[2]["items"]["boolq acc"]["pairs"]
+    assert len(pairs) == 6
+    for pair in pairs:
+        ours, theirs = (
+            [right(n) for n in models_of(pair[side]) if n in BENCHMARKED]
+            for side in ("first", "second")
+        )
+        assert pair["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs))
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+        if min(len(ours), len(theirs)) > 1:
+            assert pair["unit"] == "seeds"
+            continue
+        assert pair["unit"] == "items"
+        d = np.mean(ours, 0) - np.mean(theirs, 0)
+        signs = np.random.default_rng(1).choice([-1, 1], (20_000, 40))
+        wanted = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9)
+        assert pair["p_value"] == pytest.approx(wanted, abs=0.015)
+    tested = sorted((p for p in pairs if p["p_value"] is not None), key=lambda p: p["p_value"])
+    largest = 0.0
+    for rank, pair in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * pair["p_value"]))
+        assert pair["p_holm"] == pytest.approx(largest)
+
+
+def test_every_cell_on_items_names_its_file_and_its_interval(report):
+    _, _, data, text = report
+    section = text.split("## By item")[1].split("## Students against")[0]
+    for label, metric in data["items"].items():
+        for setting, numbers in metric["settings"].items():
+            row = next(
+                line for line in section.splitlines() if line.startswith(f"| {label} | {setting} |")
+            )
+            if numbers == "not run":
+                assert row.count("not run") == 2
+                continue
+            assert all(f"`{file}`" in row for file in numbers["files"])
+            scale = 100 if metric["percent"] else 1
+            for side in ("value", "low", "high"):
+                shown = (
+                    f"{scale * numbers[side]:.1f} %"
+                    if metric["percent"]
+                    else f"{numbers[side]:.4g}"
+                )
+                assert shown in row
+    other = text.split("## Students against")[1].split("## Judged")[0]
+    assert "distill is better than start" in other and "| seeds |" in other and "| items |" in other
+
+
+def test_grades_by_category_and_turn_and_speeds_stand_with_their_files(report):
+    folder, _, _, text = report
+    judged = text.split("## Judged")[1].split("## Speed")[0]
+    items = graded("teacher")["items"]
+    for category in "ab":
+        row = next(
+            line for line in judged.splitlines() if line.startswith(f"| teacher | {category} |")
+        )
+        for turn in (1, 2):
+            scores = [
+                i["score"]
+                for i in items
+                if i["category"] == category and i["turn"] == turn and i["score"] is not None
+            ]
+            assert f"{np.mean(scores):.2f} (se" in row
+        assert f"`{folder}/judge/mt_bench/results/teacher.json`" in row
+    assert "by gpt-4o" in judged and "do not compare" in judged
+    speeds = text.split("## Speed and size")[1].split("## Plots")[0]
+    assert (
+        f"| teacher | 1,000 | 2,000 | 1 | 9 | 0.7 | 10 | not run | `{folder}/speed/teacher.json` |"
+        in speeds
+    )
+    assert "| sft-seed0 | not run |" in speeds
 
 
 def test_an_unexpected_order_is_told(tmp_path):
@@ -267,16 +496,30 @@ def test_a_teacher_no_better_than_the_start_leaves_no_gap(tmp_path):
 def test_results_of_other_rows_or_of_other_weights_are_refused(tmp_path):
     write(tmp_path / "rows", **{"start": {"rows_hash": "others"}})
     with pytest.raises(ValueError, match="rows_hash differs .*others: start"):
-        read_results(str(tmp_path / "rows"))
+        read_results([str(tmp_path / "rows")])
     write(tmp_path / "weights")
     file = tmp_path / "weights" / "agreement" / "start.json"
     file.write_text(
         file.read_text().replace('"model_files_hash": "start"', '"model_files_hash": "x"')
     )
     with pytest.raises(ValueError, match="start: .* different model files"):
-        read_results(str(tmp_path / "weights"))
-    with pytest.raises(ValueError, match="run eval/perplexity.py"):
-        read_results(str(tmp_path / "nothing"))
+        read_results([str(tmp_path / "weights")])
+    ran = command("report.py", "--results", tmp_path / "nothing")
+    assert ran.returncode == 2 and "run eval/perplexity.py" in ran.stderr
+
+
+def test_a_model_of_two_runs_is_refused_and_two_runs_stand_in_one_table(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    write(one, {"teacher": (20.0, 8.0, None), "a-seed0": (30.0, 9.0, 0.2)})
+    write(two, {"b-seed0": (31.0, 9.5, 0.3)})
+    metrics, files = read_metrics([str(one), str(two)])
+    assert set(metrics["text perplexity"].models) == {"teacher", "a-seed0", "b-seed0"}
+    assert len(files) == 7
+    with pytest.raises(ValueError, match="give every model a name of its own"):
+        read_metrics([str(one), str(one)])
+    write(two, {"c": (31.0, 9.5, 0.3)}, c={"rows_hash": "others"})
+    with pytest.raises(ValueError, match="text perplexity: rows_hash differs"):
+        read_metrics([str(one), str(two)])
 
 
 def test_one_seed_has_no_deviation_and_no_test():
@@ -292,7 +535,7 @@ def test_a_large_p_value_is_called_no_difference():
         {
             **{"metric": "forward_kl", "first": "a", "second": "b", "ranges_overlap": True},
             **{"difference": found.value, "standard_error": found.standard_error},
-            **{"p_value": found.p_value, "note": found.note},
+            **{"p_value": found.p_value, "p_holm": found.p_value, "note": found.note},
         }
     )
     assert "no difference that these seeds can show" in sentence
