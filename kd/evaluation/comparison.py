@@ -18,7 +18,7 @@ from kd.evaluation.statistics import (
     ratios,
     sign_flip_test,
 )
-from kd.evaluation.summary import NOT_RUN
+from kd.evaluation.summary import NOT_RUN, REFERENCE
 
 
 def compare(metrics: dict[str, Metric], settings: dict[str, dict], teacher: str) -> dict[str, dict]:
@@ -37,10 +37,15 @@ def compare_one(metric: Metric, settings: dict[str, dict], teacher: str) -> dict
         else NOT_RUN
         for name, models in found.items()
     }
+    if not metric.against_teacher and numbers.get(teacher) == NOT_RUN:
+        numbers[teacher] = REFERENCE
     pairs = [pair_numbers(metric, a, b, found[a], found[b]) for a, b in combinations(students, 2)]
-    tested = [pair for pair in pairs if pair["p_value"] is not None]
-    for pair, p in zip(tested, holm([pair["p_value"] for pair in tested]), strict=True):
-        pair["p_holm"] = p
+    starts = {name for name, group in settings.items() if group["role"] == "start"}
+    with_start = [pair for pair in pairs if starts & {pair["first"], pair["second"]}]
+    for family in (with_start, [pair for pair in pairs if pair not in with_start]):
+        tested = [pair for pair in family if pair["p_value"] is not None]
+        for pair, p in zip(tested, holm([pair["p_value"] for pair in tested]), strict=True):
+            pair["p_holm"] = p
     return {
         "higher_is_better": metric.higher_is_better,
         "percent": metric.percent,

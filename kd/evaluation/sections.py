@@ -11,8 +11,8 @@ student / teacher - 1; its interval draws both models' items together."""
 PAIRS_EXPLAINED = """\
 Difference [95 % interval], first minus second, on the items that both have. p: two-sided; unit
 "seeds": Welch's t-test between the seeds; unit "items": permutation of the signs of the items'
-differences. Holm: corrected for the number of pairs of the same metric. A difference is called shown
-where that is below 0.05."""
+differences. Holm: corrected for the number of pairs of students in the same metric (pairs with the
+start count apart). A difference is called shown where that is below 0.05."""
 
 
 def shown(value: float | None, metric: dict, signed: bool = False) -> str:
@@ -32,8 +32,8 @@ def item_rows(comparison: dict[str, dict]) -> list[list[str]]:
     for label, metric in comparison.items():
         label += f" over {metric['baseline']}" if metric["baseline"] else ""
         for name, numbers in metric["settings"].items():
-            if numbers == NOT_RUN:
-                rows.append([label, name, NOT_RUN, NOT_RUN, "", "", ""])
+            if isinstance(numbers, str):  # why there is none
+                rows.append([label, name, numbers, numbers, "", "", ""])
                 continue
             count = f"{numbers['items']} items" + (
                 f" x {len(numbers['seeds'])} seeds" if len(numbers["seeds"]) > 1 else ""
@@ -172,7 +172,9 @@ def speed_rows(speeds: dict[str, dict], names: list[str]) -> list[list[str]]:
             memory = numbers["peak_memory_bytes"]
             rows.append(
                 [
-                    *(name, f"{result['parameters']:,}", f"{result['bytes_on_disk']:,}", size),
+                    *(name, f"{result['parameters']:,}"),
+                    NOT_RUN if result["bytes_on_disk"] is None else f"{result['bytes_on_disk']:,}",
+                    size,
                     f"{numbers['prefill_tokens_per_second']:.4g}",
                     f"{numbers['decoding_tokens_per_second']:.4g}",
                     f"{1000 * numbers['first_token_seconds']:.3g}",

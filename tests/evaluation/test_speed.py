@@ -1,0 +1,62 @@
+"""eval/speed.py: what is timed is generation, and the rates follow from the recorded times."""
+
+import json
+import statistics
+
+import torch
+from held_out import command
+
+from kd.evaluation.models import load_model
+from kd.evaluation.speed import generate
+
+
+def test_what_is_timed_is_greedy_generation_without_an_end(house):
+    model = load_model(str(house / "student"), "float32", "sdpa", "cpu")
+    prompt = torch.arange(3, 27).view(2, 12)
+    tokens, times = generate(model, prompt, 40)
+    wanted = model.generate(
+        prompt, do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(tokens, wanted[:, 12:]) and tokens.shape == (2, 40)
+    assert times.prefill > 0 and times.decoding > 0
+
+
+def test_rates_sizes_and_bytes_are_those_of_the_files(house, tmp_path):
+    flags = [
+        *("--models", *(f"{name}={house / name}" for name in ("teacher", "adapter"))),
+        *("--batch_sizes", 1, 3, "--prompt_tokens", 16, "--new_tokens", 5, "--repeats", 3),
+        *("--out_dir", tmp_path),
+    ]
+    ran = command("speed.py", *flags)
+    assert ran.returncode == 0, ran.stderr
+    weights = lambda name, file: (house / name / file).stat().st_size  # noqa: E731
+    base = weights("student", "model.safetensors")
+    disk = {
+        "teacher": weights("teacher", "model.safetensors"),
+        "adapter": base + weights("adapter", "adapter_model.safetensors"),
+    }
+    for name in ("teacher", "adapter"):
+        found = json.loads((tmp_path / "speed" / f"{name}.json").read_text())
+        model = load_model(str(house / name), "float32", "sdpa", "cpu")
+        assert found["parameters"] == sum(p.numel() for p in model.parameters())
+        assert found["bytes_in_memory"] == 4 * found["parameters"]
+        assert found["bytes_on_disk"] == disk[name]
+        for size, numbers in found["batch_sizes"].items():
+            assert len(numbers["prefill_seconds"]) == len(numbers["decoding_seconds"]) == 3
+            prefill, decoding = (
+                statistics.median(numbers[f"{part}_seconds"]) for part in ("prefill", "decoding")
+            )
+            assert numbers["prefill_tokens_per_second"] == int(size) * 16 / prefill
+            assert numbers["decoding_tokens_per_second"] == int(size) * 4 / decoding
+            assert numbers["first_token_seconds"] == prefill
+            assert numbers["peak_memory_bytes"] is None  # not 0: nothing measures it on a CPU
+    again = command("speed.py", *flags)
+    assert again.stdout.count("measured already") == 2
+
+
+def test_prompts_beyond_the_models_positions_are_refused(house, tmp_path):
+    ran = command(
+        *("speed.py", "--models", f"student={house / 'student'}", "--prompt_tokens", 10**6),
+        *("--out_dir", tmp_path),
+    )
+    assert ran.returncode == 2 and "positions of student" in ran.stderr
