@@ -111,7 +111,7 @@ def fill_model(
     total = share * sum(files.tensors[slot.stored].bytes for slot in slots)
     shown = tqdm(
         total=round(total),
-        desc="reading the teacher",
+        desc="streaming the teacher",
         unit="B",
         unit_scale=True,
         disable=is_distributed() and dist.get_rank() != 0,
