@@ -178,7 +178,9 @@ class Encoder:
         if self.find is None:
             self.find = span_finder(self.tokenizer)
         try:
-            return self.find(row["messages"], row.get("tools"))
+            text, spans = self.find(row["messages"], row.get("tools"))
+            check_nothing_left_out(row["messages"], text)
+            return text, spans
         except (TemplateError, ValueError, TypeError) as error:
             found = f"the chat template refuses it: {error}"
             bad = BadRow(place, "refused by the chat template", found)
@@ -198,6 +200,13 @@ class Encoder:
         if not mask.any():
             return BadRow(place, NO_TARGET, "no target token")
         return CutRow(ids, mask, long, lost)
+
+
+def check_nothing_left_out(messages: list[dict], text: str) -> None:
+    """Some of Mistral's templates forget the system prompt where an answer is the last message."""
+    for message in messages:
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise ValueError(f"the {message['role']} message is left out or changed")
 
 
 def token_mask(batch: BatchEncoding, row: int, spans: list[Span], length: int) -> np.ndarray:
