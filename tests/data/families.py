@@ -33,6 +33,15 @@ def chatml(messages: list[dict], default: str | None = None) -> Pieces:
     return pieces
 
 
+def words_alone(messages: list[dict]) -> Pieces:
+    """As a template has it whose markers leave the end token out."""
+    pieces = []
+    for text, target in chatml(messages):
+        words, end, rest = text.rpartition("<|im_end|>") if target else ("", "", text)
+        pieces += [(words, True), (end + rest, False)]
+    return pieces
+
+
 def with_system(messages: list[dict]) -> Pieces:
     return chatml(messages, DEFAULT_SYSTEM)
 
@@ -168,6 +177,13 @@ FAMILIES = {
         "{{- m.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
         chatml,
+    ),
+    "ChatML with markers around the words alone": Family(
+        LOOP + "{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}"
+        "{% generation %}{{- m.content }}{% endgeneration %}{%- else %}"
+        "{{- m.content }}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
+        words_alone,
     ),
     "thinking": Family(THINKING, thinking),
     "without thinking": Family(THINKING, without_thinking, (("enable_thinking", False),)),

@@ -1,12 +1,17 @@
 """Packed documents do not see each other, padding is seen by none, and nothing is lost."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import small_model
+from small import small_model, small_rows
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import Collator, pack, padding_share
+from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.packing import Collator, check_packing, pack, padding_share
+from kd.losses.fused import Objective
+from kd.models.heads import LossInputs, return_loss
+from kd.models.load import check_attention
 
 
 def document(length: int, start: int = 5) -> EncodedRow:
@@ -21,7 +26,21 @@ def test_packing_keeps_every_row_and_no_bin_overflows(lengths):
     bins = pack(rows, 50)
     assert sorted(map(id, rows)) == sorted(id(row) for documents in bins for row in documents)
     assert all(sum(map(len, documents)) <= 50 for documents in bins)
-    assert len(bins) <= len(rows)
+    assert bins == slow_pack(rows, 50)
+
+
+def slow_pack(rows: list[EncodedRow], space: int) -> list[list[EncodedRow]]:
+    """Best-fit decreasing by its definition: of all bins with room the fullest, the latest first."""
+    bins: list[list] = []  # [free, when it was last filled, rows]
+    for time, row in enumerate(sorted(rows, key=len, reverse=True)):
+        room = [bin_ for bin_ in bins if bin_[0] >= len(row)]
+        best = min(room, key=lambda bin_: (bin_[0], -bin_[1]), default=None)
+        if best is None:
+            best = [space, time, []]
+            bins.append(best)
+        best[0], best[1] = best[0] - len(row), time
+        best[2].append(row)
+    return [bin_[2] for bin_ in bins]
 
 
 def test_first_token_of_every_packed_document_is_no_target():
@@ -30,16 +49,127 @@ def test_first_token_of_every_packed_document_is_no_target():
     assert batch["position_ids"][0, :13].tolist() == [*range(6), *range(7)]
 
 
-def test_changing_one_document_leaves_the_other_unchanged_to_the_bit(tokenizer):
-    model = small_model(tokenizer).eval()
-    one = Collator(0)([[document(9, 5), document(12, 9)]])
-    two = Collator(0)([[document(9, 50), document(12, 9)]])
-    keys = ("input_ids", "position_ids")
-    with torch.no_grad():  # with a cache Transformers would not look at position_ids
-        a, b = (model(**{k: x[k] for k in keys}, use_cache=False).logits for x in (one, two))
-    assert torch.equal(a[0, 9:21], b[0, 9:21]) and not torch.equal(a[0, :9], b[0, :9])
-
-
 def test_padding_share_counts_what_is_thrown_away():
     lengths = [10, 4, 5, 4]  # (4, 4) and (5, 10) side by side
     assert padding_share(lengths, 2, grouped=True) == 1 - 23 / 28
+
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+def family_model(kind: str, attention: str):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**SMALL | FAMILIES[kind])
+    check_packing(config, kind)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, attention",
+    [*((kind, "eager") for kind in FAMILIES), *((k, "sdpa") for k in FAMILIES if k != "gemma2")],
+)
+def test_changing_one_document_leaves_the_other_unchanged_to_the_bit(kind, attention):
+    """Both documents of a row, whichever is changed, in a batch of two packed rows."""
+    model = family_model(kind, attention)
+    rows = [[document(9, 5), document(12, 9)], [document(11, 7), document(5, 8), document(6, 3)]]
+
+    @torch.no_grad()  # with a cache Transformers would not look at position_ids
+    def logits(rows) -> torch.Tensor:
+        batch = Collator(0)(rows)
+        keys = ("input_ids", "position_ids")
+        return model(**{key: batch[key] for key in keys}, use_cache=False).logits
+
+    before = logits(rows)
+    first = logits([[document(9, 50), rows[0][1]], rows[1]])
+    second = logits([[rows[0][0], document(12, 50)], rows[1]])
+    assert torch.equal(before[0, 9:21], first[0, 9:21])
+    assert not torch.equal(before[0, :9], first[0, :9])
+    assert torch.equal(before[0, :9], second[0, :9])
+    assert torch.equal(before[1], first[1]) and torch.equal(before[1], second[1])
+
+
+@pytest.mark.parametrize(
+    "kind, changes, why",
+    [
+        ("mamba", {}, "layers of linear_attention"),
+        ("bloom", {}, "no rotary positions"),
+        ("qwen3_next", {}, "layers of linear_attention"),
+    ],
+)
+def test_packing_is_refused_where_nothing_keeps_documents_apart(kind, changes, why):
+    config = CONFIG_MAPPING[kind](**changes)
+    with pytest.raises(ValueError, match=f"packing: a/model .*{why}.*group_by_length"):
+        check_packing(config, "a/model")
+
+
+@torch.no_grad()
+def test_a_refused_model_does_leak():
+    """So the refusal is not of models that would do."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["bloom"](vocab_size=320, hidden_size=32, n_layer=1, n_head=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    one, two = (Collator(0)([[document(9, n), document(7, 9)]])["input_ids"] for n in (5, 50))
+    a, b = (model(input_ids=ids, use_cache=False).logits for ids in (one, two))
+    assert not torch.equal(a[0, 9:16], b[0, 9:16])
+
+
+def test_flash_attention_is_refused_where_there_is_no_kernel(monkeypatch):
+    check_attention("sdpa")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="runs on GPUs alone; set sdpa"):
+        check_attention("flash_attention_2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="Tesla T4 has 7.5; set sdpa"):
+        check_attention("flash_attention_2")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    check_attention("flash_attention_2")
+
+
+def batches(tokenizer, way: str) -> list[dict]:
+    rows, _ = encode_rows(small_rows(8), tokenizer, 200, progress=False)
+    alone, collate = [[row] for row in rows], Collator(0)
+    if way == "one by one":
+        return [collate([row]) for row in alone]
+    if way == "padded":
+        return [Collator(0, pad_to_multiple_of=64)(alone)]
+    if way == "packed":
+        return [collate(pack(rows, 200))]
+    return [Collator(0, flat=True)(pack(rows, 200))]
+
+
+def loss_and_gradients(tokenizer, way: str) -> tuple[float, dict]:
+    model = small_model(tokenizer)
+    return_loss(model)
+    total = 0.0
+    for batch in batches(tokenizer, way):
+        inputs = LossInputs(batch.pop("labels"), Objective(), len(tokenizer), None, None, None)
+        loss = model(**batch, loss_inputs=inputs)["loss"]
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("way", ["padded", "packed", "flat"])
+def test_padded_packed_flat_and_one_by_one_give_the_same_loss_and_gradients(tokenizer, way):
+    wanted, gradients = loss_and_gradients(tokenizer, "one by one")
+    found, ours = loss_and_gradients(tokenizer, way)
+    assert abs(found - wanted) < 1e-6 * wanted
+    for name, gradient in gradients.items():
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        assert error < 1e-6, f"{name}: {error:.1e}"
