@@ -164,6 +164,15 @@ class ObjectiveSettings:
 
 
 @dataclass
+class StudentSettings:
+    student: str = setting("", "hub name or folder of the model to train")
+
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise ValueError("student: not given; wanted a hub name or a folder")
+
+
+@dataclass
 class TeacherSettings:
     """The model that is learnt from."""
 
@@ -174,10 +183,24 @@ class TeacherSettings:
     teacher_deepspeed: str | None = setting(
         None, "a ZeRO-3 JSON: the teacher is sharded over all processes; without: whole on each"
     )
+    teacher_cache: str | None = setting(
+        None, "folder that train/cache_teacher.py filled with this recipe: no teacher is loaded"
+    )
+    cache_top_k: int = setting(64, "likeliest ids that a cache keeps of a token; 0: all of them")
+    cache_dtype: Literal["float16", "float32"] = setting(
+        "float16", "of a cache's log-probabilities; float32 with cache_top_k 0 loses nothing"
+    )
+    cache_check_tokens: int = setting(
+        256, "target tokens on which a new cache is held against the live teacher; 0: none"
+    )
+    cache_shard_mb: int = setting(256, "of one file of a cache; a kill costs at most that")
 
     def __post_init__(self) -> None:
-        if not self.teacher:
+        if not self.teacher and not self.teacher_cache:
             raise ValueError("teacher: not given; wanted a hub name or a folder")
+        for key, least in (("cache_top_k", 0), ("cache_check_tokens", 0), ("cache_shard_mb", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
         require_file("teacher_deepspeed", self.teacher_deepspeed)
 
 

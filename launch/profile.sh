@@ -40,7 +40,7 @@ if [[ -n $torchrun ]]; then
     flags+=(--deepspeed "$(sed -n 's/^ *deepspeed_config_file: //p' "$accelerate_config")")
 fi
 case $script in
-    train/distill.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
+    train/distill.py | train/cache_teacher.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
     train/sft.py) flags+=("${rehearsal[@]}") ;;
     train/generate.py) flags=("${generate_flags[@]}") ;;
     *) flags=() ;;

@@ -1,9 +1,9 @@
 """The training loss from hidden states and heads, in tiles of tokens: (N, V) never exists whole.
 
 N target tokens, V vocabulary, H hidden. A tile costs one product for the student's logits, one for
-the teacher's, one for the gradient of the hidden states and, where the head trains, one for the
-head's. The gradient is that of the SUM over tokens; it is formed in the forward and kept in float32,
-because the loss scale is known only in backward.
+the teacher's (none where a cache gives its likeliest ids), one for the gradient of the hidden states
+and, where the head trains, one for the head's. The gradient is that of the SUM over tokens; it is
+formed in the forward and kept in float32, because the loss scale is known only in backward.
 """
 
 import importlib.util
@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kd.losses import elementwise
+from kd.losses import elementwise, sparse
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
+from kd.losses.sparse import SparseSignal
 
 TILE = 128  # tokens a tile at most on a CPU
 PIECE_BYTES = 2**25  # of a head that is converted for the product, at one time
@@ -26,7 +27,7 @@ def linear_distillation_loss(
     head: Head,
     objective: Objective,
     vocabulary: int,
-    teacher: TeacherSignal | None = None,
+    teacher: TeacherSignal | SparseSignal | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss summed over tokens, metric sums in the order of METRICS).
 
@@ -38,13 +39,14 @@ def linear_distillation_loss(
     """
     assert teacher is not None or objective.soft_weight == 0.0
     _check_rows("student", head, vocabulary)
-    if teacher is not None:
+    live = isinstance(teacher, TeacherSignal)
+    if live:
         _check_rows("teacher", teacher.head, vocabulary)
     device = hidden.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)
         hidden = hidden.to(half)
-        teacher = teacher and replace(teacher, hidden=teacher.hidden.to(half))
+        teacher = replace(teacher, hidden=teacher.hidden.to(half)) if live else teacher
     with torch.autocast(device, enabled=False):
         return _FusedLoss.apply(
             hidden,
@@ -57,6 +59,15 @@ def linear_distillation_loss(
             teacher,
             torch.is_grad_enabled(),
         )
+
+
+def head_logits(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:
+    """(n, vocabulary) logits of (n, H) hidden states, in float32 by the products of the loss."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    kind = _product_type(hidden, head.weight, exact)
+    logits = torch.empty(len(hidden), vocabulary, dtype=exact, device=hidden.device)
+    _project(hidden.to(kind), head.weight, logits)
+    return head.finish_(logits)
 
 
 def tile_tokens(
@@ -152,8 +163,12 @@ class _FusedLoss(torch.autograd.Function):
             weight.detach(), bias if bias is None else bias.detach(), head.scale, head.softcap
         )
         kind = _product_type(hidden, weight, exact)
-        teacher_kind = teacher and _product_type(teacher.hidden, teacher.head.weight, exact)
-        kinds = [kind] if teacher is None else [kind, teacher_kind]
+        live, kinds = isinstance(teacher, TeacherSignal), [kind]
+        if live:
+            teacher_kind = _product_type(teacher.hidden, teacher.head.weight, exact)
+            kinds.append(teacher_kind)
+        elif teacher is not None and hidden.is_cuda:
+            kinds += [exact] * sparse.SCRATCH
         tokens = tile_tokens(objective, vocabulary, exact, kinds, hidden.device)
         tokens = min(tokens, len(labels))
 
@@ -163,7 +178,7 @@ class _FusedLoss(torch.autograd.Function):
             return torch.empty(tokens, vocabulary, dtype=dtype, device=hidden.device)
 
         student_buffer = buffer(exact)
-        teacher_buffer = None if teacher is None else buffer(exact)
+        teacher_buffer = buffer(exact) if live else None
         gradient_buffer = student_buffer if kind == exact else buffer(kind)
         kept = [
             torch.zeros(x.shape, dtype=exact, device=hidden.device) if wanted else None
@@ -177,19 +192,23 @@ class _FusedLoss(torch.autograd.Function):
             tile_hidden = hidden.detach()[tile].to(kind)  # (n, H)
             _project(tile_hidden, head.weight, student)
             teacher_logits = None
-            if teacher is not None:
+            if live:
                 teacher_logits = teacher_buffer[:n]  # (n, V)
                 _project(teacher.hidden[tile].to(teacher_kind), teacher.head.weight, teacher_logits)
             gradient = gradient_buffer[:n] if any(trained) else None
-            sums += figures_of(
-                student,
-                teacher_logits,
-                labels[tile],
-                head,
-                teacher and teacher.head,
-                objective,
-                gradient,
-            )
+            if isinstance(teacher, SparseSignal):
+                known = teacher.rows(tile, exact)
+                sums += sparse.tile_figures(student, known, labels[tile], head, objective, gradient)
+            else:
+                sums += figures_of(
+                    student,
+                    teacher_logits,
+                    labels[tile],
+                    head,
+                    teacher and teacher.head,
+                    objective,
+                    gradient,
+                )
             if trained[0]:
                 _back_project(gradient, head.weight, kept[0][tile])
             if trained[1]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kd.data.masks import IGNORED
 from kd.losses.fused import METRICS, Head, Objective, TeacherSignal, linear_distillation_loss
 from kd.losses.hidden import HiddenObjective, hidden_loss
+from kd.losses.sparse import SparseSignal
 
 REPORTED = (*METRICS, "hidden")  # sums over target tokens that a call returns
 
@@ -29,7 +30,7 @@ class LossInputs:
     labels: Tensor  # (B, T), not shifted
     objective: Objective
     vocabulary: int
-    teacher: TeacherSignal | None = None
+    teacher: TeacherSignal | SparseSignal | None = None
     hidden: HiddenObjective | None = None
     teacher_layers: list[Tensor] | None = None  # (N, H of the teacher) of every pair of the map
 

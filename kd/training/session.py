@@ -29,6 +29,8 @@ from kd.recipe import (
     TrainingSettings,
     parse_json_object,
 )
+from kd.teachers.cached import CachedCollator, CachedTeacher, Documents, open_cache
+from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
 from kd.teachers.live import LiveTeacher
 from kd.training.check import check_rows, report_check
 from kd.training.checkpoint import recipe_of, write_record
@@ -59,7 +61,9 @@ def train(
     if training.check and training.process_index == 0:  # always anew
         shutil.rmtree(training.output_dir, ignore_errors=True)
     model_settings = with_dtype(model_settings, training)
-    if teacher_settings and teacher_settings.teacher_deepspeed and "RANK" not in os.environ:
+    cached = teacher_settings and teacher_settings.teacher_cache
+    sharded = teacher_settings and teacher_settings.teacher_deepspeed and not cached
+    if sharded and "RANK" not in os.environ:
         raise ValueError(
             "teacher_deepspeed: this is one process without a launcher, so there is nothing to "
             "shard over; start it by a profile (launch/cpu.sh train/distill.py ...), or leave it out"
@@ -68,12 +72,17 @@ def train(
         say(training, f"{training.output_dir} is finished already; remove it to train anew")
         return
     tokenizer = load_tokenizer(name, model_settings.chat_template)
-    if teacher_settings:
+    cache = None
+    if cached:
+        cache = open_cache(teacher_settings, objective_settings, model_settings, tokenizer)
+        say(training, f"teacher: {cache.tokens} scored tokens in {cached}, no model")
+    elif teacher_settings:
         note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
         say(training, note)
     set_template(tokenizer, model_settings, training)
     if data.packing:
-        for model_name in [name, *([teacher_settings.teacher] if teacher_settings else [])]:
+        live = teacher_settings and not cache
+        for model_name in [name, *([teacher_settings.teacher] if live else [])]:
             check_packing(AutoConfig.from_pretrained(model_name), model_name)
     objective, hidden = Objective(), None
     if teacher_settings and objective_settings:
@@ -82,6 +91,10 @@ def train(
     names = {"student" if teacher_settings else "model": name}
     about, checkpoint = resume_point(training, recipe_of([s for s in settings if s], names))
     rows, eval_rows = prepare_rows(data, tokenizer, training)
+    if cache:
+        for prepared, what in ((rows, "training"), (eval_rows, "held-out")):
+            if prepared:
+                cache.check(Documents([prepared]), f"{what} documents", tokenizer.decode)
     if training.check:
         rows = rows.subset(check_rows(rows.lengths, training.global_batch_size))
     if training.process_index == 0:
@@ -90,8 +103,12 @@ def train(
 
     set_seed(training.seed)
     model = load_trained(name, model_settings, tokenizer)
-    teacher = None
-    if teacher_settings:
+    flat = model_settings.attn_implementation == "flash_attention_2"
+    teacher, collator = None, Collator(tokenizer.pad_token_id, flat=flat)
+    if cache:
+        teacher = CachedTeacher(cache, training.device)
+        collator = CachedCollator(collator, cache)
+    elif teacher_settings:
         teacher = LiveTeacher(teacher_settings, model_settings, training.device)
     if hidden and teacher:
         add_projections(causal_lm(model), hidden, teacher.width)
@@ -100,9 +117,7 @@ def train(
         args=training,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=Collator(
-            tokenizer.pad_token_id, flat=model_settings.attn_implementation == "flash_attention_2"
-        ),
+        data_collator=collator,
         processing_class=tokenizer,
         objective=objective,
         vocabulary=len(tokenizer),
@@ -117,7 +132,11 @@ def train(
     if training.process_index == 0 and "tensorboard" in training.report_to:
         log_lengths(rows, f"{training.output_dir}/tensorboard")
     with names_what_to_change(
-        training, model_settings, data.max_length, teacher_settings, objective_settings
+        training,
+        model_settings,
+        data.max_length,
+        None if cache else teacher_settings,
+        objective_settings,
     ):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.stop.leave(training.output_dir, trainer.state.global_step, trainer.state.max_steps)
@@ -133,6 +152,36 @@ def train(
         open_to_umask(Path(training.output_dir).glob("*.safetensors"))
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")
+
+
+def prepare_scoring(
+    name: str,
+    model_settings: ModelSettings,
+    data: DataSettings,
+    training: TrainingSettings,
+    teacher_settings: TeacherSettings,
+    objective_settings: ObjectiveSettings,
+) -> tuple[ModelSettings, Objective, PreTrainedTokenizerBase, dict, Documents]:
+    """(settings, objective, tokenizer, manifest, documents) for train/cache_teacher.py.
+
+    The documents are those that `train` will ask a cache for, held-out ones included. Raises
+    ValueError for every mistake that can be seen before a model is loaded.
+    """
+    check_sources(data.sources)
+    check_sources(data.eval_sources)
+    for key in ("teacher", "teacher_cache"):
+        if not getattr(teacher_settings, key):
+            raise ValueError(f"{key}: not given; wanted the teacher, and the folder to fill")
+    if objective_settings.hidden_weight:
+        raise ValueError(NO_HIDDEN_STATES)
+    tokenizer = load_tokenizer(name, model_settings.chat_template)
+    say(training, share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher)))
+    manifest = manifest_of(teacher_settings, objective_settings, model_settings, tokenizer)
+    set_template(tokenizer, model_settings, training)
+    objective, _ = objectives(objective_settings, name, teacher_settings.teacher)
+    rows = [part for part in prepare_rows(data, tokenizer, training) if part]
+    settings = with_dtype(model_settings, training)
+    return settings, objective, tokenizer, manifest, Documents(rows)
 
 
 def resume_point(training: TrainingSettings, recipe: dict) -> tuple[dict, str | None]:

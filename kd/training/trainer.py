@@ -22,6 +22,7 @@ from kd.data.masks import IGNORED, EncodedRow
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, return_loss
+from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.health import NonFinite
 from kd.training.pace import Pace
@@ -38,7 +39,7 @@ class DistillationTrainer(Trainer):
         *args,
         objective: Objective,
         vocabulary: int,
-        teacher: LiveTeacher | None = None,
+        teacher: LiveTeacher | CachedTeacher | None = None,
         hidden: HiddenObjective | None = None,
         about: dict[str, Any] | None = None,
         **kw,

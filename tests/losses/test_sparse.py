@@ -1,0 +1,194 @@
+"""The loss over k + 1 classes against float64 autograd on whole logits, and beside the whole loss."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Problem, distance, figures
+from test_fused import OBJECTIVES, PROBLEMS, Products
+from torch import Tensor
+
+from kd.losses import elementwise, fused
+from kd.losses.divergences import DIVERGENCES, entropy
+from kd.losses.fused import Objective, linear_distillation_loss
+from kd.losses.sparse import SparseSignal
+
+
+def cached(problem: Problem, k: int, temperature: float = 1.0) -> SparseSignal:
+    """What a cache would hold, in the problem's type."""
+    teacher = problem.logits()[0].detach()
+    log_p = (teacher / temperature).log_softmax(-1)
+    top, ids = log_p.topk(k)
+    tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1) if k < problem.real else None
+    cold = teacher.log_softmax(-1)
+    label = cold.gather(-1, problem.labels[:, None])[:, 0]
+    return SparseSignal(ids, top, tail, label, entropy(teacher))
+
+
+def fused_loss(problem: Problem, objective: Objective, k: int) -> tuple[Tensor, Tensor]:
+    signal = cached(problem, k, objective.temperature)
+    return linear_distillation_loss(
+        problem.hidden, problem.labels, problem.head, objective, problem.real, signal
+    )
+
+
+def merged(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """(N, k + 1) log-probabilities of classes: the ids, and the sum of all others."""
+    p = (logits / temperature).softmax(-1)
+    classes = p.gather(-1, ids)
+    if ids.shape[1] == p.shape[1]:
+        return classes.log()
+    tail = torch.ones_like(p).scatter(-1, ids, 0.0) * p
+    return torch.cat([classes, tail.sum(-1, keepdim=True)], -1).log()
+
+
+def expected(problem: Problem, objective: Objective, k: int) -> tuple[Tensor, dict[str, float]]:
+    """By the reference divergences of the merged distributions; logs of p are logits of p."""
+    whole = replace(objective, soft_weight=0.0)
+    hard, wanted = problem.expected(whole)
+    teacher, student = problem.logits()
+    ids = cached(problem, k, objective.temperature).ids
+    classes = [merged(logits, ids, objective.temperature) for logits in (teacher, student)]
+    divergence = DIVERGENCES[objective.divergence]
+    soft = divergence(*classes, **objective.mixture).sum() * objective.divergence_scale
+    loss = objective.soft_weight * soft + (1 - objective.soft_weight) * hard
+    return loss, wanted | {"divergence": soft.item()}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@given(problem=PROBLEMS, objective=OBJECTIVES, k=st.sampled_from([1, 3, 20, 52, 53]))
+@settings(deadline=None, max_examples=60)
+def test_loss_gradients_and_metrics_are_those_of_merged_distributions(
+    dtype, tolerance, problem, objective, k
+):
+    problem.magnitude = min(problem.magnitude, 1.0)
+    problem.__post_init__()
+    problem = problem.to(dtype)
+    exact = problem.to(torch.float64)
+    with patch.object(fused, "TILE", 7), patch.object(elementwise, "BLOCK_ELEMENTS", 200):
+        loss, sums = fused_loss(problem, objective, k)
+    truth, wanted_figures = expected(exact, objective, k)
+    assert loss.item() == pytest.approx(truth.item(), rel=tolerance, abs=tolerance)
+    for name, found in figures(sums).items():
+        if name != "agreement" or dtype == torch.float64:
+            assert found == pytest.approx(wanted_figures[name], rel=tolerance, abs=tolerance), name
+    found = torch.autograd.grad(3 * loss, problem.trained)
+    wanted = torch.autograd.grad(3 * truth, exact.trained)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() < tolerance * (other.norm() + 1)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_with_every_id_it_is_the_loss_of_the_whole_vocabulary(divergence, temperature):
+    """1e-6 in float32, every trained tensor; all metrics."""
+    problem = Problem(bias=True).to(torch.float32)
+    objective = Objective(0.7, divergence, temperature)
+    whole, whole_sums = problem.fused(objective)
+    loss, sums = fused_loss(problem, objective, problem.real)
+    assert distance(loss, whole) < 1e-6 and distance(sums, whole_sums) < 1e-6
+    found = torch.autograd.grad(loss, problem.trained)
+    wanted = torch.autograd.grad(whole, problem.trained)
+    for one, other in zip(found, wanted, strict=True):
+        assert distance(one, other) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name[:4] != "soft"])
+def test_more_ids_see_more_of_the_divergence_and_never_more_than_there_is(divergence):
+    """The data processing inequality: merging classes loses some."""
+    problem = Problem()
+    losses = [
+        fused_loss(problem, Objective(1.0, divergence), k)[0].item() for k in (1, 4, 16, 40, 53)
+    ]
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+    whole, _ = problem.fused(Objective(1.0, divergence))
+    assert losses[-1] == pytest.approx(whole.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name[:4] != "soft"])
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(divergence):
+    problem = Problem(width=20, student_padding=16, trained_head=False).to(torch.float32)
+    problem.head = replace(problem.teacher.head, scale=problem.head.scale)
+    problem.hidden = problem.teacher.hidden.clone().requires_grad_()
+    loss, _ = fused_loss(problem, Objective(1.0, divergence), 8)
+    (gradient,) = torch.autograd.grad(loss, problem.hidden)
+    assert abs(loss.item()) < 1e-4
+    # |p - q| has a kink at equality, where rounding decides which way.
+    assert divergence == "total_variation" or gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_tail_that_float32_cannot_hold_still_gets_its_gradient(divergence):
+    """Logits of some 10 000: the student's tail is 0 in float32, the teacher's is not."""
+    problem = Problem(magnitude=2000.0, trained_head=False).to(torch.float32)
+    loss, sums = fused_loss(problem, Objective(0.5, divergence), 5)
+    (gradient,) = torch.autograd.grad(loss, problem.hidden)
+    assert sums.isfinite().all() and gradient.isfinite().all() and gradient.any()
+
+
+def test_rounded_log_probabilities_are_normalised_again():
+    """Else the gradient of forward KL would not sum to 0 over the vocabulary."""
+    problem = Problem(trained_head=False)
+    signal = cached(problem, 9)
+    rounded = replace(
+        signal,
+        log_probabilities=signal.log_probabilities.half() + 0.01,
+        log_tail=signal.log_tail.half(),
+    )
+    assert (
+        rounded.rows(slice(0, 50), torch.float64)
+        .classes.exp()
+        .sum(-1)
+        .allclose(torch.ones(50, dtype=torch.float64))
+    )
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+@pytest.mark.parametrize("block", [1, 200, 10**6])
+def test_tile_and_block_sizes_change_no_gradient(tile, block):
+    problem, objective = Problem(bias=True).to(torch.float32), Objective(0.5, temperature=2.0)
+    whole, _ = fused_loss(problem, objective, 11)
+    wanted = torch.autograd.grad(whole, problem.trained)
+    with patch.object(fused, "TILE", tile), patch.object(elementwise, "BLOCK_ELEMENTS", block):
+        tiled, _ = fused_loss(problem, objective, 11)
+    found = torch.autograd.grad(tiled, problem.trained)
+    assert distance(tiled, whole) < 1e-6
+    for one, other in zip(found, wanted, strict=True):
+        assert distance(one, other) < 1e-6
+
+
+def test_a_frozen_head_costs_two_products_a_tile_and_a_trained_one_three():
+    n, real, width = 128, 53, 12
+    two = [(n, real), (n, width)]
+    for trained_head, wanted in ((False, two), (True, [*two, (real, width)])):
+        problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
+        signal = cached(problem, 7)
+        with Products() as products:
+            loss, _ = linear_distillation_loss(
+                problem.hidden, problem.labels, problem.head, Objective(0.5), real, signal
+            )
+            loss.backward()
+        assert products.shapes == 2 * wanted
+
+
+def test_no_target_token_gives_zero_with_a_gradient_path():
+    problem = Problem(tokens=0, bias=True)
+    loss, sums = fused_loss(problem, Objective(0.5), 4)
+    loss.backward()
+    assert loss.item() == 0.0 and sums.sum() == 0.0
+    assert problem.hidden.grad.shape == (0, problem.width)
+
+
+def test_a_broken_student_is_not_hidden():
+    problem = Problem(tokens=3)
+    signal = cached(problem, 5)
+    problem.hidden.detach()[1, 0] = torch.nan
+    for name in DIVERGENCES:
+        loss, _ = linear_distillation_loss(
+            problem.hidden, problem.labels, problem.head, Objective(1.0, name), 53, signal
+        )
+        assert loss.isnan()

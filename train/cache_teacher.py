@@ -1,0 +1,50 @@
+"""Score a recipe's rows with its teacher once; distill.py then trains with no teacher loaded.
+
+launch/cpu.sh train/cache_teacher.py --config recipes/small/d_distill.yaml --teacher_cache runs/small/cache
+
+The recipe is that of train/distill.py, so that rows, tokenizer, template and temperature are those
+of the training; run train/distill.py with the same --teacher_cache afterwards. Killed, it goes on
+by the same command.
+"""
+
+from kd.recipe import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    StudentSettings,
+    TeacherSettings,
+    TrainingSettings,
+    parse,
+)
+from kd.teachers.cache_error import error_against_live
+from kd.teachers.scoring import describe, fill_cache
+from kd.training.exit import run
+from kd.training.session import prepare_scoring
+
+
+def main() -> None:
+    student, teacher, objective, model, data, training = parse(
+        StudentSettings,
+        TeacherSettings,
+        ObjectiveSettings,
+        ModelSettings,
+        DataSettings,
+        TrainingSettings,
+        description=__doc__,
+    )
+    model, loss, tokenizer, manifest, documents = prepare_scoring(
+        student.student, model, data, training, teacher, objective
+    )
+    cache, whole = fill_cache(teacher, model, training, documents, manifest, tokenizer.pad_token_id)
+    if training.process_index == 0:
+        print(describe(cache))
+        if whole:
+            told = error_against_live(
+                student.student, model, tokenizer, loss, cache, whole, training.device
+            )
+            print(told)
+        print(f"saved to {teacher.teacher_cache}")
+
+
+if __name__ == "__main__":
+    run(main)
