@@ -234,6 +234,25 @@ class Joined:
             yield from self.readers[which].rows([i - start])
 
 
+class Where:
+    """The rows of a reader whose columns have the wanted values; bad rows stay, to be told."""
+
+    def __init__(self, reader: Reader, wanted: dict) -> None:
+        self.reader = reader
+        rows = enumerate(raw for _, raw in reader.rows(range(len(reader))))
+        self.places = [
+            i
+            for i, raw in rows
+            if isinstance(raw, BadRow) or all(raw.get(key) == wanted[key] for key in wanted)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        return self.reader.rows(self.places[i] for i in indices)
+
+
 def read_file(path: str, sample_by: str = "line") -> Reader:
     """The reader of one local file. Raises ValueError where it is empty or another format."""
     with open(path, "rb") as file:

@@ -7,6 +7,7 @@ Keys of one source:
     count     rows to draw, by `mixture_seed`; without: all
     weight    in place of count: a share of `mixture_rows`; without that, of the largest mixture in
               which no row repeats
+    where     {column: value}: only the rows that have these values
     columns   {our name: its name}, for rows that call their fields otherwise; {id: null}: equal
               ids are no fault
     roles     {its name: our role}, for messages whose roles are none of `kd.data.conversations`
@@ -21,11 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd.data.conversations import COLUMNS, ROLES, to_row
-from kd.data.files import ENDINGS, BadRow, Joined, JsonLines, Reader, Table, read_file
+from kd.data.files import ENDINGS, BadRow, Joined, JsonLines, Reader, Table, Where, read_file
 from kd.recipe import unknown_key
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
-KEYS = (*TEXT_KEYS, "count", "weight", "columns", "roles")
+KEYS = (*TEXT_KEYS, "where", "count", "weight", "columns", "roles")
 
 
 def check_sources(sources: list[dict]) -> None:
@@ -68,7 +69,8 @@ def check_values(source: dict, where: str) -> None:
             f"{where}: sample_by {source['sample_by']}; wanted line, paragraph, document"
         )
     columns, roles = source.get("columns", {}), source.get("roles", {})
-    for key, value in (("columns", columns), ("roles", roles)):
+    chosen = source.get("where", {})
+    for key, value in (("columns", columns), ("roles", roles), ("where", chosen)):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {key} {value!r}; wanted {{name: name}}")
     for name, theirs in columns.items():
@@ -98,6 +100,18 @@ def local_files(path: str) -> list[str] | None:
 
 def open_source(source: dict) -> Reader:
     """Raises ValueError where nothing can be read."""
+    reader = open_whole(source)
+    if "where" not in source:
+        return reader
+    chosen = Where(reader, source["where"])
+    if not len(chosen):
+        raise ValueError(
+            f"data: {source['path']}: none of its {len(reader)} rows has {source['where']} (where)"
+        )
+    return chosen
+
+
+def open_whole(source: dict) -> Reader:
     files = local_files(source["path"])
     if files is None:
         return Table(f"{source['path']}, {source.get('split', 'train')}", hub_table(source))

@@ -322,3 +322,19 @@ def test_experiment_a_reads_exactly_its_counts(monkeypatch):
     answers = yaml.safe_load((A_TEACHER.parent / "2_answers.yaml").read_text())
     questions = [source_rows(source, 0, to_prompt) for source in answers["prompts"]]
     assert sum(map(len, questions)) == 20_000
+
+
+def test_where_takes_the_rows_with_these_values_and_counts_among_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    languages = ["ru", "en", "zh", "ru", "ru"]
+    rows = [json.dumps({"text": f"{i}", "language": x}) for i, x in enumerate(languages)]
+    path.write_text("\n".join(rows) + "\n")
+    source = {"path": str(path), "where": {"language": "ru"}}
+    assert load_rows([source], 0) == [{"text": "0"}, {"text": "3"}, {"text": "4"}]
+    assert len(load_rows([source | {"count": 2}], 0)) == 2
+    with pytest.raises(ValueError, match="count 4, but it has 3 rows"):
+        load_rows([source | {"count": 4}], 0)
+    with pytest.raises(ValueError, match="none of its 5 rows has {'language': 'fr'}"):
+        load_rows([source | {"where": {"language": "fr"}}], 0)
+    with pytest.raises(ValueError, match="where 'ru'; wanted"):
+        load_rows([source | {"where": "ru"}], 0)

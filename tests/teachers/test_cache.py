@@ -1,0 +1,193 @@
+"""The cache's files: what is packed comes back, keys follow the content, damage is named."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd.data.masks import IGNORED, EncodedRow
+from kd.data.packing import Collator, pack_lengths
+from kd.losses.objective import Head, TeacherSignal
+from kd.models.heads import target_positions
+from kd.teachers.cache import (
+    CacheWriter,
+    TeacherCache,
+    check_manifest,
+    document_key,
+    pack_ids,
+    record_type,
+    remove_torn_shards,
+    unpack_ids,
+    write_manifest,
+)
+from kd.teachers.cached import CachedCollator, CachedTeacher
+from kd.teachers.scoring import score
+
+MANIFEST = {"format": 1, "vocabulary": 300, "top_k": 8, "dtype": "float32", "temperature": 1.0}
+
+
+@given(
+    vocabulary=st.sampled_from([5, 65_536, 65_537, 131_072, 131_073, 151_936, 262_144, 2**20]),
+    k=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_packed_ids_come_back(vocabulary, k, seed):
+    ids = np.random.default_rng(seed).integers(0, vocabulary, (7, k))
+    ids[0], ids[1] = vocabulary - 1, 0
+    manifest = MANIFEST | {"vocabulary": vocabulary, "top_k": k}
+    records = np.empty(7, record_type(manifest))
+    pack_ids(ids, records, vocabulary)
+    assert (unpack_ids(records, vocabulary) == ids).all()
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("k", [8, 64, 256])
+def test_an_entry_has_at_most_five_bytes_all_that_belongs_to_a_token_counted(vocabulary, k):
+    manifest = MANIFEST | {"vocabulary": vocabulary, "top_k": k, "dtype": "float16"}
+    assert record_type(manifest).itemsize <= 5 * k
+
+
+def document(seed: int, length: int = 12) -> EncodedRow:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 300, length).tolist()
+    labels = [i if random.random() < 0.5 else IGNORED for i in ids]
+    return EncodedRow(ids, [IGNORED, *labels[1:-1], ids[-1]])
+
+
+def test_a_key_tells_ids_and_targets_apart():
+    row = document(0)
+    other = EncodedRow(row.input_ids, [IGNORED] * 11 + [row.input_ids[-1]])
+    assert document_key(row) == document_key(EncodedRow(list(row.input_ids), list(row.labels)))
+    assert len({document_key(r) for r in (row, other, document(1))}) == 3
+
+
+def scored(row: EncodedRow, manifest: dict = MANIFEST) -> np.ndarray:
+    """The records of a made-up teacher that knows a document by its ids."""
+    generator = torch.Generator().manual_seed(sum(row.input_ids))
+    hidden = torch.randn(row.targets, 6, generator=generator)
+    weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([label for label in row.labels if label != IGNORED])
+    return score(TeacherSignal(hidden, Head(weight)), labels, manifest)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve documents in several shards of two processes."""
+    write_manifest(tmp_path, MANIFEST)
+    for rank in (0, 1):
+        writer = CacheWriter(tmp_path, MANIFEST, rank, shard_bytes=2000)
+        for seed in range(rank, 12, 2):
+            row = document(seed, 5 + seed)
+            writer.add(document_key(row), scored(row))
+            writer.flush_if_full()
+        writer.close()
+    return tmp_path
+
+
+def documents() -> list[EncodedRow]:
+    return [document(seed, 5 + seed) for seed in range(12)]
+
+
+def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
+    manifest = MANIFEST | {"temperature": 2.0}
+    row = document(3)
+    records = scored(row, manifest)
+    generator = torch.Generator().manual_seed(sum(row.input_ids))
+    hidden = torch.randn(row.targets, 6, generator=generator).double()
+    weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0)).double()
+    logits = (hidden @ weight.T)[:, :300]  # the last ten ids are none of the tokenizer's
+    p, warm = logits.softmax(-1), (logits / 2).softmax(-1)
+    top, ids = warm.topk(8)
+    assert (unpack_ids(records, 300) == ids.numpy()).all()
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(np.exp(records["log_probabilities"]), top, **close)
+    labels = torch.tensor([label for label in row.labels if label != IGNORED])
+    tail, label, entropy = records["scalars"].T
+    np.testing.assert_allclose(np.exp(tail), 1 - top.sum(-1), **close)
+    np.testing.assert_allclose(np.exp(label), p.gather(-1, labels[:, None])[:, 0], **close)
+    np.testing.assert_allclose(entropy, -(p * p.log()).sum(-1), **close)
+
+
+def by_position(batch: dict, signal) -> dict:
+    """{(ids up to a target of its document, the target): the teacher's classes there}."""
+    positions, labels = target_positions(batch["labels"])
+    found = {}
+    for n, (row, place) in enumerate(positions.nonzero().tolist()):
+        start = place - batch["position_ids"][row, place].item()
+        seen = tuple(batch["input_ids"][row, start : place + 1].tolist())
+        found[seen, labels[n].item()] = (signal.ids[n].tolist(), signal.classes[n].tolist())
+    return found
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, flat):
+    cache = TeacherCache(folder)
+    rows = documents()
+    teacher = CachedTeacher(cache, torch.device("cpu"))
+    blank = EncodedRow(rows[0].input_ids, [IGNORED] * len(rows[0]))  # fills up a held-out batch
+    wanted: dict = {}
+    for row in rows:
+        batch = CachedCollator(Collator(0), cache)([[row]])
+        with teacher.signal(batch) as (signal, _):
+            wanted |= by_position(batch, signal)
+    assert len(wanted) == sum(row.targets for row in rows)
+    packed = [[rows[i] for i in bin_] for bin_ in pack_lengths([len(r) for r in rows], 40)]
+    assert max(map(len, packed)) > 1
+    shuffled = [packed[i] for i in np.random.default_rng(0).permutation(len(packed))]
+    found: dict = {}
+    for micro in (shuffled[:2], [*shuffled[2:], [blank]]):
+        batch = CachedCollator(Collator(0, flat=flat), cache)(micro)
+        with teacher.signal(batch) as (signal, _):
+            found |= by_position(batch, signal)
+    assert found == wanted
+
+
+def test_a_batch_without_targets_has_none(folder):
+    cache = TeacherCache(folder)
+    blank = EncodedRow([1, 2, 3], [IGNORED] * 3)
+    batch = CachedCollator(Collator(0), cache)([[blank]])
+    with CachedTeacher(cache, torch.device("cpu")).signal(batch) as (signal, _):
+        assert signal.ids.shape == (0, 8) and signal.classes.shape == (0, 9)
+
+
+def test_the_first_missing_document_is_named(folder):
+    cache, rows = TeacherCache(folder), documents()
+    cache.check(rows, "training documents", str)
+    strangers = [document(77), document(78)]
+    with pytest.raises(ValueError, match="lacks 2 of 14 training documents.*number 3") as error:
+        cache.check([*rows[:2], *strangers, *rows[2:]], "training documents", str)
+    assert str(strangers[0].input_ids[:5])[:-1] in str(error.value)
+
+
+@pytest.mark.parametrize("torn", ["records without index", "half a temporary file"])
+def test_what_a_kill_left_is_removed_and_its_documents_are_missing(folder, torn):
+    before = len(TeacherCache(folder).places)
+    lost = 0
+    if torn == "records without index":
+        index = sorted(folder.glob("*.index.npy"))[0]
+        lost = len(np.load(index))
+        index.unlink()
+    else:
+        (folder / "000-000099.records.tmp").write_bytes(b"half")
+    assert remove_torn_shards(folder) == 1 and remove_torn_shards(folder) == 0
+    assert len(TeacherCache(folder).places) == before - lost
+
+
+def test_a_damaged_shard_is_named(folder):
+    records = sorted(folder.glob("*.records.npy"))[0]
+    records.write_bytes(records.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{records.name}.*Remove it"):
+        TeacherCache(folder)
+
+
+def test_another_manifest_is_refused_by_the_name_of_what_differs(folder, tmp_path):
+    write_manifest(folder, MANIFEST)
+    for key, value in {"top_k": 9, "temperature": 2.0, "format": 2, "teacher": "other"}.items():
+        with pytest.raises(ValueError, match=f"another {key}"):
+            write_manifest(folder, MANIFEST | {key: value})
+    with pytest.raises(ValueError, match="another vocabulary: 300, and this run has 301"):
+        check_manifest("cache", MANIFEST, {"vocabulary": 301})
+    with pytest.raises(ValueError, match="make it first"):
+        TeacherCache(tmp_path / "nowhere")

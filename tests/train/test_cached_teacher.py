@@ -1,0 +1,200 @@
+"""Training from a cache beside training with the live teacher; a cache that was killed; a wrong one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import ROOT, start
+from safetensors.torch import load_file
+from small import save_small, small_tokenizer
+
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.teachers.cache import TeacherCache
+from kd.teachers.cached import open_cache
+
+ROWS = 160
+WORDS = [
+    "list",
+    "dictionary",
+    "order",
+    "name",
+    "log",
+    "witness",
+    "river",
+    "mill",
+    "machine",
+    "rumour",
+    "work",
+    "cache",
+    "key",
+]
+
+
+@pytest.fixture(scope="module")
+def work(models, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cached")
+    drawn = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(drawn.choice(WORDS) for _ in range(count))
+
+    def row(i: int) -> dict:
+        if i % 2:
+            return {"text": text(drawn.randint(10, 60))}
+        return {"prompt": text(5), "completion": text(drawn.randint(10, 40))}
+
+    for name, count in (("rows", ROWS), ("heldout", 5)):
+        lines = [json.dumps(row(i)) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def flags(models: Path, work: Path, **changes) -> list[str]:
+    """Every step has all rows, so that no order of them matters."""
+    settings = {
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "teacher_dtype": "float32",
+        "data": json.dumps([{"path": str(work / "rows.jsonl")}]),
+        "eval_data": json.dumps([{"path": str(work / "heldout.jsonl")}]),
+        "soft_weight": 0.7,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "global_batch_size": ROWS,
+        "num_train_epochs": 4,
+        "logging_steps": 1,
+        "disable_tqdm": "true",
+        "cache_top_k": 0,
+        "cache_dtype": "float32",
+        "cache_shard_mb": 1,
+        "data_cache": work / "tokenised",
+    } | changes
+    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def whole_cache(models, work) -> tuple[Path, str]:
+    """Every id in float32, scored by two processes with the teacher sharded over them."""
+    folder = work / "cache"
+    spelt = flags(models, work, teacher_cache=folder, output_dir=work / "none")
+    done = start("launch/cpu.sh", "train/cache_teacher.py", *spelt)
+    assert f"saved to {folder}" in done.stdout, done.stdout[-6000:]
+    return folder, done.stdout
+
+
+def trained(models: Path, work: Path, name: str, *launcher, **changes) -> dict:
+    out = work / name
+    done = start(*launcher, "train/distill.py", *flags(models, work, output_dir=out, **changes))
+    assert (out / "done.json").is_file(), done.stdout[-6000:]
+    return {
+        "weights": load_file(out / "model.safetensors"),
+        "done": json.loads((out / "done.json").read_text()),
+        "log": done.stdout,
+    }
+
+
+def test_students_of_a_full_cache_and_of_the_live_teacher_are_the_same(models, work, whole_cache):
+    """1e-6, every trained tensor: live 1 process x 8 x 20, cached 2 processes x 4 x 20."""
+    cpu = {"use_cpu": "true", "max_per_device_train_batch_size": 8}
+    live = trained(models, work, "live", "python", **cpu)
+    cpu |= {"max_per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    two = ("torchrun", "--nproc-per-node", "2")
+    cached = trained(models, work, "cached", *two, teacher_cache=whole_cache[0], **cpu)
+    assert "no model" in cached["log"]
+    start_weights = load_file(models / "student" / "model.safetensors")
+    for name, wanted in live["weights"].items():
+        moved = (wanted - start_weights[name]).norm()
+        assert moved > 0
+        assert (cached["weights"][name] - wanted).norm() / wanted.norm() < 1e-6, name
+    names = ("divergence", "teacher_cross_entropy", "teacher_label_probability", "agreement")
+    for name in (*names, "cross_entropy", "student_entropy", "teacher_entropy"):
+        found, wanted = (run["done"][f"eval_{name}"] for run in (cached, live))
+        assert found == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_size_and_error_against_the_live_teacher_are_told(whole_cache):
+    printed = whole_cache[1]
+    assert "x 320 ids in float32" in printed and "mass of the 320 ids: 100.000%" in printed
+    assert "(+0.000%); gradients differ by 0.000% (by norm)" in printed.replace("-0.0", "+0.0")
+
+
+def all_records(folder: Path) -> dict[bytes, bytes]:
+    cache = TeacherCache(str(folder))
+    return {
+        key: np.asarray(cache.shards[shard][first:last]).tobytes()
+        for key, (shard, first, last) in cache.places.items()
+    }
+
+
+@pytest.mark.slow
+def test_killed_and_finished_by_two_processes_a_cache_has_the_same_bits(models, work, whole_cache):
+    folder = work / "killed"
+    spelt = flags(
+        models, work, teacher_cache=folder, output_dir=work / "none", use_cpu="true",
+        max_per_device_train_batch_size=8,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "train/cache_teacher.py", *spelt],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("*.index.npy"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = all_records(folder)
+    wanted = all_records(whole_cache[0])
+    assert 0 < len(survived) < len(wanted)
+
+    partial = start(
+        "python", "train/distill.py", *spelt, "--output_dir", work / "partial"
+    )  # the first missing document is named, and no training starts
+    assert partial.returncode == 2 and "Traceback" not in partial.stdout, partial.stdout
+    assert f"of {ROWS} training documents; the first is number" in partial.stdout
+    assert "Loading weights" not in partial.stdout
+
+    done = start("launch/cpu.sh", "train/cache_teacher.py", *spelt)
+    assert f"saved to {folder}" in done.stdout, done.stdout[-6000:]
+    assert f"{len(survived)} scored already" in done.stdout
+    assert all_records(folder) == wanted
+
+
+def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_path):
+    tokenizer = load_tokenizer(str(models / "student"))
+    settings = TeacherSettings(teacher=str(models / "teacher"), teacher_cache=str(whole_cache[0]))
+    objective, model = ObjectiveSettings(), ModelSettings()
+    open_cache(settings, objective, model, tokenizer)
+
+    def refused(settings=settings, objective=objective, model=model, tokenizer=tokenizer) -> str:
+        with pytest.raises(ValueError) as error:
+            open_cache(settings, objective, model, tokenizer)
+        return str(error.value)
+
+    assert "another temperature: 1.0" in refused(objective=ObjectiveSettings(temperature=2.0))
+    assert "no hidden states" in refused(objective=ObjectiveSettings(hidden_weight=1.0))
+    assert "another vocabulary" in refused(tokenizer=small_tokenizer(330))
+    other = save_small(tmp_path / "teacher", hidden=48, seed=2, tie_word_embeddings=False)
+    moved = TeacherSettings(teacher=str(other), teacher_cache=str(whole_cache[0]))
+    assert "another teacher" in refused(settings=moved)
+    assert "another template_arguments" in refused(
+        model=ModelSettings(template_arguments='{"a": 1}')
+    )
+    changed = load_tokenizer(str(models / "student"))
+    changed.chat_template += " "
+    assert "another chat_template" in refused(tokenizer=changed)
+    changed.chat_template = None  # a base model: it takes the cache's
+    open_cache(settings, objective, model, changed)
+    assert changed.chat_template == tokenizer.chat_template
