@@ -143,7 +143,9 @@ class ObjectiveSettings:
     hidden_weight: float = setting(0.0, "of the loss between hidden states; 0: none")
     hidden_loss: Literal["cosine", "mse"] = setting("cosine", "between hidden states of the map")
     hidden_layers: list[str] | None = setting(
-        None, "student:teacher pairs, 0 the embeddings; without: all blocks, evenly spaced"
+        None,
+        "student:teacher pairs, 0 the embeddings; without: all blocks, to those that an inherited "
+        "student's were, else to evenly spaced ones",
     )
 
     def __post_init__(self) -> None:

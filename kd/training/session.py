@@ -19,6 +19,7 @@ from kd.data.sources import check_sources
 from kd.data.template import writes_the_date
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections, layer_map
+from kd.models.inherit import inherited_pairs
 from kd.models.load import check_attention, load_trained, parameter_counts
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
@@ -242,7 +243,8 @@ def objectives(
     if not settings.hidden_weight:
         return Objective(**values), None
     configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (student, teacher)]
-    layers = layer_map(settings.hidden_layers, *(config.num_hidden_layers for config in configs))
+    pairs = settings.hidden_layers or inherited_pairs(*configs)
+    layers = layer_map(pairs, *(config.num_hidden_layers for config in configs))
     return Objective(**values), HiddenObjective(
         settings.hidden_weight, settings.hidden_loss, layers
     )
@@ -309,6 +311,7 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
         f"rows x {steps} accumulation; about {targets * training.global_batch_size:.0f} target "
         f"tokens\npadding: {padding:.0%} of a micro-batch\n"
         f"objective: {trainer.objective}"
+        + (f"\nhidden states: {trainer.hidden}" if trainer.hidden else "")
     )
 
 

@@ -1,82 +1,198 @@
 """A student of all blocks is its parent; of some, it has those, and all that is not a block."""
 
+import json
+
 import pytest
 import torch
-from processes import start
 from small import save_small, small_model, small_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
-    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
-from kd.models.inherit import inherit
+from kd.models.inherit import (
+    ARCHITECTURES,
+    check_parent,
+    even,
+    first,
+    inherit,
+    inherited_pairs,
+    last,
+    parent_config,
+    student_config,
+)
 
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PARENTS = {
-    "qwen2": lambda: small_model(small_tokenizer(), num_hidden_layers=3),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES)),
+SLIDING = {"sliding_window": 5, "head_dim": 8}  # shorter than the 30 tokens that are read
+PATTERN = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+CONFIGS = {
+    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+    "qwen3": Qwen3Config(**SIZES, **SLIDING, use_sliding_window=True, max_window_layers=2),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama_tied": LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True),
+    "mistral": MistralConfig(**SIZES, **SLIDING),
+    "gemma2": Gemma2Config(**SIZES, **SLIDING, query_pre_attn_scalar=8),
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES, **SLIDING, layer_types=PATTERN, query_pre_attn_scalar=8
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "olmo3": Olmo3Config(**SIZES, sliding_window=5, layer_types=PATTERN),
+    "phi3": Phi3Config(
+        **SIZES, sliding_window=5, original_max_position_embeddings=32, rope_parameters=LONG
+    ),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 1]),
 }
 IDS = torch.arange(3, 33)[None]
 
 
-@pytest.mark.parametrize("name", PARENTS)
+def parent_of(name: str) -> PreTrainedModel:
+    """With every weight drawn, also the norms, which would begin as ones and could be mistaken."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2)
+    return model
+
+
+def test_every_supported_architecture_is_tested():
+    assert {config.model_type for config in CONFIGS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_all_blocks_give_the_parent_to_the_last_bit_saved_and_loaded_too(name, tmp_path):
-    torch.manual_seed(0)
-    parent = PARENTS[name]().eval()
-    student = inherit(parent, [0, 1, 2])
+    parent = parent_of(name)
+    student = inherit(parent, [0, 1, 2, 3])
     wanted = parent(IDS).logits
     assert torch.equal(student(IDS).logits, wanted)
     student.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted)
+    # A student of a student of all blocks: nothing is added up.
+    assert torch.equal(inherit(student, [0, 1, 2, 3])(IDS).logits, wanted)
+
+
+@pytest.mark.parametrize("layers", [[0, 3], [1, 2, 3], [2]])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_some_blocks_are_the_parent_with_the_others_passing_on(name, layers, tmp_path):
+    """Each block keeps its own window, rotation and mask, wherever it now stands."""
+    parent = parent_of(name)
+    student = inherit(parent, layers)
+    for n in set(range(4)) - set(layers):
+        parent.model.layers[n].forward = lambda hidden_states, *_, **__: hidden_states
+    wanted = parent(IDS, use_cache=False).logits
+    assert torch.equal(student(IDS).logits, wanted)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, wanted)
+    new = loaded.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert (
+        new[0, 30] == wanted[0, -1].argmax()
+    )  # with a cache, whose layers the configuration names
+
+
+def test_values_of_each_block_go_along_and_sliding_begins_where_it_did():
+    config = student_config(CONFIGS["smollm3"], [1, 3], "parent")
+    assert config.no_rope_layers == [0, 1] and len(config.layer_types) == 2
+    config = student_config(CONFIGS["qwen2"], [0, 2, 3], "parent")
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config.max_window_layers == 1  # what readers of Qwen's own key go by
+    assert CONFIGS["qwen2"].num_hidden_layers == 4  # the parent's is left alone
+
+
+def test_choices_have_their_ends_and_no_block_twice():
+    assert first(3, 6) == [0, 1, 2] and last(3, 6) == [3, 4, 5]
+    assert even(3, 6) == [0, 2, 5] and even(6, 26) == [0, 5, 10, 15, 20, 25] and even(1, 9) == [0]
+    for depth in range(2, 41):
+        for keep in range(2, depth + 1):
+            layers = even(keep, depth)
+            gaps = {b - a for a, b in zip(layers, layers[1:], strict=False)}
+            assert layers[0] == 0 and layers[-1] == depth - 1 and len(layers) == keep
+            assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+def test_the_layer_map_of_an_inherited_student_is_that_of_its_blocks(tmp_path):
+    parent = parent_of("llama")
+    inherit(parent, [0, 2]).save_pretrained(tmp_path)
+    student = AutoConfig.from_pretrained(tmp_path)
+    assert student.inherited["layers"] == [0, 2] and student.inherited["of"] == 4
+    assert inherited_pairs(student, parent.config) == ["1:1", "2:4"]  # the last behind both norms
+    assert inherited_pairs(parent.config, parent.config) is None
+    assert inherited_pairs(student, LlamaConfig(**SIZES | {"num_hidden_layers": 5})) is None
+    grown = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3)
+    assert inherited_pairs(grown, parent.config) is None
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [0, 4], [-1, 2]])
+def test_wrong_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="wanted increasing numbers from 0 to 3"):
+        inherit(parent_of("llama"), layers)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (GPT2Config(n_layer=2), "gpt2: its blocks cannot be inherited, whether its blocks depend"),
+        (Qwen3MoeConfig(), "qwen3_moe: .* it is a mixture of experts"),
+        (Gemma3Config(), "gemma3: it reads more than text"),
+        (LlamaConfig(quantization_config={"quant_method": "awq"}), "quantised .awq.*it was made"),
+    ],
+)
+def test_other_parents_are_refused_with_the_reason(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_parent(config)
+
+
+def test_a_four_bit_parent_is_refused_before_it_is_loaded_and_after(tmp_path):
+    save_small(tmp_path / "parent")
+    parent = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "parent", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    parent.save_pretrained(tmp_path / "nf4")
+    for refused in (lambda: parent_config(str(tmp_path / "nf4")), lambda: inherit(parent, [0])):
+        with pytest.raises(ValueError, match="quantised .bitsandbytes.*that it was made"):
+            refused()
+
+
+def test_an_adapter_is_refused_with_the_command_that_merges_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="train/merge.py --adapter"):
+        parent_config(str(tmp_path))
 
 
 @torch.no_grad()
-def test_some_blocks_are_the_parent_with_the_others_skipped():
-    parent = PARENTS["qwen2"]().eval()
-    student = inherit(parent, [0, 2])
-    del parent.model.layers[1]
-    assert torch.equal(student(IDS).logits, parent(IDS, use_cache=False).logits)
-
-
-@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [0, 3], [-1, 2]])
-def test_wrong_layers_are_refused(layers):
-    with pytest.raises(ValueError, match="wanted increasing numbers from 0 to 2"):
-        inherit(PARENTS["qwen2"](), layers)
-
-
-def test_other_architectures_are_refused():
-    with pytest.raises(ValueError, match="gpt2: its blocks cannot be inherited yet"):
-        inherit(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64)), [0])
-
-
-def test_the_script_saves_a_student_that_loads_with_its_tokenizer(tmp_path):
-    save_small(tmp_path / "parent", num_hidden_layers=3)
-    call = ("python", "train/inherit.py", "--parent", tmp_path / "parent", "--output_dir")
-    done = start(*call, tmp_path / "student", "--layers", "0", "2")
-    assert "blocks [0, 2] of 3" in done.stdout, done.stdout[-3000:]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 2
-    assert AutoTokenizer.from_pretrained(tmp_path / "student").chat_template
-    done = start(*call, tmp_path / "student", "--layers", "2", "7")
-    assert done.returncode == 2 and "wanted increasing numbers" in done.stdout
+def test_a_parent_in_several_files_gives_the_same_student(tmp_path):
+    model = small_model(small_tokenizer(), num_hidden_layers=3).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    student = inherit(AutoModelForCausalLM.from_pretrained(tmp_path), [0, 2])
+    assert torch.equal(student(IDS).logits, inherit(model, [0, 2])(IDS).logits)
