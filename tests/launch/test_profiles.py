@@ -16,9 +16,8 @@ RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.
 
 def script_of(recipe: Path) -> str:
     keys = yaml.safe_load((ROOT / recipe).read_text())
-    return (
-        f"train/{'generate' if 'prompts' in keys else 'distill' if 'teacher' in keys else 'sft'}.py"
-    )
+    scripts = {"prompts": "generate", "parent": "inherit", "teacher": "distill", "data": "sft"}
+    return f"train/{next(script for key, script in scripts.items() if key in keys)}.py"
 
 
 def dry_run(profile: str, *arguments) -> list[str]:
