@@ -3,7 +3,10 @@
 python train/merge.py --adapter runs/student --output_dir runs/student-merged
 
 The sum is formed in float32 on the CPU (4 bytes a parameter of memory) and rounded once. The base
-is read in its own precision, also where the adapter was trained on four-bit weights (QLoRA).
+is read in its own precision, also where the adapter was trained on four-bit weights (QLoRA): how far
+the merged model is from what was trained is measured on rows of the run and printed. --llama_cpp
+FOLDER (a checkout of llama.cpp, or the one in the source package of llama-cpp-python) also writes a
+GGUF file, which is loaded back and compared. README.md in the folder is a model card.
 """
 
 import json
@@ -15,8 +18,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from kd.data.sources import check_sources
+from kd.evaluation.merged import four_bit_difference
+from kd.models.card import model_card, read_run
+from kd.models.gguf import check_llama_cpp, compare_gguf, write_gguf
 from kd.models.tokenizer import generation_config, load_tokenizer
-from kd.recipe import parse, setting
+from kd.recipe import parse, parse_json_list, setting
 from kd.training.exit import DONE, is_done, mark_done, run
 
 
@@ -26,6 +33,19 @@ class MergeSettings:
     output_dir: str = setting("", "folder of the merged model")
     base: str | None = setting(None, "hub name or folder of the base; without: the adapter's own")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "type of the merged weights")
+    quantization: Literal["auto", "none", "nf4"] = setting(
+        "auto", "of the base in training; nf4: the merged model is compared with it. auto: run.json"
+    )
+    data: str | None = setting(
+        None,
+        "JSON list of sources for the comparison; without: the run's held-out or training data",
+    )
+    compared_rows: int = setting(16, "rows of each source in the comparison")
+    llama_cpp: str | None = setting(
+        None, "folder with convert_hf_to_gguf.py: also write a GGUF file"
+    )
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = setting("bf16", "type of the GGUF weights")
+    results: str | None = setting(None, "folder of measurements, for the table of the model card")
 
     def __post_init__(self) -> None:
         for key in ("adapter", "output_dir"):
@@ -42,6 +62,15 @@ class MergeSettings:
         if config.peft_type != "LORA":
             raise ValueError(f"adapter: found {config.peft_type.value}; only LORA is merged here")
         self.base = self.base or config.base_model_name_or_path
+        if self.llama_cpp:
+            check_llama_cpp(self.llama_cpp)
+        self.run = read_run(self.adapter)
+        if self.quantization == "auto":
+            self.quantization = self.run.get("quantization", "none")
+        given = self.data or self.run.get("eval_data") or self.run.get("data")
+        self.sources = parse_json_list("data", given)
+        if self.data:
+            check_sources(self.sources)
 
 
 def main() -> None:
@@ -56,6 +85,24 @@ def main() -> None:
     model.generation_config = generation_config(model, tokenizer)
     model.save_pretrained(settings.output_dir)
     tokenizer.save_pretrained(settings.output_dir)
+    measured: dict[str, dict] = {}
+    if settings.quantization == "nf4":
+        measured["four_bit"] = four_bit_difference(
+            model,
+            settings.base,
+            settings.adapter,
+            tokenizer,
+            settings.sources,
+            settings.compared_rows,
+        )
+        print(measured["four_bit"]["text"])
+    if settings.llama_cpp:
+        file = write_gguf(settings.output_dir, settings.llama_cpp, settings.gguf_type)
+        measured["gguf"] = compare_gguf(model, file)
+        print(measured["gguf"]["text"])
+    card = model_card(settings.output_dir, settings.base, settings.run, measured, settings.results)
+    (Path(settings.output_dir) / "README.md").write_text(card)
+    (Path(settings.output_dir) / "merge.json").write_text(json.dumps(measured, indent=2) + "\n")
     mark_done(settings.output_dir, asdict(settings))
     print(
         f"saved to {settings.output_dir}: {model.num_parameters():,} parameters, {settings.dtype}"

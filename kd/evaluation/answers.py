@@ -1,6 +1,8 @@
-"""Greedy answers of several models to the same held-out prompts, to be read side by side."""
+"""Greedy answers of several models to the same held-out prompts: to be read, matched and judged."""
 
 import copy
+import re
+import string
 
 import torch
 from tqdm import tqdm
@@ -70,3 +72,48 @@ def greedy(own: GenerationConfig, max_new_tokens: int, pad_token_id: int) -> Gen
         pad_token_id=pad_token_id,
     )
     return config
+
+
+def normalised(text: str) -> list[str]:
+    """Words in small letters without punctuation and articles. SQuAD, Rajpurkar et al. 2016."""
+    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def contains(answer: str, reference: str) -> bool:
+    """Whether the reference's words stand in the answer, one behind the other."""
+    words, wanted = normalised(answer), normalised(reference)
+    width = len(wanted)
+    return width > 0 and any(words[i : i + width] == wanted for i in range(len(words) - width + 1))
+
+
+def match_result(rows: list[dict], answers: list[str]) -> dict:
+    """Share of answers that have their reference in them, and of those that are nothing else."""
+    items = [
+        {
+            "id": str(i),
+            "match": contains(answer, row["reference"]),
+            "exact": normalised(answer) == normalised(row["reference"]) != [],
+            "reference": row["reference"],
+            "answer": answer,
+        }
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+    ]
+    shares = {key: sum(item[key] for item in items) / len(items) for key in ("match", "exact")}
+    return {"overall": shares | {"n": len(items)}, "items": items}
+
+
+def for_the_judge(rows: list[dict], answers: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """{file: rows} in MT-Bench's format, with which eval/judge.py grades the same answers."""
+
+    def given(texts: list[str]) -> list[dict]:
+        return [{"question_id": i, "choices": [{"turns": [t]}]} for i, t in enumerate(texts)]
+
+    asked = ["\n\n".join(message["content"] for message in row["prompt"]) for row in rows]
+    return {
+        "questions": [
+            {"question_id": i, "category": "open", "turns": [text]} for i, text in enumerate(asked)
+        ],
+        "references": given([row["reference"] for row in rows]),
+        **{name: given(texts) for name, texts in answers.items()},
+    }

@@ -34,14 +34,7 @@ def load_trained(
     """The model of a hub name or folder, ready for the Trainer."""
     quantization = None
     if settings.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-            # The storage type must be the others' type, or DeepSpeed cannot flatten the weights.
-            bnb_4bit_quant_storage=getattr(torch, settings.dtype),
-        )
+        quantization = four_bit(getattr(torch, settings.dtype))
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=getattr(torch, settings.dtype),
@@ -63,6 +56,18 @@ def load_trained(
         )
         model = get_peft_model(model, config)
     return model
+
+
+def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's base: NF4 with double quantisation."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # The storage type must be the others' type, or DeepSpeed cannot flatten the weights.
+        bnb_4bit_quant_storage=dtype,
+    )
 
 
 def keep_packing_of_four_bit_weights(model: PreTrainedModel) -> None:

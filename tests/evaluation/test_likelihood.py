@@ -346,17 +346,3 @@ def test_different_tokenizers_are_refused_before_a_model_is_loaded(house, tmp_pa
     assert ran.returncode == 2
     assert "different tokenizers" in ran.stderr and "Loading" not in ran.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_answers_are_written_side_by_side(house, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    ran = command(
-        *("answers.py", "--models", f"a={house / 'teacher'}", f"b={house / 'adapter'}"),
-        *("--data", json.dumps(sources(house)[1:]), "--count", 2, "--max_new_tokens", 4),
-        *("--out", out),
-    )
-    assert ran.returncode == 0, ran.stderr
-    written_rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["prompt"][-1]["content"] for row in written_rows] == ["What is it?", "And this?"]
-    assert [row["reference"] for row in written_rows][0] == "A thing."
-    assert all(set(row["answers"]) == {"a", "b"} for row in written_rows)

@@ -5,22 +5,27 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from small import CHATML, small_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from kd.models.load import load_trained
+from kd.models.gguf import compare_gguf
+from kd.models.load import four_bit, keep_packing_of_four_bit_weights, load_trained
 from kd.recipe import ModelSettings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "merge.py"
@@ -175,3 +180,173 @@ def test_the_adapters_own_folder_is_never_the_output(merged):
     _, adapter, _ = merged
     with pytest.raises(ValueError, match="own folder"):
         run_here("--adapter", str(adapter), "--output_dir", f"{adapter}/../{adapter.name}")
+
+
+@pytest.fixture(scope="module")
+def qlora(tokenizer, tmp_path_factory) -> tuple[Path, Path, Path]:
+    """(base, adapter trained on four bits with its run.json, rows)."""
+    root = tmp_path_factory.mktemp("qlora")
+    save_base(root / "base", tokenizer, tied=False)
+    train_adapter(root / "base", root / "adapter", tokenizer, quantization="nf4")
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "what is a list? " * n}) + "\n" for n in (2, 3, 5)))
+    recipe = {"quantization": "nf4", "data": json.dumps([{"path": str(rows)}]), "eval_data": None}
+    recipe |= {"student": str(root / "base"), "teacher": "some/teacher", "learning_rate": 1e-4}
+    (root / "adapter" / "run.json").write_text(json.dumps({"recipe": recipe}))
+    return root / "base", root / "adapter", rows
+
+
+def four_bit_logits(base: Path, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+    """As training computed: (T, V)."""
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=four_bit(torch.float32), dtype=torch.float32
+    )
+    keep_packing_of_four_bit_weights(model)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=ids[None]).logits[0]
+
+
+def test_the_difference_to_the_adapter_on_four_bits_is_measured_and_printed(
+    qlora, tokenizer, tmp_path, capsys
+):
+    base, adapter, rows = qlora
+    run_here("--adapter", str(adapter), "--output_dir", str(tmp_path / "out"), "--dtype", "float32")
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "merge.json").read_text())["four_bit"]
+    assert found["text"] in printed and found["rows"] == 3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kl, count = 0.0, 0
+    for line in rows.read_text().splitlines():
+        ids = torch.tensor(
+            [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+        )
+        p = four_bit_logits(base, adapter, ids)[:-1, : len(tokenizer)].double().log_softmax(-1)
+        with torch.no_grad():
+            q = (
+                merged(input_ids=ids[None])
+                .logits[0, :-1, : len(tokenizer)]
+                .double()
+                .log_softmax(-1)
+            )
+        kl += float((p.exp() * (p - q)).sum())
+        count += len(ids) - 1
+    assert found["tokens"] == count
+    assert found["forward_kl"] == pytest.approx(kl / count, rel=1e-4)
+    assert found["forward_kl"] > 1e-4  # four bits are not the base
+
+
+def test_the_card_names_recipe_difference_results_and_whose_terms_bind(qlora, tmp_path):
+    base, adapter, rows = qlora
+    out, results = tmp_path / "out", tmp_path / "results"
+    (results / "perplexity").mkdir(parents=True)
+    for name, model in (("mine", out), ("other", base)):
+        record = {
+            "settings": {"model": str(model)},
+            "overall": {"perplexity": 12.345, "bytes": None},
+        }
+        (results / "perplexity" / f"{name}.json").write_text(json.dumps(record))
+    run_here("--adapter", str(adapter), "--output_dir", str(out), "--results", str(results))
+    card = (out / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {base}\n")
+    assert "| learning_rate | 0.0001 |" in card and "adapter on 4 bit against merged" in card
+    assert f"| perplexity | 12.35 | {results}/perplexity/mine.json |" in card
+    assert "other.json" not in card and "bytes" not in card
+    terms = card.split("## Licence")[1]
+    assert all(f"`{name}`" in terms for name in (base, "some/teacher", rows))
+
+
+def test_a_folder_without_the_converter_is_refused_before_the_merge(qlora, tmp_path):
+    _, adapter, _ = qlora
+    flags = ("--adapter", str(adapter), "--output_dir", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="no convert_hf_to_gguf.py"):
+        run_here(*flags, "--llama_cpp", str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory) -> Path:
+    """The converter of the llama.cpp that llama-cpp-python's source package carries."""
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    flags = ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36,<0.4"]
+    subprocess.run([*pip, *flags], check=True, timeout=600)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        wanted = [m for m in file.getmembers() if "/vendor/llama.cpp/" in m.name]
+        parts = ("convert_hf_to_gguf.py", "/conversion/", "/gguf-py/")
+        chosen = [m for m in wanted if any(part in m.name for part in parts)]
+        file.extractall(folder, chosen, filter="data")
+    return next(folder.glob("*/vendor/llama.cpp"))
+
+
+@pytest.fixture(scope="module")
+def llama_adapter(tmp_path_factory) -> Path:
+    """A Llama with a byte-fallback tokenizer: the converter knows others by a hash of theirs."""
+    root = tmp_path_factory.mktemp("llama")
+    pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pieces.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    pieces.train_from_iterator(["what is a list? what is a map? " * 3], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    train_adapter(root / "base", root / "adapter", tokenizer)
+    return root / "adapter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_the_gguf_file_loaded_back_is_the_merged_model(llama_cpp, llama_adapter, tmp_path, kind):
+    flags = ["--adapter", llama_adapter, "--output_dir", tmp_path, "--dtype", "float32"]
+    run_here(*map(str, flags), "--llama_cpp", str(llama_cpp), "--gguf_type", kind)
+    found = json.loads((tmp_path / "merge.json").read_text())["gguf"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=f"model-{kind}.gguf")
+    assert logits(merged).abs().max() > 0.5
+    if kind == "f32":
+        assert (logits(merged) - logits(back)).abs().max() < 1e-5
+    ours, theirs = merged.state_dict(), back.state_dict()
+    for name, weight in ours.items():
+        if kind == "q8_0" and weight.dim() == 2:  # 32 weights in a row share a step, in float16
+            blocks, read = weight.view(-1, 32), theirs[name].view(-1, 32)
+            step = blocks.abs().amax(-1, keepdim=True) / 127
+            assert ((blocks - read).abs() <= 0.57 * step).all()
+        else:
+            assert torch.equal(weight, theirs[name])
+    assert found["forward_kl"] < {"f32": 1e-9, "q8_0": 1e-3}[kind]
+    assert f"model-{kind}.gguf loaded back" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_other_weights_is_refused(llama_cpp, llama_adapter, tmp_path):
+    flags = ["--adapter", llama_adapter, "--output_dir", tmp_path, "--dtype", "float32"]
+    run_here(*map(str, flags), "--llama_cpp", str(llama_cpp), "--gguf_type", "f32")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match="another model"):
+        compare_gguf(other, tmp_path / "model-f32.gguf")
