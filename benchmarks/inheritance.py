@@ -47,9 +47,9 @@ class InheritanceSettings:
         default_factory=lambda: [0, 1, 2], metadata={"help": "of the rows and of their order"}
     )
     keep: int = setting(3, "blocks of a student; the parent has 6")
-    rows: int = setting(1000, "training rows, read once where tokens are equal")
-    heldout: int = setting(200, "rows that all students are measured on")
-    tokens: int = setting(20_000, "that influence is measured on, of training rows")
+    rows: int = setting(400, "training rows, read once where tokens are equal")
+    heldout: int = setting(150, "rows that all students are measured on")
+    tokens: int = setting(10_000, "that influence is measured on, of training rows")
     minutes: float = setting(math.inf, "start no training after so many; run again to go on")
     out_dir: str = setting("runs/inheritance", "folder of students and their results")
     json: str | None = setting(None, "file for the figures")

@@ -1,0 +1,25 @@
+"""The benchmark by its command line, interrupted and continued."""
+
+import json
+
+import pytest
+from processes import ROOT, start, succeed
+
+
+@pytest.mark.slow
+def test_a_small_comparison_goes_on_where_it_stopped(tmp_path):
+    if not (ROOT / "runs/quickstart/data/text_heldout.jsonl").exists():
+        succeed("python", "-m", "kd.data.docstrings", "--out_dir", "runs/quickstart/data")
+    call = ["python", "benchmarks/inheritance.py", "--choices", "even", "first", "--rows", "40"]
+    call += ["--seeds", "0", "1", "--heldout", "8", "--out_dir", tmp_path]
+    call += ["--json", tmp_path / "all.json"]
+    stopped = start(*call, "--minutes", "0.2")
+    assert stopped.returncode == 0, stopped.stdout[-3000:]
+    before = {file: file.read_bytes() for file in tmp_path.glob("*/cell.json")}
+    succeed(*call)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert found["choices"]["first"]["layers"] == [0, 1, 2] and len(found["runs"]) == 14
+    assert all(len(means["seeds"]) == 2 for means in found["means"].values())
+    text = found["means"]["even, text, equal time"]
+    assert min(text["steps"]) > max(found["means"]["even, text, equal tokens"]["steps"])

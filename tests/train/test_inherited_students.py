@@ -1,0 +1,61 @@
+"""Experiment C in small, by its command lines: inherit, then train on text, distil, distil with hidden states."""
+
+import json
+import math
+import shutil
+
+import pytest
+from processes import ROOT, start, succeed
+
+DATA = ROOT / "runs" / "quickstart" / "data"
+SMALL = ROOT / "runs" / "small"
+
+
+def finish(*command) -> str:
+    """The output of a training that leaves its marker; gloo may abort it after that."""
+    job = start(*command, "--max_steps", "4", "--logging_steps", "1")
+    folder = SMALL / command[-1].split("/")[-1].removesuffix(".yaml")
+    assert (folder / "done.json").is_file(), job.stdout[-6000:]
+    return job.stdout
+
+
+@pytest.fixture(scope="module")
+def inherited():
+    if not (DATA / "chat_heldout.jsonl").exists():
+        succeed("python", "-m", "kd.data.docstrings", "--out_dir", DATA)
+    for folder in SMALL.glob("c_*"):
+        shutil.rmtree(folder)
+    return succeed("python", "train/inherit.py", "--config", "recipes/small/c_inherit.yaml")
+
+
+def test_half_of_the_teacher_then_text(inherited):
+    assert "blocks [0, 2, 5] of 6" in inherited
+    printed = finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")
+    assert "'cross_entropy'" in printed
+    config = json.loads((SMALL / "c_text" / "config.json").read_text())
+    assert config["inherited"]["layers"] == [
+        0,
+        2,
+        5,
+    ]  # still known where it is trained on from here
+
+
+def test_three_terms_with_the_layer_map_of_the_blocks_and_a_sharded_teacher(inherited):
+    recipe = "recipes/small/c_distill_hidden.yaml"
+    printed = finish("launch/cpu.sh", "train/distill.py", "--config", recipe)
+    assert "layers=((1, 1), (2, 3), (3, 6))" in printed and "streaming the teacher" in printed
+    state = json.loads((SMALL / "c_distill_hidden" / "trainer_state.json").read_text())
+    for step in state["log_history"][:4]:
+        # Five to two to one, the first of them times the temperature's square, as DistilBERT has it.
+        terms = 0.714 * step["divergence"], 0.286 * step["cross_entropy"], 0.143 * step["hidden"]
+        assert math.isclose(step["loss"], sum(terms), rel_tol=1e-2) and min(terms) > 0.0
+
+
+@pytest.mark.slow
+def test_distillation_alone_and_blocks_by_measured_influence(inherited):
+    printed = finish("python", "train/distill.py", "--config", "recipes/small/c_distill.yaml")
+    assert "hidden states:" not in printed and "'divergence'" in printed
+    recipe = "recipes/small/c_inherit_measured.yaml"
+    printed = succeed("python", "train/inherit.py", "--config", recipe)
+    done = json.loads((SMALL / "c_inherit_measured" / "done.json").read_text())
+    assert f"blocks {done['layers']} of 6" in printed and len(done["perplexity_without"]) == 3
