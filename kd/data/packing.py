@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kd.data.masks import IGNORED, EncodedRow
 
@@ -93,6 +94,25 @@ class Collator:
             # cost it the plain causal kernel.
             positions[i, end:] = torch.arange(end - start, end - start + width - end)
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Transformers' sampler with an order that seed and epoch alone decide.
+
+    Its own draws from the global generator, whose state differs between ranks and after a restart:
+    the ranks would then share rows out by different lists.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:

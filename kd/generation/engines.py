@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from kd.data.template import render
-from kd.models.tokenizer import generation_config, load_tokenizer
+from kd.models.tokenizer import generation_config, load_tokenizer, set_template_arguments
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ class LocalEngine:
         device: str,
         max_new_tokens: int,
         system_prompts: list[str] | None = None,
+        template_arguments: dict | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(name)
+        set_template_arguments(self.tokenizer, template_arguments or {})
         for system_prompt in system_prompts or [None]:
             check_template(self.tokenizer, name, system_prompt)
         self.name = name

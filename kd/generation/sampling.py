@@ -105,6 +105,8 @@ def decisive(settings: GenerationSettings, index: int, source: int, served: bool
         "max_new_tokens": settings.max_new_tokens,
         "seed": seed,
     }
+    if settings.arguments:
+        config["template_arguments"] = settings.arguments
     return config | ({"served": True} if served else {"dtype": settings.dtype})
 
 

@@ -140,6 +140,8 @@ def request_of(sample: Sample) -> dict:
     """A sample as the arguments of a chat completion."""
     keys = ("model", "temperature", "top_p", "max_new_tokens")
     request = {key: sample.config[key] for key in keys} | {"messages": sample.conversation}
+    if "template_arguments" in sample.config:  # vllm, SGLang and llama-server call them so
+        request["extra_body"] = {"chat_template_kwargs": sample.config["template_arguments"]}
     return request | {"seed": sample.seed % 2**31}  # some servers keep no more bits
 
 
@@ -177,7 +179,12 @@ def generate_missing(settings: GenerationSettings, samples: list[Sample], known:
 
         hidden = [h for h in settings.system_prompt or [] if h]
         engine = LocalEngine(
-            settings.model, settings.dtype, device(), settings.max_new_tokens, hidden
+            settings.model,
+            settings.dtype,
+            device(),
+            settings.max_new_tokens,
+            hidden,
+            settings.arguments,
         )
         with open(record_file(settings.output_dir, "raw", RANK), "a") as file:
             for batch in tqdm(mine, desc="generating", unit="batch", disable=RANK > 0):

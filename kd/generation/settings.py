@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kd.recipe import parse_json_list, setting
+from kd.recipe import parse_json_list, parse_json_object, setting
 
 
 def several(default: Any, help: str) -> Any:
@@ -32,12 +32,16 @@ class GenerationSettings:
     seed: list[int] = several(0, "draws the answers")
     max_new_tokens: int = setting(512, "an answer cut there is no training row")
     batch_size: int = setting(16, "answers at a time in each process")
+    template_arguments: str | None = setting(
+        None, "variables of the chat template, such as {enable_thinking: false}"
+    )
     mixture_seed: int = setting(0, "draws the prompts of a source with count, as in training")
     dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "of the weights")
     output_dir: str = setting("", "folder of raw.jsonl and train.jsonl")
 
     def __post_init__(self) -> None:
         self.sources = parse_json_list("prompts", self.prompts)
+        self.arguments = parse_json_object("template_arguments", self.template_arguments)
         if not self.sources:
             raise ValueError("prompts: no source given; wanted a list such as [{path: rows.jsonl}]")
         for key in ("model", "output_dir"):

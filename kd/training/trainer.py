@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kd.data.masks import IGNORED, EncodedRow
+from kd.data.packing import GroupedByLength
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, return_loss
@@ -146,11 +146,13 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
-        """Trainer's own; to group rows by length it has to be told their lengths."""
+        """Trainer's own, but for rows grouped by length: ours is told the lengths and the epoch."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(step, lengths=(train_dataset or self.train_dataset).lengths)
+        lengths = (train_dataset or self.train_dataset).lengths
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(step, lengths, seed)
 
     def heldout_batches(self, rows: list[list[EncodedRow]] | None = None) -> list[dict]:
         """This rank's batches: every row once, and equally many batches on every rank.

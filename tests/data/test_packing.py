@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import small_model, small_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, EncodedRow, encode_rows
-from kd.data.packing import Collator, check_packing, pack, padding_share
+from kd.data.packing import Collator, GroupedByLength, check_packing, pack, padding_share
 from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.load import check_attention
@@ -52,6 +53,29 @@ def test_first_token_of_every_packed_document_is_no_target():
 def test_padding_share_counts_what_is_thrown_away():
     lengths = [10, 4, 5, 4]  # (4, 4) and (5, 10) side by side
     assert padding_share(lengths, 2, grouped=True) == 1 - 23 / 28
+
+
+def test_rows_grouped_by_length_are_all_there_in_an_order_of_seed_and_epoch():
+    lengths = [(7 * i) % 101 + 1 for i in range(400)]
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = GroupedByLength(4, lengths, seed)
+        list(sampler)  # of another epoch, and the global generator moves on
+        torch.rand(3)
+        loader = torch.utils.data.DataLoader(range(400), 4, sampler=sampler)
+        prepare_data_loader(loader, put_on_device=False).set_epoch(epoch)
+        return list(sampler)
+
+    first = order(0, 0)
+    assert sorted(first) == list(range(400)) and first == order(0, 0)
+    assert len({tuple(first), tuple(order(0, 1)), tuple(order(7, 0))}) == 3
+    in_order = [lengths[i] for i in first]
+    assert padding_of(in_order) < 0.1 < 0.2 < padding_of(lengths)
+
+
+def padding_of(lengths: list[int]) -> float:
+    groups = [lengths[i : i + 4] for i in range(0, len(lengths), 4)]
+    return 1 - sum(lengths) / sum(4 * max(group) for group in groups)
 
 
 SMALL = {

@@ -12,6 +12,7 @@ from kd.generation.sampling import (
     load_questions,
     wanted_samples,
 )
+from kd.generation.session import request_of
 from kd.generation.settings import GenerationSettings, ServerSettings
 
 
@@ -40,6 +41,7 @@ def keys(prompts, **changed) -> set[str]:
         {"max_new_tokens": 7},
         {"seed": 1},
         {"dtype": "float32"},
+        {"template_arguments": '{"enable_thinking": false}'},
     ],
 )
 def test_each_decisive_setting_changes_every_key(prompts, changed):
@@ -186,3 +188,10 @@ def test_settings_that_cannot_be_meant_are_refused(changed):
 def test_server_settings_that_cannot_be_meant_are_refused(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
         ServerSettings(**changed)
+
+
+def test_template_arguments_reach_a_server(prompts):
+    (sample,) = wanted(prompts[:1], template_arguments='{"enable_thinking": false}')
+    assert request_of(sample)["extra_body"] == {"chat_template_kwargs": {"enable_thinking": False}}
+    (sample,) = wanted(prompts[:1])
+    assert "extra_body" not in request_of(sample)

@@ -9,6 +9,8 @@ from kd.models.tokenizer import (
     check_same_tokenizer,
     end_tokens,
     generation_config,
+    load_tokenizer,
+    set_template_arguments,
     template_tokens,
     untrained_tokens,
 )
@@ -54,3 +56,21 @@ def test_tokens_that_no_text_trained_are_found():
     embedding[3] = embedding[2] + 0.01  # twins: pushed the same way, never told apart
     assert untrained_tokens(embedding, [1, 2, 3]) == [1, 2, 3]
     assert untrained_tokens(embedding, [1, 2, 4]) == [1]
+
+
+def test_template_arguments_are_saved_with_the_tokenizer(tmp_path):
+    """So training, generation and whoever loads the student render alike without being told."""
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template += "{% if polite is defined and polite %}Please.{% endif %}"
+    say = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match="polit: the chat template of .* does not read it"):
+        set_template_arguments(tokenizer, {"polit": True})
+    set_template_arguments(tokenizer, {"polite": True})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for one in (tokenizer, loaded):
+        assert one.apply_chat_template(say, tokenize=False).endswith("Please.")
+        assert not one.apply_chat_template(say, tokenize=False, polite=False).endswith("Please.")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        set_template_arguments(tokenizer, {"polite": True})
