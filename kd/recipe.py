@@ -215,6 +215,9 @@ class TrainingSettings(TrainingArguments):
     per_device_train_batch_size: int | None = setting(None, "derived from global_batch_size")
     gradient_accumulation_steps: int | None = setting(None, "derived from global_batch_size")
     per_device_eval_batch_size: int | None = setting(None, "the training micro-batch by default")
+    gpu_memory_gb: float | None = setting(
+        None, "GiB that a process may use at most; a profile sets its GPU's; without: all there is"
+    )
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = setting(2, "checkpoints kept")
     early_stopping_patience: int | None = setting(
@@ -235,21 +238,39 @@ class TrainingSettings(TrainingArguments):
             raise ValueError("output_dir: not given; wanted the folder of this run")
         if self.check:
             self.set_up_check()
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = derive_batch(
-            self.global_batch_size,
-            processes,
-            self.max_per_device_train_batch_size,
-            self.per_device_train_batch_size,
-            self.gradient_accumulation_steps,
+        self.settle_batch(int(os.environ.get("WORLD_SIZE", 1)))
+        super().__post_init__()
+
+    def settle_batch(self, processes: int) -> None:
+        """Derive what is not given of the batch; what is given is not the plan's to change."""
+        self.micro_batch_given = bool(
+            self.per_device_train_batch_size or self.gradient_accumulation_steps
+        )
+        self.eval_batch_given = bool(self.per_device_eval_batch_size)
+        self.use_batch(
+            *derive_batch(
+                self.global_batch_size,
+                processes,
+                self.max_per_device_train_batch_size,
+                self.per_device_train_batch_size,
+                self.gradient_accumulation_steps,
+            )
         )
         self.global_batch_size = (
             processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
         )
-        self.per_device_eval_batch_size = (
-            self.per_device_eval_batch_size or self.per_device_train_batch_size
-        )
-        super().__post_init__()
+
+    def use_batch(self, micro: int, accumulation: int) -> None:
+        self.per_device_train_batch_size = micro
+        self.gradient_accumulation_steps = accumulation
+        if not self.eval_batch_given:
+            self.per_device_eval_batch_size = micro
+        if getattr(self, "hf_deepspeed_config", None):  # it took the numbers when it was made
+            self.hf_deepspeed_config.config |= {
+                "train_micro_batch_size_per_gpu": micro,
+                "gradient_accumulation_steps": accumulation,
+                "train_batch_size": self.world_size * micro * accumulation,
+            }
 
     def set_up_check(self) -> None:
         """Ten steps that learn fast, and a checkpoint; nothing of the run itself is touched."""

@@ -4,7 +4,8 @@
 #   launch/2xa100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
 set -euo pipefail
 accelerate_config=accelerate_configs/2xa100.yaml
-flags=(--bf16 true --max_per_device_train_batch_size 4 --gradient_checkpointing true)
+flags=(--bf16 true --max_per_device_train_batch_size 4 --gradient_checkpointing true --gpu_memory_gb "${GPU_MEMORY_GB:-79}")
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json)
+plan_flags=(--tflops 312 --memory_gb_s 2039 --link_gb_s 300)  # the vendor's figures
 generate_flags=()
 source "$(dirname "$0")/profile.sh"

@@ -4,7 +4,8 @@
 #   launch/2xt4.sh train/sft.py --config recipes/a_qwen2.5_1.5b_to_0.5b/teacher.yaml
 set -euo pipefail
 accelerate_config=accelerate_configs/2xt4.yaml
-flags=(--fp16 true --attn_implementation sdpa --max_per_device_train_batch_size 2 --gradient_checkpointing true)
+flags=(--fp16 true --attn_implementation sdpa --max_per_device_train_batch_size 2 --gradient_checkpointing true --gpu_memory_gb 14.7)
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json --teacher_dtype float16)
+plan_flags=(--tflops 65 --memory_gb_s 320 --link_gb_s 10)  # the vendor's figures
 generate_flags=(--dtype float16)
 source "$(dirname "$0")/profile.sh"

@@ -7,5 +7,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # with more, the two processes fig
 accelerate_config=accelerate_configs/cpu.yaml
 flags=(--use_cpu true --max_per_device_train_batch_size 8)
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json)
+plan_flags=()
 generate_flags=(--dtype float32)
 source "$(dirname "$0")/profile.sh"

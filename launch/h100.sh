@@ -4,7 +4,8 @@
 #   launch/h100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
 set -euo pipefail
 accelerate_config=accelerate_configs/h100.yaml
-flags=(--bf16 true --max_per_device_train_batch_size 8 --gradient_checkpointing true)
+flags=(--bf16 true --max_per_device_train_batch_size 8 --gradient_checkpointing true --gpu_memory_gb 79)
 distill_flags=()
+plan_flags=(--tflops 989 --memory_gb_s 3350 --link_gb_s 450)  # the vendor's figures
 generate_flags=()
 source "$(dirname "$0")/profile.sh"

@@ -4,7 +4,7 @@
 #   --torchrun  start by torchrun instead of accelerate launch, with the same DeepSpeed JSON
 # NUM_PROCESSES=8 in the environment replaces the profile's number of processes (of one node). With --torchrun,
 # NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make this one of several nodes (launch/slurm/train.sbatch).
-# A profile sets: accelerate_config, flags (both training scripts), distill_flags, generate_flags.
+# A profile sets: accelerate_config, flags (training scripts), distill_flags, generate_flags, plan_flags.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
 # SIGUSR1 is a warning to the run, so it must not end the launcher: both launchers hand it on.
@@ -42,6 +42,10 @@ fi
 case $script in
     train/distill.py | train/cache_teacher.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
     train/sft.py) flags+=("${rehearsal[@]}") ;;
+    train/plan.py)  # one plain process that plans for all of them: the GPUs need not be here
+        flags+=("${distill_flags[@]}" "${plan_flags[@]}" "${rehearsal[@]}")
+        launcher=(python) flags+=(--accelerate_config "$accelerate_config")
+        flags+=(--num_processes $((${NUM_PROCESSES:-$processes} * ${NNODES:-1}))) ;;
     train/generate.py) flags=("${generate_flags[@]}") ;;
     *) flags=() ;;
 esac

@@ -32,29 +32,19 @@ def load_trained(
     name: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:
     """The model of a hub name or folder, ready for the Trainer."""
-    quantization = None
-    if settings.quantization == "nf4":
-        quantization = four_bit(getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         name,
-        dtype=getattr(torch, settings.dtype),
-        quantization_config=quantization,
+        dtype=dtype,
+        quantization_config=four_bit(dtype) if settings.quantization == "nf4" else None,
         attn_implementation=settings.attn_implementation,
     )
     keep_packing_of_four_bit_weights(model)
     model.generation_config = generation_config(model, tokenizer)
     new_tokens = check_template_tokens(model, tokenizer, settings)
     if settings.lora_rank:
-        targets = settings.lora_target_modules
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            trainable_token_indices=new_tokens if settings.train_template_tokens else None,
-        )
-        model = get_peft_model(model, config)
+        tokens = new_tokens if settings.train_template_tokens else None
+        model = get_peft_model(model, lora_config(settings, tokens))
     return model
 
 
@@ -67,6 +57,19 @@ def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=dtype,
         # The storage type must be the others' type, or DeepSpeed cannot flatten the weights.
         bnb_4bit_quant_storage=dtype,
+    )
+
+
+def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig:
+    """`tokens`: ids whose embeddings are trained as well."""
+    targets = settings.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        trainable_token_indices=tokens,
     )
 
 

@@ -19,20 +19,31 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None if newest is None else str(newest)
 
 
-def write_record(output_dir: str, settings: list, names: dict[str, str] | None = None) -> None:
+def write_record(
+    output_dir: str,
+    settings: list,
+    names: dict[str, str] | None = None,
+    plan: dict[str, Any] | None = None,
+) -> None:
     """Leave run.json: every key's value, the command, the commit and the versions.
 
-    `names` are keys that no dataclass of `settings` holds.
+    `names` are keys that no dataclass of `settings` holds; `plan` is that of the memory.
     """
     record = {
         "command": sys.argv,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
         "recipe": recipe_of(settings, names),
-    }
+    } | ({"plan": plan} if plan else {})
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, default=str) + "\n"
     (Path(output_dir) / "run.json").write_text(text)
+
+
+def earlier_plan(output_dir: str) -> dict[str, Any] | None:
+    """What an earlier run of this folder planned; older ones have no plan."""
+    path = Path(output_dir) / "run.json"
+    return json.loads(path.read_text()).get("plan") if path.is_file() else None
 
 
 def recipe_of(settings: list, names: dict[str, str] | None = None) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from kd.data.sources import check_sources
 from kd.data.template import writes_the_date
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections, layer_map
+from kd.models.activations import CannotTrace
+from kd.models.fitting import fit, layout_of, present_machine
 from kd.models.inherit import inherited_pairs
+from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention, load_trained, parameter_counts
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
@@ -34,7 +37,7 @@ from kd.teachers.cached import CachedCollator, CachedTeacher, Documents, open_ca
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
 from kd.teachers.live import LiveTeacher
 from kd.training.check import check_rows, report_check
-from kd.training.checkpoint import recipe_of, write_record
+from kd.training.checkpoint import earlier_plan, recipe_of, write_record
 from kd.training.exit import is_done, mark_done
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.same_run import about_run, check_same_run
@@ -98,8 +101,23 @@ def train(
                 cache.check(Documents([prepared]), f"{what} documents", tokenizer.decode)
     if training.check:
         rows = rows.subset(check_rows(rows.lengths, training.global_batch_size))
+    earlier = earlier_plan(training.output_dir) if checkpoint else None  # rank 0 writes a new one
+    longest = max(rows.lengths)
+    pairs = len(hidden.layers) if hidden else 0
+    layout = layout_of(
+        name,
+        longest,
+        model_settings,
+        data,
+        training,
+        teacher_settings,
+        objective,
+        pairs,
+        present_machine(training),
+    )
+    plan = planned(layout, training, earlier)
     if training.process_index == 0:
-        write_record(training.output_dir, [s for s in settings if s], names)
+        write_record(training.output_dir, [s for s in settings if s], names, plan and plan.record())
         write_summary(training.output_dir, rows, eval_rows)
 
     set_seed(training.seed)
@@ -203,12 +221,39 @@ def resume_point(training: TrainingSettings, recipe: dict) -> tuple[dict, str | 
     return about, found[0]
 
 
-def with_dtype(model: ModelSettings, training: TrainingSettings) -> ModelSettings:
+def planned(layout: Layout, training: TrainingSettings, earlier: dict | None) -> Plan | None:
+    """The plan of this run, with its micro-batch settled. Raises ValueError where none fits.
+
+    A run that goes on keeps its micro-batch, whatever else is using the memory now.
+    """
+    given = training.micro_batch_given
+    if earlier:
+        batch = {"micro": earlier["rows"], "accumulation": earlier["accumulation"]}
+        layout, given = dataclasses.replace(layout, **batch), True
+    try:
+        plan = fit(layout, given)
+    except CannotTrace as error:
+        say(training, f"no plan of the memory: {error}")
+        return None
+    except ValueError:
+        if training.process_index:
+            raise ValueError("the run does not fit; rank 0 says why") from None
+        raise
+    training.use_batch(plan.layout.micro, plan.layout.accumulation)
+    say(training, str(plan))
+    return plan
+
+
+def with_dtype(
+    model: ModelSettings, training: TrainingSettings, deepspeed: bool | None = None
+) -> ModelSettings:
     """The settings with `dtype: auto` decided by the precision of the launch profile.
 
+    Without `deepspeed` it is what this process was started with.
     Raises ValueError where weight updates would round to nothing without a word.
     """
-    deepspeed = getattr(training, "deepspeed_plugin", None) is not None
+    if deepspeed is None:
+        deepspeed = getattr(training, "deepspeed_plugin", None) is not None
     no_copy = not model.lora_rank and not deepspeed  # DeepSpeed keeps float32 copies, DDP does not
     dtype = model.dtype
     if dtype == "auto":

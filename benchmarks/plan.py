@@ -1,0 +1,219 @@
+"""The plan of memory beside what real runs take: two processes on a CPU, layout after layout.
+
+python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
+
+Measured: the peak of RssAnon (anonymous memory: no mapped file, no library) of the heavier rank
+from before the student is loaded to the end of training, above its value before. Planned: what
+run.json says, without the allowance for the libraries. Blocks of the allocator go back to the
+system when they are freed (MALLOC_MMAP_THRESHOLD_), or its caches would be measured.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from kd.recipe import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    TeacherSettings,
+    TrainingSettings,
+    parse,
+    setting,
+)
+from kd.training import session
+from kd.training.exit import leave
+
+ROOT = Path(__file__).parents[1]
+ZERO2, ZERO3 = (
+    ("--deepspeed", "ds_configs/student_zero2.json"),
+    (
+        "--deepspeed",
+        "ds_configs/student_zero3.json",
+    ),
+)
+SHARDED = ("--teacher_deepspeed", "ds_configs/teacher_zero3.json")
+CHECKPOINTS, BF16 = ("--gradient_checkpointing", "true"), ("--bf16", "true")
+LORA = ("--lora_rank", "16")
+QLORA = (*LORA, "--quantization", "nf4")
+TEACHER = ("--teacher", "TEACHER")
+LAYOUTS = {
+    "full, ZeRO-2": ZERO2,
+    "full, ZeRO-2, checkpointing, teacher whole": (*ZERO2, *CHECKPOINTS, *TEACHER),
+    "full, ZeRO-3, checkpointing, teacher sharded": (*ZERO3, *CHECKPOINTS, *TEACHER, *SHARDED),
+    "full, ZeRO-2, bf16, teacher sharded": (*ZERO2, *BF16, *TEACHER, *SHARDED),
+    "LoRA, ZeRO-2, teacher sharded": (*ZERO2, *LORA, *TEACHER, *SHARDED),
+    "LoRA, ZeRO-3, checkpointing, teacher whole": (*ZERO3, *LORA, *CHECKPOINTS, *TEACHER),
+    "QLoRA, ZeRO-2, bf16, teacher sharded": (*ZERO2, *QLORA, *BF16, *TEACHER, *SHARDED),
+    "QLoRA, ZeRO-2, checkpointing, teacher sharded": (
+        *(*ZERO2, *QLORA, *CHECKPOINTS, *TEACHER, *SHARDED),
+    ),
+    "QLoRA, ZeRO-3, checkpointing": (*ZERO3, *QLORA, *CHECKPOINTS),
+    "LoRA, DDP, checkpointing": (*LORA, *CHECKPOINTS),
+}
+
+
+@dataclass
+class BenchmarkSettings:
+    layouts: list[str] = field(
+        default_factory=lambda: list(LAYOUTS), metadata={"help": "names of layouts"}
+    )
+    student: list[int] = field(
+        default_factory=lambda: [768, 8], metadata={"help": "width and blocks: 250 MB in float32"}
+    )
+    teacher: list[int] = field(
+        default_factory=lambda: [1024, 8], metadata={"help": "width and blocks: 420 MB in float32"}
+    )
+    micro: int = setting(2, "rows at a time")
+    length: int = setting(256, "tokens a row")
+    json: str | None = setting(None, "file for the rows")
+    rank_of: str | None = setting(None, "internal: be one rank of a run with these flags")
+
+
+def main() -> None:
+    (settings,) = parse(BenchmarkSettings, description=__doc__)
+    if settings.rank_of:
+        be_a_rank(json.loads(settings.rank_of))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_inputs(work, settings)
+        for name in settings.layouts:
+            rows.append(measure(name, work, settings))
+            row = rows[-1]
+            print(
+                f"{name}: planned {row['planned_mib']:.0f} MiB, measured "
+                f"{row['measured_mib']:.0f} MiB, planned / measured {row['ratio']:.2f} "
+                f"({row['worst']})",
+                flush=True,
+            )
+            if settings.json:
+                Path(settings.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def make_inputs(work: Path, settings: BenchmarkSettings) -> None:
+    """Two models with random weights, and rows that are longer than a row may be."""
+    shipped = ROOT / "data" / "quickstart" / "teacher"
+    for name, (width, blocks) in (("student", settings.student), ("teacher", settings.teacher)):
+        config = Qwen2Config(
+            vocab_size=8192,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=blocks,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 128,
+            tie_word_embeddings=name == "student",
+        )
+        Qwen2ForCausalLM(config).save_pretrained(work / name)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(shipped / file, work / name)
+    tokenizer = AutoTokenizer.from_pretrained(work / "student")
+    ids = torch.randint(300, len(tokenizer), (64, 2 * settings.length)).tolist()
+    rows = [json.dumps({"text": tokenizer.decode(row)}) for row in ids]
+    (work / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    flags = [part.replace("TEACHER", str(work / "teacher")) for part in LAYOUTS[name]]
+    flags += ["--data", json.dumps([{"path": str(work / "rows.jsonl")}])]
+    flags += ["--max_length", str(settings.length), "--global_batch_size", str(2 * settings.micro)]
+    flags += ["--per_device_train_batch_size", str(settings.micro), "--max_steps", "3"]
+    flags += ["--use_cpu", "true", "--save_strategy", "no", "--report_to", "none"]
+    flags += ["--output_dir", str(out), "--disable_tqdm", "true"]
+    command = ["torchrun", "--nproc-per-node", "2", __file__]
+    command += ["--rank_of", json.dumps([str(work / "student"), *flags])]
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        command,
+        env=os.environ | allocator | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    files = sorted(out.glob("peak-*.json"))
+    if len(files) != 2:
+        raise RuntimeError(done.stdout[-4000:])
+    peaks = [json.loads(file.read_text()) for file in files]
+    plan = json.loads((out / "run.json").read_text())["plan"]
+    planned = sum(size for part, size in plan["bytes"].items() if "allowance" not in part)
+    measured = max(peaks)
+    return {
+        "layout": name,
+        "planned_mib": planned / 2**20,
+        "measured_mib": measured / 2**20,
+        "ratio": planned / measured,
+        "worst": plan["worst"],
+        "parts_mib": {part: size / 2**20 for part, size in plan["bytes"].items()},
+        "ranks_mib": [peak / 2**20 for peak in peaks],
+        "torch": torch.__version__,
+    }
+
+
+def be_a_rank(flags: list[str]) -> None:
+    student, *flags = flags
+    deepspeed.init_distributed("gloo")  # before DeepSpeed asks how many ranks there are
+    kinds = [ModelSettings, DataSettings, TrainingSettings]
+    teacher = "--teacher" in flags
+    kinds += [TeacherSettings, ObjectiveSettings] if teacher else []
+    model, data, training, *more = parse(*kinds, argv=flags)
+    peak = Peak()
+    load, save = session.load_trained, session.save_model
+    session.load_trained = lambda *args: (peak.start(), load(*args))[1]
+
+    def stop_and_save(trainer):
+        peak.stop()
+        save(trainer)
+
+    session.save_model = stop_and_save
+    session.train(student, model, data, training, *more)
+    path = Path(training.output_dir) / f"peak-{training.process_index}.json"
+    path.write_text(json.dumps(peak.most - peak.before))
+    dist.barrier()
+    leave(0)
+
+
+class Peak:
+    """The most anonymous memory of this process between start and stop, looked at every ms."""
+
+    def start(self) -> None:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.before = self.most = anonymous_bytes()
+        self.running = True
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, anonymous_bytes())
+            time.sleep(0.001)
+
+    def stop(self) -> None:
+        self.running = False
+        self.thread.join()
+
+
+def anonymous_bytes() -> int:
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main()

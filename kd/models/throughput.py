@@ -1,0 +1,171 @@
+"""How long a step takes and what a run leaves on disk: counted operations and bytes over the rates.
+
+Nothing overlaps in this count, and a step reaches `efficiency` of the matrix rate: an assumption.
+B rows, T tokens, N target tokens, H hidden, V vocabulary, P numbers in the backbone's Linears.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kd.models.blueprint import Piece, build
+from kd.models.counts import config_of, student_pieces, teacher_pieces
+from kd.models.layout import Layout, line
+from kd.models.memory import STATES, family
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do; the vendor's figures, or measured ones."""
+
+    tflops: float  # matrix products in the run's precision, 1e12 operations a second
+    memory_gb_s: float  # read and written together, 1e9 bytes a second
+    link_gb_s: float  # what a process sends to the others
+    efficiency: float = 0.5
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds a step, part by part."""
+
+    seconds: dict[str, float]
+    tokens: int  # all processes together
+
+    @property
+    def step(self) -> float:
+        return sum(self.seconds.values())
+
+    def __str__(self) -> str:
+        lines = [f"time a step of {self.tokens} tokens (modelled, nothing overlaps)"]
+        lines += [f"  {name:<60}{value:8.2f} s" for name, value in self.seconds.items() if value]
+        rate = f"sum: {self.tokens / self.step:,.0f} tokens/s"
+        return "\n".join([*lines, f"  {rate:<60}{self.step:8.2f} s"])
+
+
+def duration(layout: Layout, rates: Rates) -> Duration:
+    rate = 1e12 * rates.tflops * rates.efficiency
+    seconds = {name: count / rate for name, count in operations(layout).items()}
+    moved = unpacked_bytes(layout) + optimizer_bytes(layout)
+    seconds["unpacking weights, the optimizer"] = moved / (1e9 * rates.memory_gb_s)
+    sent = sum(sent_bytes(layout).values())
+    seconds["between processes"] = sent / (1e9 * rates.link_gb_s)
+    return Duration(seconds, layout.processes * layout.tokens * layout.accumulation)
+
+
+def operations(layout: Layout) -> dict[str, float]:
+    """Of one process in one step; a multiplication with its addition is two."""
+    tokens = layout.tokens * layout.accumulation
+    forward = forward_operations(layout.student, layout, tokens)
+    trained = sum(piece.numel for piece in student_pieces(layout) if piece.trained)
+    lora = layout.model.lora_rank > 0
+    # Frozen weights need the gradient of their inputs alone.
+    backward = (forward if lora else 2 * forward) + (6 * trained * tokens if lora else 0)
+    text = config_of(layout.student).get_text_config()
+    products = 2 * text.hidden_size if lora else 3 * text.hidden_size
+    teacher = 0.0
+    if layout.teacher:
+        products += config_of(layout.teacher).get_text_config().hidden_size
+        teacher = forward_operations(layout.teacher, layout, tokens)
+    return {
+        "teacher's forward": teacher,
+        "student's forward": forward,
+        "student's forward again (checkpointing)": forward if layout.checkpointing else 0.0,
+        "student's backward": backward,
+        "heads and loss": 2 * tokens * text.vocab_size * products,
+    }
+
+
+def forward_operations(name: str, layout: Layout, tokens: int) -> float:
+    """The backbone's Linears, and causal attention's two products."""
+    config = config_of(name)
+    model = build(config, torch.float32)
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    text = config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 2 * layout.max_length * text.num_attention_heads * width * text.num_hidden_layers
+    return tokens * (2 * sum(m.weight.numel() for m in linears) + attention)
+
+
+def unpacked_bytes(layout: Layout) -> float:
+    """Four-bit weights become bfloat16 at every use: half a byte read, two written, two read."""
+    passes = layout.accumulation * (3 if layout.checkpointing else 2)
+    moved = 0.0
+    if layout.model.quantization == "nf4":
+        moved += passes * 9 * sum(p.bytes for p in student_pieces(layout) if not p.trained)
+    if layout.teacher and getattr(config_of(layout.teacher), "quantization_config", None):
+        moved += layout.accumulation * 9 * sum(p.bytes for p in teacher_pieces(layout))
+    return moved
+
+
+def optimizer_bytes(layout: Layout) -> float:
+    trained = sum(piece.numel for piece in student_pieces(layout) if piece.trained)
+    states = STATES[family(layout.optimizer)]
+    return (2 * states + 16) * trained / (layout.processes if layout.stage else 1)
+
+
+def sent_bytes(layout: Layout) -> dict[str, float]:
+    """Of one process in one step, on a ring."""
+    share, steps = (layout.processes - 1) / layout.processes, layout.accumulation
+    pieces = student_pieces(layout)
+    trained = sum(piece.bytes for piece in pieces if piece.trained)
+    sent = {"gradients": share * trained * (steps if layout.stage >= 2 else 1)}
+    sent["updated weights"] = share * trained
+    if layout.stage == 3:
+        passes = steps * (3 if layout.checkpointing else 2)
+        sent["student's shards"] = share * passes * shared(pieces)
+    if layout.teacher and layout.teacher_shards is not None:
+        sent["teacher's shards"] = share * steps * shared(teacher_pieces(layout))
+    return sent
+
+
+def shared(pieces: list[Piece]) -> float:
+    return sum(piece.bytes for piece in pieces if not piece.replicated)
+
+
+def disk_bytes(layout: Layout, checkpoints: int) -> dict[str, float]:
+    """What the hub's cache and the run's folder hold at the end."""
+    pieces = student_pieces(layout)
+    plain_bytes = sum(
+        p.numel() for p in build(config_of(layout.student), torch.bfloat16).parameters()
+    )
+    trained = sum(piece.numel for piece in pieces if piece.trained)
+    saved = sum(piece.bytes for piece in pieces if piece.trained)
+    optimizer = (4 + STATES[family(layout.optimizer)]) * trained
+    # DeepSpeed saves the module's trained weights beside its shards of the optimizer.
+    module = saved if layout.stage else 0.0
+    parts = {"student from the hub": 2 * plain_bytes}
+    if layout.teacher:
+        parts["teacher from the hub"] = sum(piece.bytes for piece in teacher_pieces(layout))
+    parts[f"{checkpoints} checkpoints"] = checkpoints * (saved + optimizer + module)
+    return parts | {"the trained model": saved}
+
+
+def describe_disk(parts: dict[str, float]) -> str:
+    lines = ["disk"] + [line(name, size) for name, size in parts.items()]
+    return "\n".join([*lines, line("sum", sum(parts.values()))])
+
+
+def measure(device: str, dtype: torch.dtype, link_gb_s: float, efficiency: float) -> Rates:
+    """Rates of the present device: one matrix product, one copy; best of five."""
+    size, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**25)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.zeros(numbers, device=device)
+    target = torch.empty_like(source)
+    product = best_time(lambda: a @ a, device)
+    copy = best_time(lambda: target.copy_(source), device)
+    moved = 2 * source.numel() * source.element_size()
+    return Rates(2 * size**3 / product / 1e12, moved / copy / 1e9, link_gb_s, efficiency)
+
+
+def best_time(run, device: str, repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first one loads libraries
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

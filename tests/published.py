@@ -1,0 +1,38 @@
+"""Configurations of the hub models that recipes name, by their published figures; no weights."""
+
+from pathlib import Path
+
+from transformers import Qwen2Config
+
+SHAPES = {  # hidden, blocks, heads, key-value heads, intermediate, vocabulary, tied head
+    "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151_936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151_936, True),
+    "Qwen/Qwen1.5-14B": (5120, 40, 40, 40, 13_696, 152_064, False),
+    "Qwen/Qwen1.5-32B-Chat-AWQ": (5120, 64, 40, 8, 27_392, 152_064, False),
+}
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 128,
+    "zero_point": True,
+    "version": "gemm",
+    "modules_to_not_convert": None,
+}
+
+
+def save_config(folder: Path, name: str) -> Path:
+    """config.json of a hub model in `folder`."""
+    hidden, blocks, heads, kv, intermediate, vocabulary, tied = SHAPES[name]
+    awq = {"quantization_config": AWQ} if name.endswith("AWQ") else {}
+    Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        dtype="float16" if awq else "bfloat16",
+        **awq,
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,138 @@
+"""train/plan.py: every recipe on every profile, by its real command line, and at the start of a run."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+import yaml
+from processes import ROOT, start, succeed
+from published import SHAPES, save_config
+from small import save_small
+
+PROFILES = ("cpu", "2xt4", "2xa100", "h100")
+RECIPES = [
+    path.relative_to(ROOT)
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+    if {"model", "student"} & (keys := yaml.safe_load(path.read_text())).keys() and "data" in keys
+]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Folders with the configurations of the hub models."""
+    folder = tmp_path_factory.mktemp("hub")
+    return {name: save_config(folder / name.split("/")[1], name) for name in SHAPES}
+
+
+def with_local_models(recipe, hub) -> list[str]:
+    """Flags that put a folder in the place of every model that is not here."""
+    keys, flags = yaml.safe_load((ROOT / recipe).read_text()), []
+    for key in ("model", "student", "teacher"):
+        name = keys.get(key)
+        if name is None or (ROOT / name).is_dir():
+            continue
+        made = "data/quickstart/student" if key == "student" else "data/quickstart/teacher"
+        flags += [f"--{key}", str(hub.get(name, made))]
+    return flags
+
+
+def plan_script() -> dict:
+    names: dict = {"__name__": "planned"}
+    exec(compile((ROOT / "train/plan.py").read_text(), "train/plan.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path, monkeypatch):
+    """The command that the profile prints, run in this process."""
+    file, flags = tmp_path / "plan.json", with_local_models(recipe, hub)
+    rates = ["--tflops", "1", "--memory_gb_s", "10"]  # last of all: a CPU would be measured
+    words = ("train/plan.py", "--config", recipe, *flags, "--rows", "1000", *rates, "--json", file)
+    command = shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", *words))
+    assert command[:2] == ["python", "train/plan.py"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    try:
+        plan_script()["main"]()
+    except ValueError as error:  # experiment D on T4s, and in the memory of a small computer
+        assert "DOES NOT FIT" in str(error) and "d_qwen1.5" in str(recipe)
+        changes = str(error).split("cheapest first")[1]
+        assert profile == "cpu" or profile == "2xt4" and "teacher_zero3_offload.json" in changes
+        return
+    plan = json.loads(file.read_text())
+    assert plan["processes"] == (1 if profile == "h100" else 2)
+    rows = plan["processes"] * plan["rows"] * plan["accumulation"]
+    assert rows == yaml.safe_load((ROOT / recipe).read_text())["global_batch_size"]
+    assert 0 < plan["total"] <= plan["of"]
+
+
+def test_plan_of_a_profile_needs_none_of_its_gpus_and_prints_once(hub):
+    printed = succeed(
+        *("launch/2xa100.sh", "train/plan.py"),
+        *("--config", "recipes/d_qwen1.5_32b_to_14b/distill.yaml"),
+        *("--student", hub["Qwen/Qwen1.5-14B"]),
+        *("--teacher", hub["Qwen/Qwen1.5-32B-Chat-AWQ"]),
+        *("--rows", "207865"),
+        GPU_MEMORY_GB="39.4",
+    )
+    assert printed.count("memory a GPU at its worst") == 1
+    table = printed.split("time a step")[0]
+    assert "teacher (1/2 of it)" in table and "fits" in table and "NOT FIT" not in table
+    sizes = [float(size) for size in re.findall(r"([\d.]+) GiB$", table, flags=re.M)]
+    *parts, total, _ = sizes  # the last line is the host's memory
+    assert sum(parts) == pytest.approx(total, abs=0.06)
+    assert "steps" in printed and "hours" in printed and "2 checkpoints" in printed
+
+
+def test_number_of_processes_may_be_replaced(hub):
+    command = succeed("launch/h100.sh", "--dry-run", "train/plan.py", NUM_PROCESSES="8")
+    assert "--num_processes 8" in command
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planned")
+    save_small(folder / "model")
+    rows = [{"prompt": "Say something.", "completion": "word " * 600}] * 32
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags_of(work, *flags) -> list[str]:
+    """What train/sft.py and train/plan.py are told alike."""
+    data = json.dumps([{"path": str(work / "rows.jsonl")}])
+    words = ("--model", work / "model", "--data", data, "--max_length", "512", "--use_cpu", "true")
+    words += ("--global_batch_size", "16", "--max_per_device_train_batch_size", "16")
+    return [str(word) for word in (*words, "--output_dir", work / "out", *flags)]
+
+
+def planned_gib(work, monkeypatch, *flags) -> float:
+    rates = ("--tflops", "1", "--memory_gb_s", "10", "--json", work / "plan.json")
+    monkeypatch.setattr(sys, "argv", ["train/plan.py", *flags_of(work, *rates, *flags)])
+    plan_script()["main"]()
+    return json.loads((work / "plan.json").read_text())["total"] / 2**30
+
+
+def test_a_run_takes_the_micro_batch_of_its_plan_and_leaves_it(work, monkeypatch):
+    memory = planned_gib(work, monkeypatch) - 1e-5
+    flags = flags_of(work, "--max_steps", "1", "--save_strategy", "no", "--gpu_memory_gb", memory)
+    done = start("python", "train/sft.py", *flags)
+    assert done.returncode == 0, done.stdout[-4000:]
+    record = json.loads((work / "out" / "run.json").read_text())
+    plan = record["plan"]
+    assert (plan["rows"], plan["accumulation"]) == (8, 2)
+    assert record["recipe"]["per_device_train_batch_size"] == 8
+    assert "rows a step: 16 = 1 processes x 8 rows x 2" in done.stdout
+    assert "at its worst" in done.stdout and plan["total"] <= plan["of"] <= memory * 2**30 + 1
+
+
+def test_a_run_that_cannot_fit_is_stopped_before_a_model_is_loaded(work, monkeypatch):
+    memory = planned_gib(work, monkeypatch, "--per_device_train_batch_size", "1") - 1e-5
+    flags = flags_of(work, "--gpu_memory_gb", memory, "--output_dir", work / "stopped")
+    done = start("python", "train/sft.py", *flags)
+    assert done.returncode == 2 and "DOES NOT FIT" in done.stdout, done.stdout[-4000:]
+    assert done.stdout.count("rows at a time)") == 3
+    assert "Traceback" not in done.stdout and "parameters:" not in done.stdout
