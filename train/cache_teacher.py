@@ -16,7 +16,8 @@ from kd.recipe import (
     TrainingSettings,
     parse,
 )
-from kd.teachers.cache_error import error_against_live
+from kd.teachers.cache_error import UntrainedStudent
+from kd.teachers.cached import signal_of
 from kd.teachers.scoring import describe, fill_cache
 from kd.training.exit import run
 from kd.training.session import prepare_scoring
@@ -39,10 +40,11 @@ def main() -> None:
     if training.process_index == 0:
         print(describe(cache))
         if whole:
-            told = error_against_live(
-                student.student, model, tokenizer, loss, cache, whole, training.device
+            untrained = UntrainedStudent(student.student, model, tokenizer, training.device)
+            known = (
+                (row, signal_of(cache.records([row]), manifest), all_ids) for row, all_ids in whole
             )
-            print(told)
+            print(untrained.error(loss, known))
         print(f"saved to {teacher.teacher_cache}")
 
 

@@ -33,6 +33,10 @@ class SparseSignal:
     label_log_probability: Tensor  # (N,)
     entropy: Tensor  # (N,)
 
+    def to(self, device: torch.device) -> "SparseSignal":
+        tensors = vars(self).items()
+        return SparseSignal(**{k: None if v is None else v.to(device) for k, v in tensors})
+
     def rows(self, tile: slice, exact: torch.dtype) -> "SparseSignal":
         """The tokens of a tile, in the type of the loss."""
         log_p = self.log_probabilities[tile].to(exact)

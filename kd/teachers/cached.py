@@ -100,6 +100,12 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache, device: torch.device) -> None:
         self.manifest, self.device = cache.manifest, device
 
+    def signals(
+        self, batches: list[dict[str, Tensor]], layers: list[int] | None = None
+    ) -> Iterator[contextlib.AbstractContextManager[tuple[SparseSignal, list[Tensor]]]]:
+        """One context for each batch, as LiveTeacher has them."""
+        return (self.signal(batch, layers) for batch in batches)
+
     @contextlib.contextmanager
     def signal(
         self, batch: dict[str, Tensor], layers: list[int] | None = None

@@ -3,30 +3,11 @@
 import copy
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from small import save_reward_model
+from transformers import Qwen2ForSequenceClassification
 
 from kd.data.masks import render
 from kd.generation.rewards import RewardModel
-
-
-def save_reward_model(folder, tokenizer, labels: int = 1) -> str:
-    torch.manual_seed(3)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=labels,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def conversations(prompts) -> list[list[dict]]:
@@ -39,7 +20,7 @@ def test_a_score_is_read_at_the_last_token_alone_or_in_a_batch(tokenizer, prompt
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = pad
     tokenizer.chat_template += "<|endoftext|>"
-    name = save_reward_model(tmp_path, tokenizer)
+    name = str(save_reward_model(tmp_path, tokenizer))
     model = RewardModel(name, "float32", "cpu")
     asked = conversations(prompts[:6])
     wanted = []
@@ -53,6 +34,6 @@ def test_a_score_is_read_at_the_last_token_alone_or_in_a_batch(tokenizer, prompt
 
 
 def test_a_classifier_with_several_outputs_is_no_reward_model(tokenizer, tmp_path):
-    name = save_reward_model(tmp_path, tokenizer, labels=3)
+    name = str(save_reward_model(tmp_path, tokenizer, labels=3))
     with pytest.raises(ValueError, match="3 outputs; wanted a model with one"):
         RewardModel(name, "float32", "cpu")

@@ -192,3 +192,23 @@ def test_a_broken_student_is_not_hidden():
             problem.hidden, problem.labels, problem.head, Objective(1.0, name), 53, signal
         )
         assert loss.isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
+)
+def test_loss_and_gradients_on_a_gpu_equal_float64(divergence, dtype, tolerance):
+    problem = Problem(tokens=200, real=5000, width=64, bias=True, softcap=30.0).to(dtype, "cuda")
+    exact, objective = problem.to(torch.float64), Objective(0.5, divergence, 2.0)
+    signal = cached(exact, 64, 2.0).to("cuda")
+    loss, _ = linear_distillation_loss(
+        problem.hidden, problem.labels, problem.head, objective, problem.real, signal
+    )
+    truth, _ = expected(exact, objective, 64)
+    assert distance(loss.cpu(), truth) < 1e-4
+    found = torch.autograd.grad(loss, problem.trained)
+    wanted = torch.autograd.grad(truth, exact.trained)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype and distance(one.cpu(), other) < tolerance

@@ -5,10 +5,14 @@ import re
 import shutil
 
 import pytest
+from chat_server import ChatServer
 from processes import ROOT, start, succeed
+from small import save_reward_model
+from transformers import AutoTokenizer
 
 DATA = ROOT / "runs" / "quickstart" / "data"
 SMALL = ROOT / "runs" / "small"
+D_DISTILL = "recipes/small/d_distill.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +42,99 @@ def test_experiment_a_teacher_then_answers_then_student():
     assert "You are a careful expert" not in rows and len(rows.splitlines()) > 1
     assert "You are a careful expert" in (SMALL / "a_answers" / "run.json").read_text()
     run("cpu", "sft", "recipes/small/a_student.yaml", "--global_batch_size", "2")
+
+
+def rows_of(name: str) -> list[dict]:
+    lines = (SMALL / name / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["imitation", "expansion", "reward"])
+def test_experiment_b_the_teachers_answers_and_a_student_of_them(kind):
+    shutil.rmtree(SMALL / f"b_{kind}", ignore_errors=True)
+    shutil.rmtree(SMALL / "b_student", ignore_errors=True)
+    if kind == "reward":
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/quickstart/teacher")
+        save_reward_model(SMALL / "reward_model", tokenizer)
+    printed = run("cpu", "generate", f"recipes/small/b_{kind}.yaml")
+    rows = rows_of(f"b_{kind}")
+    prompts = [row["messages"][-2]["content"] for row in rows]
+    assert rows and (kind == "expansion" or len(set(prompts)) == len(prompts))
+    if kind == "reward":
+        told = re.search(r"(\d+) beside their prompt's keep_best", printed)
+        scores = (SMALL / "b_reward").glob("rewards*.jsonl")
+        scored = sum(len(file.read_text().splitlines()) for file in scores)
+        assert told and int(told.group(1)) + len(rows) <= scored
+    data = json.dumps([{"path": f"runs/small/b_{kind}/train.jsonl"}])
+    assert losses(run("cpu", "sft", "recipes/small/b_student.yaml", "--data", data))
+
+
+def test_experiment_b_labels_and_rationales_checked_against_the_gold_answers():
+    """Of a served teacher, since the small one cannot reason; it is wrong at every other question."""
+    shutil.rmtree(SMALL / "b_rationales", ignore_errors=True)
+    chat = [json.loads(x) for x in (DATA / "chat_train.jsonl").read_text().splitlines()]
+    gold = {row["messages"][-2]["content"]: row["messages"][-1]["content"] for row in chat}
+    asked: list[str] = []
+
+    def answer(request: dict) -> dict:
+        question = request["messages"][-1]["content"]
+        asked.append(question)
+        right = len(question) % 2 == 0
+        said = gold[question] if right else "something else"
+        text = f"First this, then that, for {question} Answer: {said}"
+        return {"message": {"content": text}, "finish_reason": "stop"}
+
+    with ChatServer(answer) as server:
+        flags = ("--server", server.url, "--request_timeout", "60")
+        job = start(
+            *("python", "train/generate.py", "--config", "recipes/small/b_rationales.yaml"), *flags
+        )
+    assert "saved to runs/small/b_rationales" in job.stdout, job.stdout[-4000:]
+    tasks: dict[str, list] = {"[label] ": [], "[rationale] ": []}
+    for row in rows_of("b_rationales"):
+        question, found = (message["content"] for message in row["messages"][-2:])
+        task = next(task for task in tasks if question.startswith(task))
+        tasks[task].append((question.removeprefix(task), found))
+    rationales, labels = tasks["[rationale] "], tasks["[label] "]
+    right = {question for question in asked if len(question) % 2 == 0}
+    assert 0 < len(rationales) < len(asked) and {q for q, _ in rationales} == right
+    assert all("Answer:" not in found for _, found in rationales)
+    assert sorted(set(labels)) == sorted((q, gold[q]) for q in set(asked))
+    assert len(labels) == 2 * len(set(asked))  # label_copies
+
+
+def test_experiment_e_answers_of_an_api_then_the_student():
+    for name in ("e_answers", "e_student"):
+        shutil.rmtree(SMALL / name, ignore_errors=True)
+    with ChatServer(faulty=0.3, slow=0.1) as server:
+        job = start(
+            *("python", "train/generate.py", "--config", "recipes/small/e_answers.yaml"),
+            *("--server", server.url),
+        )
+    assert "saved to runs/small/e_answers" in job.stdout, job.stdout[-4000:]
+    assert "to ask: 36 requests of small" in job.stdout and "price: at most" in job.stdout
+    assert losses(run("cpu", "sft", "recipes/small/e_student.yaml"))
+
+
+def test_a_student_of_experiment_d_from_a_cache_of_its_teacher():
+    """k = 64 of 4 096 ids: the difference from the live loss is measured and printed."""
+    cache = ("--teacher_cache", "runs/small/cache", "--output_dir", "runs/small/d_cached")
+    for folder in ("cache", "d_cached"):
+        shutil.rmtree(SMALL / folder, ignore_errors=True)
+    job = start("launch/cpu.sh", "train/cache_teacher.py", "--config", D_DISTILL, *cache)
+    told = re.search(
+        r"forward_kl ([\d.]+) from the cache, ([\d.]+) live \((.*)%\); gradients differ by (.*)%",
+        job.stdout,
+    )
+    assert told, job.stdout[-6000:]
+    cached, live = float(told.group(1)), float(told.group(2))
+    assert 0.5 * live < cached <= live * 1.01
+    job = start("launch/cpu.sh", "train/distill.py", "--config", D_DISTILL, *cache)
+    assert "saved to runs/small/d_cached" in job.stdout, job.stdout[-6000:]
+    assert "streaming the teacher" not in job.stdout and "'divergence'" in job.stdout
+    steps = losses(job.stdout)
+    assert steps[-1] < steps[0]
 
 
 @pytest.mark.parametrize("student", ["sft", "distill", "distill_sft"])

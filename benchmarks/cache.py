@@ -1,0 +1,90 @@
+"""What a teacher's cache costs and loses, by the number of ids that it keeps of a token.
+
+python benchmarks/cache.py --json benchmarks/results/cache_cpu.json
+
+Of held-out conversations of the quickstart (python -m kd.data.docstrings makes them), its untrained
+student and its teacher: bytes a token, the mass that the ids have of the teacher's distribution, and
+the forward KL and the gradient of the student's hidden states beside those of the live loss.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kd.data.masks import encode_rows
+from kd.data.sources import load_rows
+from kd.losses.objective import Objective
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings, TeacherSettings, parse, setting
+from kd.teachers.cache import record_type
+from kd.teachers.cache_error import UntrainedStudent
+from kd.teachers.cached import signal_of
+from kd.teachers.live import LiveTeacher
+from kd.teachers.scoring import score_batch
+
+
+@dataclass
+class BenchmarkSettings:
+    teacher: str = setting("data/quickstart/teacher", "hub name or folder")
+    student: str = setting("data/quickstart/student", "hub name or folder")
+    data: str = setting("runs/quickstart/data/chat_heldout.jsonl", "rows")
+    count: int = setting(64, "of them")
+    top_k: list[int] = field(
+        default_factory=lambda: [4, 16, 64, 256, 0], metadata={"help": "0: the whole vocabulary"}
+    )
+    json: str | None = setting(None, "file for the table")
+
+
+def main() -> None:
+    (settings,) = parse(BenchmarkSettings, description=__doc__)
+    tokenizer = load_tokenizer(settings.teacher)
+    rows = load_rows([{"path": settings.data, "count": settings.count}], 0)
+    documents, report = encode_rows(rows, tokenizer, 1024, progress=False)
+    print(report)
+    cpu, exact = torch.device("cpu"), ModelSettings(dtype="float32")
+    teacher = LiveTeacher(
+        TeacherSettings(teacher=settings.teacher, teacher_dtype="float32"), exact, cpu
+    )
+    student = UntrainedStudent(settings.student, exact, tokenizer, cpu)
+
+    def scored(top_k: int, dtype: str) -> tuple[list[np.ndarray], dict]:
+        manifest = {
+            "vocabulary": len(tokenizer),
+            "top_k": top_k or len(tokenizer),
+            "dtype": dtype,
+            "temperature": 1.0,
+        }
+        pad = tokenizer.pad_token_id
+        return [score_batch(teacher, [row], manifest, pad, cpu)[0] for row in documents], manifest
+
+    live, form = scored(0, "float32")
+    whole = [signal_of(records, form) for records in live]
+    table = []
+    for top_k in settings.top_k:
+        for dtype in ("float16", "float32"):
+            records, manifest = scored(top_k, dtype)
+            known = [signal_of(part, manifest) for part in records]
+            error = student.error(Objective(), zip(documents, known, whole, strict=True))
+            tail = np.concatenate([part["scalars"][:, 0] for part in records]).astype(np.float64)
+            size = record_type(manifest).itemsize
+            table.append(
+                {
+                    "top_k": manifest["top_k"],
+                    "dtype": dtype,
+                    "bytes_a_token": size,
+                    "bytes_an_entry": size / manifest["top_k"],
+                    "mass": 1 - float(np.exp(tail).mean()),
+                    **asdict(error),
+                }
+            )
+            print(f"k {manifest['top_k']}, {dtype}: {size} bytes a token; {error}", flush=True)
+    if settings.json:
+        about = {"settings": asdict(settings), "torch": torch.__version__, "rows": table}
+        Path(settings.json).write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
