@@ -6,7 +6,7 @@ import pytest
 from small import save_reward_model
 from transformers import Qwen2ForSequenceClassification
 
-from kd.data.masks import render
+from kd.data.template import render
 from kd.generation.rewards import RewardModel
 
 
