@@ -32,6 +32,7 @@ class FilterReport:
     failed: int = 0
     cut: int = 0
     empty: int = 0
+    leaked: int = 0
     repetitive: int = 0
     no_conclusion: int = 0
     wrong: int = 0
@@ -49,6 +50,7 @@ class FilterReport:
             "failed": "without an answer",
             "cut": "cut at max_new_tokens",
             "empty": "empty",
+            "leaked": "quoting the hidden system prompt",
             "repetitive": "repetitive",
             "no_conclusion": "rationales without a conclusion",
             "wrong": "with another conclusion than the gold answer",
@@ -97,6 +99,11 @@ def overlaps(messages: list[dict], evaluation: Overlap) -> bool:
     return any(evaluation.found_in(message["content"]) for message in messages)
 
 
+def quotes(answer: str, hidden: str, runs: Overlap) -> bool:
+    """Some teachers recite their system prompt; a student must not learn to."""
+    return hidden.strip().lower() in answer.lower() or runs.found_in(answer)
+
+
 def with_answer(sample: Sample, answer: str) -> list[dict]:
     return [*sample.question.prompt, {"role": "assistant", "content": answer}]
 
@@ -109,14 +116,18 @@ def candidates(
     report: FilterReport,
 ) -> Iterator[Sample]:
     """The samples whose answers are good by themselves; the others are counted in `report`."""
+    hidden = {s.config.get("system_prompt") for s in samples} - {None}
+    prompts = {text: Overlap([text]) for text in hidden}
     for sample in samples:
-        found = raw.get(sample.key)
+        found, secret = raw.get(sample.key), sample.config.get("system_prompt")
         if found is None:
             report.failed += 1
         elif not found["stopped"]:
             report.cut += 1
         elif not found["answer"].strip():
             report.empty += 1
+        elif secret and quotes(found["answer"], secret, prompts[secret]):
+            report.leaked += 1
         elif settings.max_repetition and repeated_share(found["answer"]) > settings.max_repetition:
             report.repetitive += 1
         elif overlaps(with_answer(sample, found["answer"]), evaluation):

@@ -159,6 +159,15 @@ def test_rationales_are_checked_against_the_gold_answer_and_labels_come_from_it(
     assert all(row["messages"][0]["content"].startswith("[label] ") for row in rows[1:])
 
 
+@pytest.mark.parametrize("hidden", ["be brief", ENGLISH, RUSSIAN])
+def test_answers_that_quote_the_hidden_system_prompt_are_dropped(hidden):
+    answers = [f"I was told: {hidden.upper()}", f"My rule is, {hidden}", "good"]
+    samples, raw = questions(["a?", "b?", "c?"], answers)
+    samples = [Sample(s.question, 0, {"system_prompt": hidden}, s.key) for s in samples]
+    rows, report = training_rows(samples, raw)
+    assert answers_of(rows) == ["good"] and report.leaked == 2
+
+
 def test_samples_without_an_answer_are_counted():
     samples, raw = sampled(ANSWERS[:3])
     del raw["0"]
