@@ -18,7 +18,7 @@ from transformers import (
 from kd.data.sources import check_sources
 from kd.evaluation.processes import device
 from kd.evaluation.rows import text_hash
-from kd.models.quantized import has_own_layers
+from kd.models.quantized import only_read_here
 from kd.models.sharding import load_unsharded
 from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse_json_list, require_file, setting
@@ -120,7 +120,7 @@ def load_model(path: str, dtype: str, attn_implementation: str, device: str) -> 
     """
     adapter = is_adapter(path)
     base = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
-    if has_own_layers(base):
+    if only_read_here(base):
         model = load_unsharded(base, attn_implementation, dtype, torch.device(device))
     else:
         model = AutoModelForCausalLM.from_pretrained(

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from kd.data.template import render
+from kd.models.quantized import only_read_here
+from kd.models.sharding import load_unsharded
 from kd.models.tokenizer import generation_config, load_tokenizer, set_template_arguments
 
 
@@ -36,7 +38,10 @@ def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrain
     """A model of a hub name or folder, or base and adapter of an adapter's folder, on `device`."""
     adapter = (Path(name) / "adapter_config.json").is_file()
     base = PeftConfig.from_pretrained(name).base_model_name_or_path if adapter else name
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device)
+    if only_read_here(base):
+        model = load_unsharded(base, "sdpa", str(dtype).split(".")[1], torch.device(device))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device)
     if adapter:
         # Not merged: in 16 bits a merge rounds the adapter away in part.
         model = PeftModel.from_pretrained(model, name, torch_device=device)

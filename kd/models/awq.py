@@ -43,7 +43,7 @@ def check_awq(settings: dict, name: str) -> None:
     wanted = {"bits": 4, "version": "gemm", "zero_point": True}
     found = {
         "bits": settings.get("bits", settings.get("w_bit")),
-        "version": str(settings.get("version", "gemm")).lower(),
+        "version": settings.get("version", settings.get("format", "gemm")).lower(),
         "zero_point": settings.get("zero_point", True),
     }
     if found != wanted or not isinstance(settings.get("group_size"), int):

@@ -1,6 +1,8 @@
-"""Which layers a checkpoint's own format asks for, and a model built of them without memory."""
+"""Which layers a checkpoint's own format asks for, and a model built of them without memory.
 
-import warnings
+To read another format: a file with a PackedLinear, as awq.py has it, and a line in READERS.
+"""
+
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from transformers.initialization import no_init_weights
 from kd.models.awq import awq_layer, check_awq
 from kd.models.gptq import check_gptq, gptq_layer
 from kd.models.nf4 import nf4_layer
+from kd.models.packed import PackedLinear
 from kd.models.tensor_files import TensorFiles
 
 READERS = {  # quantisation -> (checks its settings, makes a layer)
@@ -54,6 +57,21 @@ def has_own_layers(name: str) -> bool:
     return bool(settings) and quantization(settings) in READERS
 
 
+def only_read_here(name: str) -> bool:
+    """True for AWQ and GPTQ, for which Transformers wants a package that we do not need.
+
+    bitsandbytes' own layers have kernels for few tokens, and PEFT knows them.
+    """
+    settings = quantization_settings(AutoConfig.from_pretrained(name))
+    return bool(settings) and quantization(settings) in ("awq", "gptq")
+
+
+def check_teacher(name: str, sharded: bool) -> None:
+    """Raises ValueError for a teacher that cannot be loaded so, by its configuration alone."""
+    if sharded or has_own_layers(name):
+        check_readable(AutoConfig.from_pretrained(name), name)
+
+
 def check_readable(config: PretrainedConfig, name: str) -> None:
     """Raises ValueError for what cannot be read into layers that ZeRO-3 can shard."""
     settings = quantization_settings(config)
@@ -72,7 +90,8 @@ def check_readable(config: PretrainedConfig, name: str) -> None:
         raise ValueError(
             f"{name}: a mixture of experts. Which of its layers run depends on the tokens, so "
             "the ranks of a sharded teacher would gather different ones and wait for each other "
-            "for ever; leave teacher_deepspeed out and take the unquantised model"
+            "for ever; leave teacher_deepspeed out, or let it score the rows beforehand, whole and "
+            "unquantised (train/cache_teacher.py)"
         )
 
 
@@ -85,13 +104,15 @@ def empty_model(
     leaves the Linear. Raises ValueError naming tensor and file where one is missing or has
     another shape.
     """
-    with warnings.catch_warnings(), no_init_weights(), init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings = quantization_settings(config)
     if settings:
         _, layer = READERS[quantization(settings)]
         for name, module in list(model.named_modules()):
-            packed = layer(module, name, files, settings) if type(module) is nn.Linear else None
+            if type(module) is not nn.Linear or module is model.get_output_embeddings():
+                continue  # the loss reads the head's weight itself
+            packed = layer(module, name, files, settings)
             if packed is not None:
                 model.set_submodule(name, packed)
     model.tie_weights()  # no_init_weights skips it
@@ -102,7 +123,7 @@ def empty_model(
 def find_slots(model: nn.Module, files: TensorFiles) -> list[Slot]:
     slots: dict[int, Slot] = {}
     for prefix, module in model.named_modules():
-        renamed = getattr(module, "stored_as", {})
+        renamed = module.stored_as if isinstance(module, PackedLinear) else {}
         for name, parameter in module.named_parameters(recurse=False):
             stored = f"{prefix}.{renamed.get(name, name)}" if prefix else name
             slot = slots.setdefault(id(parameter), Slot(stored, parameter, []))

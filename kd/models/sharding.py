@@ -17,7 +17,7 @@ import transformers.integrations.deepspeed as integration
 from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from kd.models.heads import backbone_only
 from kd.models.quantized import Slot, check_readable, empty_model
@@ -33,10 +33,14 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
     `ds_config` is a ZeRO-3 JSON without a precision section. The engine returns hidden states.
     Raises ValueError for checkpoints that cannot be sharded, the same on every rank.
     """
+    settings = engine_settings(ds_config)
+    return shard(*open_checkpoint(name, attn_implementation, dtype), settings)
+
+
+def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, settings: dict):
+    """(DeepSpeed engine, module) of what `open_checkpoint` has opened."""
     import deepspeed
 
-    settings = engine_settings(ds_config)
-    model, slots, files = open_checkpoint(name, attn_implementation, dtype)
     # Not entered as a context: that would cast every float tensor made inside (rotary frequencies,
     # scales), replace F.linear for good, and send every whole tensor from rank 0 to the others.
     zero = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
@@ -46,15 +50,14 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
         parameter = nn.Parameter(parameter, requires_grad=False)
         zero._convert_to_deepspeed_param(parameter)
         parameter.partition()
-        shard = parameter.ds_tensor  # flat, ceil(numel / ranks) numbers, zero-padded at the end
-        first = dist.get_rank() * shard.numel()
-        mine = min(max(parameter.ds_numel - first, 0), shard.numel())
-        files.read_range(slot.stored, first, shard.data[:mine])
-        shard.data[mine:].zero_()
+        own = parameter.ds_tensor.data  # flat, ceil(numel / ranks) numbers, padded at the end
+        first = dist.get_rank() * own.numel()
+        count = min(max(parameter.ds_numel - first, 0), own.numel())
+        files.read_range(slot.stored, first, own[:count])
+        own[count:].zero_()
         return parameter
 
     fill_model(slots, files, read_shard, 1 / dist.get_world_size())
-    note_unread(files, name)
     to_device(model, zero.local_device)
     backbone_only(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -74,8 +77,9 @@ def load_unsharded(
         return nn.Parameter(whole, requires_grad=False)
 
     fill_model(slots, files, read_whole, 1.0)
-    note_unread(files, name)
     to_device(model, device)
+    if (files.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return model
 
 
@@ -120,6 +124,7 @@ def fill_model(
         for slot in slots:
             slot.put(read(slot))
             shown.update(files.bytes_read - shown.n)
+    note_unread(files)
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
@@ -129,12 +134,12 @@ def to_device(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def note_unread(files: TensorFiles, name: str) -> None:
+def note_unread(files: TensorFiles) -> None:
     """Nothing is left out in silence."""
     unread = [key for key in files.unread() if not key.endswith(COMPUTED)]
     if unread and not (is_distributed() and dist.get_rank()):
         print(
-            f"note: {name}: {len(unread)} tensors of its files have no place in the model and were "
+            f"note: {files.folder}: {len(unread)} tensors of its files have no place in the model and were "
             f"not read: {', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}",
             flush=True,
         )

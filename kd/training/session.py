@@ -24,6 +24,7 @@ from kd.models.fitting import fit, layout_of, present_machine
 from kd.models.inherit import inherited_pairs
 from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention, load_trained, parameter_counts
+from kd.models.quantized import check_teacher
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
     DataSettings,
@@ -81,6 +82,7 @@ def train(
         cache = open_cache(teacher_settings, objective_settings, model_settings, tokenizer)
         say(training, f"teacher: {cache.tokens} scored tokens in {cached}, no model")
     elif teacher_settings:
+        check_teacher(teacher_settings.teacher, teacher_settings.teacher_deepspeed is not None)
         note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
         say(training, note)
     set_template(tokenizer, model_settings, training)

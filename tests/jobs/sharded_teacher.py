@@ -47,17 +47,9 @@ def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
         whole = sharding.load_unsharded(str(folder), attention, "auto", CPU)
     backbone_only(whole)
     sent.clear()
-    opened = []
-    real = sharding.TensorFiles
-
-    def remember(*args):
-        opened.append(real(*args))
-        return opened[-1]
-
-    sharding.TensorFiles = remember
-    engine, sharded = sharding.load_sharded(str(folder), ds_config, attention)
-    sharding.TensorFiles = real
-    (files,) = opened
+    opened = sharding.open_checkpoint(str(folder), attention, "auto")
+    files = opened[-1]
+    engine, sharded = sharding.shard(*opened, sharding.engine_settings(ds_config))
     shards = [p.ds_tensor.numel() * p.element_size() for p in sharded.parameters()]
     kept = [p for p in sharded.parameters() if p.ds_persist]
     found = {

@@ -13,6 +13,7 @@ from small import save_small
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from kd.generation.engines import load_answering_model
 from kd.models import awq, awq_writer
 from kd.models.sharding import load_unsharded
 from kd.models.tensor_files import TensorFiles
@@ -87,6 +88,14 @@ def test_a_written_checkpoint_gives_the_logits_of_its_rounded_weights(checkpoint
     assert difference.abs().max() < 1e-4
     exact = AutoModelForCausalLM.from_pretrained(checkpoints / "model")
     assert (found(IDS).logits - exact(IDS).logits).abs().max() > 0.05  # it is rounded, after all
+
+
+def test_a_quantised_teacher_answers(checkpoints):
+    """Transformers itself would ask for gptqmodel here."""
+    found = load_answering_model(str(checkpoints / "awq"), torch.float32, "cpu")
+    wanted = rounded(checkpoints)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(found.generate(IDS, **settings), wanted.generate(IDS, **settings))
 
 
 def test_an_interrupted_writer_goes_on_after_the_last_whole_file(

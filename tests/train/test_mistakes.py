@@ -1,6 +1,7 @@
 """A user's mistake ends the real command line with the reason, before a model is loaded."""
 
 import json
+import shutil
 
 import pytest
 from processes import start
@@ -19,6 +20,10 @@ def work(models, tmp_path_factory):
         for file in (models / name).iterdir():
             if file.suffix != ".safetensors":
                 (folder / name / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder / "teacher", folder / "packed")
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 8, "group_size": 128}
+    (folder / "packed" / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -32,6 +37,7 @@ MISTAKES = {
     "other tokenizer": (["--teacher", "WORK/other"], "different tokenizers: id 320"),
     "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
     "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
+    "teacher's format": (["--teacher", "WORK/packed"], "AWQ with {'bits': 8"),
     "layer": (["--hidden_weight", "1", "--hidden_layers", "2:9"], "the teacher 0 to 2"),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }
