@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kd.data.sources import read_jsonl
+from kd.training.stopping import report_outcome
 
 
 def record_file(output_dir: str, stem: str, rank: int) -> Path:
@@ -19,6 +20,7 @@ def record_file(output_dir: str, stem: str, rank: int) -> Path:
 def append(file: TextIO, row: dict) -> None:
     file.write(json.dumps(row) + "\n")
     file.flush()
+    report_outcome("saved")  # a SLURM job that is stopped now has come further
 
 
 def cut_torn_lines(output_dir: str, stem: str) -> int:

@@ -5,14 +5,14 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from kd.training.stopping import Stopped
+from kd.training.stopping import Stopped, report_outcome
 
 DONE = "done.json"
 OUTCOME = (
@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
 
     gloo's threads abort one process in ten at interpreter exit after all its work, so a finished
     process leaves by os._exit; success is the done marker, written before. A launcher prints the
-    first failure of all its processes last: it reads that from the error handler.
+    first failure of all its processes last: it reads that from a file.
     """
     die_with_the_launcher()
     where = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -42,12 +42,12 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        get_error_handler().record_exception(error)
+        tell_launcher(error, f"{type(error).__name__}: {error}")
         print(f"{where}error: {error}", file=sys.stderr)
         report_outcome("failed")  # starting again would not help
         leave(2)
     except Exception as error:
-        get_error_handler().record_exception(error)
+        tell_launcher(error, traceback.format_exc())
         sys.stderr.write("".join(f"{where}{line}\n" for line in traceback.format_exc().split("\n")))
         leave(1)
     if dist.is_initialized():
@@ -55,6 +55,14 @@ def run(main: Callable[[], None]) -> None:
     if first():
         report_outcome("done")
     leave(0)
+
+
+def tell_launcher(error: Exception, text: str) -> None:
+    """In the file in which torchrun and accelerate launch look for the reason of a failure."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
 
 
 def die_with_the_launcher() -> None:
@@ -65,11 +73,6 @@ def die_with_the_launcher() -> None:
 
 def first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def report_outcome(outcome: str) -> None:
-    if os.environ.get(OUTCOME):
-        Path(os.environ[OUTCOME]).write_text(outcome + "\n")
 
 
 def leave(code: int) -> None:

@@ -1,9 +1,11 @@
 """Whether a checkpoint belongs to the run that wants to go on from it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from kd.recipe import TrainingSettings
+from kd.training.manifest import read_manifest
 
 # Keys that change what is reported, kept or how fast it goes, and no weight. All others must be equal.
 FREE = {
@@ -14,6 +16,7 @@ FREE = {
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "per_device_eval_batch_size",
     "max_per_device_train_batch_size", "max_skipped_steps", "push_to_hub", "hub_token", "hub_model_id",
     "data_cache", "data_workers", "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
+    "deepspeed",  # its stage is compared apart
 }  # fmt: skip
 LENGTH = {"max_steps", "num_train_epochs"}  # free where no learning rate depends on the last step
 
@@ -46,6 +49,16 @@ def check_same_run(checkpoint: str, then: dict, now: dict) -> None:
         raise ValueError(
             f"{checkpoint} is of another recipe{why}. Take the change back, {remedy}:\n"
             + "\n".join(lines)
+        )
+
+
+def check_same_rows(checkpoint: str, rows: str) -> None:
+    """Raise ValueError where the recipe is the same and what its files hold is not."""
+    manifest = read_manifest(Path(checkpoint))
+    if manifest and manifest["about"].get("rows") != rows:
+        raise ValueError(
+            f"{checkpoint} was trained on other rows: the files that `data` names, the tokenizer or "
+            "its template have changed. Bring them back, or start anew in another output_dir"
         )
 
 

@@ -50,7 +50,7 @@ def usable_checkpoint(output_dir: str) -> tuple[str, dict[str, Any]] | None:
     folder = Path(output_dir)
     if rank() == 0:
         for left in [*folder.glob(f"{ASIDE}{NAME}*"), *folder.glob(f"{OLD}{NAME}*")]:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     for checkpoint in from_first_rank(checkpoints(folder)):
         wrong = damage(checkpoint)
         if wrong is None:
@@ -161,7 +161,7 @@ def delete_old(output_dir: Path, limit: int | None, best: str | None) -> None:
     for path in whole[limit:] if limit else []:
         if best is None or Path(best).name != path.name:
             old = path.rename(path.with_name(f"{OLD}{path.name}"))  # never half of a checkpoint-N
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes at the next start
 
 
 def open_to_umask(paths: Iterable[Path]) -> None:

@@ -1,6 +1,7 @@
 """One training run from settings to a saved model: what train/sft.py and train/distill.py share."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -41,7 +42,7 @@ from kd.training.check import check_rows, report_check
 from kd.training.checkpoint import earlier_plan, recipe_of, write_record
 from kd.training.exit import is_done, mark_done
 from kd.training.out_of_memory import names_what_to_change
-from kd.training.same_run import about_run, check_same_run
+from kd.training.same_run import about_run, check_same_rows, check_same_run
 from kd.training.saving import open_to_umask, usable_checkpoint
 from kd.training.stopping import STOPPED
 from kd.training.tensorboard import write_no_step_twice
@@ -101,6 +102,9 @@ def train(
         for prepared, what in ((rows, "training"), (eval_rows, "held-out")):
             if prepared:
                 cache.check(Documents([prepared]), f"{what} documents", tokenizer.decode)
+    about["rows"] = rows.folder.name  # a hash of the files, the settings and the tokenizer
+    if checkpoint:
+        check_same_rows(checkpoint, about["rows"])
     if training.check:
         rows = rows.subset(check_rows(rows.lengths, training.global_batch_size))
     earlier = earlier_plan(training.output_dir) if checkpoint else None  # rank 0 writes a new one
@@ -123,14 +127,20 @@ def train(
         write_summary(training.output_dir, rows, eval_rows)
 
     set_seed(training.seed)
-    model = load_trained(name, model_settings, tokenizer)
+    needs = (None if cache else teacher_settings, objective_settings)
+    explained = functools.partial(
+        names_what_to_change, training, model_settings, data.max_length, *needs
+    )
+    with explained():
+        model = load_trained(name, model_settings, tokenizer)
     flat = model_settings.attn_implementation == "flash_attention_2"
     teacher, collator = None, Collator(tokenizer.pad_token_id, flat=flat)
     if cache:
         teacher = CachedTeacher(cache, training.device)
         collator = CachedCollator(collator, cache)
     elif teacher_settings:
-        teacher = LiveTeacher(teacher_settings, model_settings, training.device)
+        with explained():
+            teacher = LiveTeacher(teacher_settings, model_settings, training.device)
     if hidden and teacher:
         add_projections(causal_lm(model), hidden, teacher.width)
     trainer = DistillationTrainer(
@@ -152,13 +162,7 @@ def train(
     say(training, describe(trainer, training))
     if training.process_index == 0 and "tensorboard" in training.report_to:
         log_lengths(rows, f"{training.output_dir}/tensorboard")
-    with names_what_to_change(
-        training,
-        model_settings,
-        data.max_length,
-        None if cache else teacher_settings,
-        objective_settings,
-    ):
+    with explained():
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.stop.leave(training.output_dir, trainer.state.global_step, trainer.state.max_steps)
     metrics = dict(result.metrics)

@@ -6,6 +6,7 @@ rank or to all, once or twice, so a handler only notes them.
 
 import functools
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 STOPPED = "stopped.json"
+OUTCOME = (
+    "KD_OUTCOME"  # in the environment: a file for one word, which launch/slurm/train.sbatch reads
+)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -52,6 +56,10 @@ class StopsOnSignal(TrainerCallback):
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **_) -> None:
+        if state.is_world_process_zero:
+            report_outcome("saved")
+
     def on_train_end(self, args, state, control, **_) -> None:
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
@@ -65,6 +73,12 @@ class StopsOnSignal(TrainerCallback):
             text = json.dumps({"step": step, "of": last, "message": str(stopped)}, indent=2)
             (Path(output_dir) / STOPPED).write_text(text + "\n")
         raise stopped
+
+
+def report_outcome(outcome: str) -> None:
+    """saved, stopped, failed or done: what the caller of a script can make its decision by."""
+    if os.environ.get(OUTCOME):
+        Path(os.environ[OUTCOME]).write_text(outcome + "\n")
 
 
 def deaf_worker(initialise: Callable[[int], None] | None) -> Callable[[int], None]:

@@ -105,6 +105,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:  # the only moment at which device values are read
             logs.update(self.means(self.metric_sums))
             self.metric_sums.zero_()
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves nan where it is
         super().log(logs, start_time)
 
     def means(self, sums: Tensor) -> dict[str, float]:

@@ -9,8 +9,9 @@ import time
 import traceback
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
+
+from kd.training.exit import tell_launcher
 
 FRAMES = 6  # innermost ones, of the stack that is shown
 
@@ -64,7 +65,7 @@ class Watchdog(TrainerCallback):
             f"{timeout:.0f} s (ddp_timeout) after step {self.step}.{silent}\nIt stands at:\n"
             + "".join(frames)
         )
-        get_error_handler().record_exception(error)
+        tell_launcher(error, f"TimeoutError: {error}")
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""kill -9, the same command again, and the end is the same to the last bit."""
+"""kill -9 or a signal, the same command again, and the end is the same to the last bit."""
 
 import hashlib
 import json
@@ -6,14 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from processes import ROOT, start
 from small import small_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kd.training.stopping import STOPPED
+
+TORCHRUN = "--torchrun"
 
 
-def command(models: Path, output: Path) -> list[str]:
+def command(models: Path, output: Path, *options: str) -> list[str]:
     """QLoRA with dropout and a hidden-state loss under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
     flags = {
         "student": models / "student",
@@ -30,15 +37,17 @@ def command(models: Path, output: Path) -> list[str]:
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_steps": 4,
+        "dataloader_num_workers": 2,
         "output_dir": output,
     }
     spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    return ["launch/cpu.sh", "train/distill.py", *spelt]
+    return ["launch/cpu.sh", *options, "train/distill.py", *spelt]
 
 
-def run_and_kill(arguments: list[str], steps: int) -> str:
-    """Start the command and kill -9 one of its ranks once it has logged `steps` steps."""
+def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], None]) -> str:
+    """Start the command, and act(launcher, ranks) once it has logged `steps` steps."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = subprocess.PIPE
     job = subprocess.Popen(
         arguments, cwd=ROOT, env=env, text=True, stdout=out, stderr=subprocess.STDOUT
@@ -48,12 +57,14 @@ def run_and_kill(arguments: list[str], steps: int) -> str:
         printed += line
         if printed.count("'grad_norm'") >= steps:
             break
-    ranks = psutil.Process(job.pid).children(recursive=True)
-    ranks = [p for p in ranks if "train/distill.py" in p.cmdline() and "launch" not in p.cmdline()]
-    assert len(ranks) == 2, printed[-6000:]
-    os.kill(ranks[1].pid, signal.SIGKILL)
+    ranks = {p.environ().get("RANK"): p.pid for p in psutil.Process(job.pid).children()}
+    assert {"0", "1"} <= set(ranks), printed[-6000:]
+    family = psutil.Process(job.pid).children(recursive=True)
+    act(job.pid, [ranks["0"], ranks["1"]])
     printed += job.communicate(timeout=120)[0]
     assert job.returncode != 0
+    psutil.wait_procs(family, timeout=20)
+    assert not [p for p in family if p.is_running()]  # no orphan
     return printed
 
 
@@ -62,20 +73,63 @@ def weights(output: Path) -> list[str]:
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-def test_a_killed_run_goes_on_by_the_same_command_to_bit_equal_weights(models, tmp_path):
+def curve(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def tensorboard_steps(output: Path) -> list[int]:
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """The run that nobody disturbs."""
     rows = "\n".join(json.dumps(row) for row in small_rows(80))
     (models / "rows.jsonl").write_text(rows + "\n")
-    whole = start(*command(models, tmp_path / "whole"))
-    assert (tmp_path / "whole" / "done.json").exists(), whole.stdout[-6000:]
+    output = tmp_path_factory.mktemp("resume") / "whole"
+    job = start(*command(models, output))
+    assert (output / "done.json").exists(), job.stdout[-6000:]
+    return output
 
+
+def test_a_killed_run_goes_on_by_the_same_command_to_bit_equal_weights(models, whole, tmp_path):
     killed = command(models, tmp_path / "killed")
-    run_and_kill(killed, steps=10)
+    disturb(killed, 10, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
     assert not (tmp_path / "killed" / "done.json").exists()
     again = start(*killed)
     assert "going on from" in again.stdout and "checkpoint-" in again.stdout, again.stdout[-6000:]
-    assert (tmp_path / "killed" / "done.json").exists()
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert (tmp_path / "killed" / "done.json").exists(), again.stdout[-6000:]
+    assert weights(tmp_path / "killed") == weights(whole)
+    assert curve(tmp_path / "killed") == curve(whole)
+    assert tensorboard_steps(tmp_path / "killed") == tensorboard_steps(whole)
 
     third = start(*killed)  # a finished run is not touched
     assert third.returncode == 0 and "is finished already" in third.stdout
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(whole)
+
+
+def test_a_signal_ends_all_ranks_after_a_step_and_no_step_is_lost(models, whole, tmp_path):
+    """SIGUSR1 to one rank, then SIGTERM to the launcher, which hands it to ranks and their workers.
+
+    By torchrun: its end is bit-equal to that of accelerate launch.
+    """
+    output = tmp_path / "run"
+    stopped = command(models, output, TORCHRUN)
+    first = disturb(stopped, 3, lambda launcher, ranks: os.kill(ranks[1], signal.SIGUSR1))
+    step = json.loads((output / STOPPED).read_text())["step"]
+    assert f"stopped by SIGUSR1 after step {step} of 40" in first, first[-6000:]
+    assert first.count("'grad_norm'") == step < 20
+
+    second = disturb(stopped, 3, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
+    assert f"going on from {output}/checkpoint-{step}" in second, second[-6000:]
+    later = json.loads((output / STOPPED).read_text())["step"]
+    assert f"stopped by SIGTERM after step {later} of 40" in second, second[-6000:]
+    assert "DataLoader worker" not in second and second.count("'grad_norm'") == later - step
+
+    third = start(*stopped)
+    assert (output / "done.json").exists(), third.stdout[-6000:]
+    assert not (output / STOPPED).exists()
+    assert weights(output) == weights(whole) and curve(output) == curve(whole)
+    assert tensorboard_steps(output) == tensorboard_steps(whole)
