@@ -24,13 +24,13 @@ def manifest_of(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
     """What a cache is made from, and in which form."""
-    weights = {"teacher": teacher_fingerprint(settings.teacher)}
-    form = {
+    return {
+        **rows_manifest(objective, model, tokenizer),
+        "teacher_name": settings.teacher,
+        "teacher": teacher_fingerprint(settings.teacher),
         "top_k": min(settings.cache_top_k or len(tokenizer), len(tokenizer)),
         "dtype": settings.cache_dtype,
     }
-    rows = rows_manifest(objective, model, tokenizer)
-    return rows | teacher_manifest(settings.teacher) | weights | form
 
 
 def rows_manifest(
@@ -52,9 +52,10 @@ def rows_manifest(
 
 
 def teacher_manifest(name: str) -> dict:
-    """The teacher as a training run may know it: its files are looked at where they are at hand."""
-    known = {"teacher_name": name}
-    return known | ({"teacher": teacher_fingerprint(name)} if Path(name).is_dir() else {})
+    """The teacher as a training run knows it: by its files where they are here, else by its name."""
+    if Path(name).is_dir():
+        return {"teacher": teacher_fingerprint(name)}
+    return {"teacher_name": name}
 
 
 def teacher_fingerprint(name: str) -> str:
@@ -64,11 +65,8 @@ def teacher_fingerprint(name: str) -> str:
     them, and 60 GB need not be read.
     """
     patterns = ["*.safetensors", "config.json", "adapter_config.json"]
-    folder = (
-        Path(name)
-        if Path(name).is_dir()
-        else Path(snapshot_download(name, allow_patterns=patterns))
-    )
+    local = Path(name).is_dir()
+    folder = Path(name if local else snapshot_download(name, allow_patterns=patterns))
     content = hashlib.sha256()
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
