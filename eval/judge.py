@@ -101,6 +101,9 @@ def main() -> None:
     references = {}
     if settings.references:
         references = read_answers("references", settings.references, questions)
+        given = [question for question in questions if question.id in references]
+        check_answered("references", references, given)
+    check_verdict(settings, questions)
     judge = Judge(
         settings.judge,
         settings.mode,
@@ -125,6 +128,15 @@ def main() -> None:
         file = settings.folder / "results" / f"{name}.json"
         write_result(file, describe(settings, judge, questions, references, found), result)
         show(name, result, file)
+
+
+def check_verdict(settings: JudgeSettings, questions: list[Question]) -> None:
+    several = sum(len(question.turns) > 1 for question in questions)
+    if settings.mode == "pair" and settings.verdict == "token" and several:
+        raise ValueError(
+            f"verdict: token, and {several} questions have several turns; one token is asked for "
+            "pairs of answers to single questions (AlpacaEval). Set verdict: text"
+        )
 
 
 def open_client(settings: JudgeSettings) -> ChatServer:

@@ -83,11 +83,6 @@ def wanted_judgements(
 
 def prompt_name(judge: Judge, turn: int, reference: list[str] | None) -> str:
     if judge.mode == "pair" and judge.verdict == "token":
-        if turn > 1:
-            raise ValueError(
-                "verdict: token, and a question has several turns; one token is asked for the "
-                "pairs of single questions (AlpacaEval). Set verdict: text"
-            )
         return "token-v1"
     kind = "single" if judge.mode == "score" else "pair"
     middle = "math-v1" if reference else "v2" if kind == "pair" else "v1"

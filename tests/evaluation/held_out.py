@@ -1,10 +1,15 @@
 """What the tests of kd/evaluation share: held-out rows, tiny models, a command."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -60,3 +65,13 @@ def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
+
+
+def inside(script: str, *arguments: object) -> SimpleNamespace:
+    """The same in this process, which saves the imports: stdout, stderr. Raises what main raises."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = [script, *map(str, arguments)]
+    printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with mock.patch.object(sys, "argv", argv), printed[0], printed[1]:
+        runpy.run_path(str(ROOT / "eval" / script))["main"]()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from chat_server import ChatServer
-from held_out import command, sources, write_jsonl
+from held_out import command, inside, sources, write_jsonl
 
 from kd.evaluation.answers import contains, match_result
 
@@ -71,8 +71,8 @@ def test_open_questions_are_matched_kept_and_given_to_the_judge(house, tmp_path)
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "open_answers" / "student.json").read_text())
     assert [item["reference"] for item in found["items"]] == ["water"] * 3
-    again = command(*flags)
-    assert again.returncode == 0 and "measured already" in again.stdout
+    again = inside(*flags)
+    assert "measured already" in again.stdout
     assert "Loading weights" not in again.stderr
 
     def five(_):
@@ -81,12 +81,11 @@ def test_open_questions_are_matched_kept_and_given_to_the_judge(house, tmp_path)
 
     judge = tmp_path / "open_answers" / "judge"
     with ChatServer(five) as server:
-        ran = command(
+        inside(
             *("judge.py", "--questions", judge / "questions.jsonl", "--benchmark", "sciq"),
             *("--references", judge / "references.jsonl", "--judge", "j", "--server", server.url),
             *("--answers", f"student={judge / 'student.jsonl'}", "--out_dir", tmp_path),
         )
-        assert ran.returncode == 0, ran.stderr
         asked = server.requests[0]["messages"][-1]["content"]
     first = found["items"][0]
     assert all(text in asked for text in ("What boils", "water", first["answer"]))

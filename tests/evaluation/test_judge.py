@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, digest
-from held_out import command, write_jsonl
+from held_out import command, inside, write_jsonl
 from processes import ROOT
 
 from kd.evaluation.judge_prompts import own_prompts
@@ -180,8 +180,8 @@ def test_a_rerun_asks_only_what_is_missing(files, scored):
     """Nothing; then a model more; then one answer that has changed, and a torn last line."""
     out, _, _ = scored
     with ChatServer(graded) as server:
-        ran = command("judge.py", *score_flags(files, out, server, "good", "bad"))
-        assert ran.returncode == 0 and "0 to ask" in ran.stdout and not server.requests
+        ran = inside("judge.py", *score_flags(files, out, server, "good", "bad"))
+        assert "0 to ask" in ran.stdout and not server.requests
         file = out / "judge" / "mt_bench" / "judgements.jsonl"
         text = file.read_text()
         file.write_text(text + text[:200])
@@ -193,8 +193,7 @@ def test_a_rerun_asks_only_what_is_missing(files, scored):
         flags[flags.index("--answers") + 1 : flags.index("--judge")] = [
             f"bad={files / 'new.jsonl'}"
         ]
-        ran = command("judge.py", *flags)
-        assert ran.returncode == 0, ran.stderr
+        ran = inside("judge.py", *flags)
         # The first turn's answer is read again in the second turn.
         assert len(server.requests) == 2 and all("Bad says" in text_of(r) for r in server.requests)
 
@@ -265,8 +264,7 @@ def pair_flags(files, out, server, *more):
 
 def test_pairs_are_judged_in_both_orders_and_ties_are_counted(files, tmp_path):
     with ChatServer(prefers_long) as server:
-        ran = command("judge.py", *pair_flags(files, tmp_path, server))
-        assert ran.returncode == 0, ran.stderr
+        ran = inside("judge.py", *pair_flags(files, tmp_path, server))
         assert len(server.requests) == 24
         assert all(r["max_tokens"] == 1 and r["logprobs"] for r in server.requests)
     found = result(tmp_path, "alpaca_eval", "long")
@@ -293,8 +291,7 @@ def test_verdicts_in_words_and_one_seeded_order(files, tmp_path):
 
     with ChatServer(says) as server:
         flags = pair_flags(files, tmp_path, server, "--verdict", "text", "--orders", "seeded")
-        ran = command("judge.py", *flags)
-        assert ran.returncode == 0, ran.stderr
+        inside("judge.py", *flags)
         assert len(server.requests) == 12
     found = result(tmp_path, "alpaca_eval", "long")
     assert found["overall"]["without_verdict"] == 1 and found["overall"]["n"] == 11
@@ -323,8 +320,8 @@ def test_models_answer_and_a_model_judges_without_a_server(house, files, tmp_pat
     for row in second:
         assert all(turn in text_of(row["request"]) for turn in by_id[row["question_id"]])
     before = (folder / "judgements.jsonl").read_bytes()
-    again = command("judge.py", *flags)
-    assert again.returncode == 0 and "0 to ask" in again.stdout and "Loading" not in again.stderr
+    again = inside("judge.py", *flags)
+    assert "0 to ask" in again.stdout and "Loading" not in again.stderr
     assert (folder / "judgements.jsonl").read_bytes() == before
 
 
@@ -339,5 +336,13 @@ def test_a_server_that_refuses_ends_the_run_with_the_reason_and_keeps_the_rest(f
     assert ran.returncode == 2
     assert "2 of 16 judgements have no answer" in ran.stderr and "no such policy" in ran.stderr
     with ChatServer(graded) as server:
-        ran = command("judge.py", *score_flags(files, tmp_path, server, "good"))
-        assert ran.returncode == 0 and len(server.requests) == 2
+        inside("judge.py", *score_flags(files, tmp_path, server, "good"))
+        assert len(server.requests) == 2
+
+
+def test_one_token_for_several_turns_is_refused_before_anything_is_asked(files, tmp_path):
+    with ChatServer(graded) as server:
+        flags = [*score_flags(files, tmp_path, server, "good", "bad"), "--mode", "pair"]
+        with pytest.raises(ValueError, match="8 questions have several turns.*verdict: text"):
+            inside("judge.py", *flags, "--baseline", "bad")
+    assert not server.requests

@@ -3,17 +3,15 @@
 import gc
 import json
 import math
-import runpy
-import sys
 import weakref
 
 import pytest
 import torch
-from held_out import MAX_LENGTH, ROOT, TEXTS, command, sources
+from held_out import MAX_LENGTH, TEXTS, command, inside, sources
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
-from processes import start, succeed
+from processes import start
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,7 +190,7 @@ def test_answers_are_the_argmax_until_the_models_own_end(house, tokenizer):
     assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_the_scripts_write_what_the_library_measures(house, rows, tokenizer, tmp_path, monkeypatch):
+def test_the_scripts_write_what_the_library_measures(house, rows, tokenizer, tmp_path):
     names = ["teacher", "student", "adapter"]
     models = [f"{name}={house / name}" for name in names]
     common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--dtype"]
@@ -218,16 +216,15 @@ def test_the_scripts_write_what_the_library_measures(house, rows, tokenizer, tmp
         assert found == pytest.approx(sums[:, column].tolist(), rel=1e-5)
         assert [row["index"] for row in written["rows"]] == [row.index for row in rows]
     assert likelihood["settings"]["dtype"] == "float32" and likelihood["versions"]["torch"]
-    check_what_is_measured_again(house, tmp_path, common, models, monkeypatch)
+    check_what_is_measured_again(house, tmp_path, common, models)
 
 
-def check_what_is_measured_again(house, out, common, models, monkeypatch):
+def check_what_is_measured_again(house, out, common, models):
     """A second run measures only a model whose files have changed since."""
     times = {name: written(out, name) for name in ("teacher", "student")}
     config = house / "student" / "config.json"
     config.write_text(config.read_text() + "\n")
-    monkeypatch.setattr(sys, "argv", ["perplexity.py", *map(str, common), *models[:2]])
-    runpy.run_path(str(ROOT / "eval" / "perplexity.py"), run_name="__main__")
+    inside("perplexity.py", *common, *models[:2])
     assert written(out, "teacher") == times["teacher"]
     assert written(out, "student") > times["student"]
 
@@ -240,12 +237,10 @@ def test_agreement_leaves_the_files_that_perplexity_would_write(house, tmp_path)
     models = [f"student={house / 'student'}", f"adapter={house / 'adapter'}"]
     common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--models", *models]
     teacher = ["--teacher", house / "teacher", "--out_dir", tmp_path / "both"]
-    ran = command("agreement.py", *common, *teacher)
-    assert ran.returncode == 0, ran.stderr
-    ran = command(
+    inside("agreement.py", *common, *teacher)
+    inside(
         "perplexity.py", *common, f"teacher={house / 'teacher'}", "--out_dir", tmp_path / "alone"
     )
-    assert ran.returncode == 0, ran.stderr
     for name in ("student", "adapter", "teacher"):
         both, alone = (
             json.loads((tmp_path / folder / "perplexity" / f"{name}.json").read_text())
@@ -266,7 +261,7 @@ def test_two_processes_write_what_one_writes(house, tmp_path):
             "2",
         ),
     ]
-    succeed("python", "eval/agreement.py", *arguments, "--out_dir", tmp_path / "one")
+    inside("agreement.py", *arguments, "--out_dir", tmp_path / "one")
     # A finished process may still be aborted by gloo, so the run is judged by its files.
     printed = start("launch/cpu.sh", "eval/agreement.py", *arguments, "--out_dir", tmp_path / "two")
     assert printed.stdout.count("student, overall: KL") == 1, printed.stdout

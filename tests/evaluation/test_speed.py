@@ -3,8 +3,9 @@
 import json
 import statistics
 
+import pytest
 import torch
-from held_out import command
+from held_out import command, inside
 
 from kd.evaluation.models import load_model
 from kd.evaluation.speed import generate
@@ -50,13 +51,11 @@ def test_rates_sizes_and_bytes_are_those_of_the_files(house, tmp_path):
             assert numbers["decoding_tokens_per_second"] == int(size) * 4 / decoding
             assert numbers["first_token_seconds"] == prefill
             assert numbers["peak_memory_bytes"] is None  # not 0: nothing measures it on a CPU
-    again = command("speed.py", *flags)
+    again = inside("speed.py", *flags)
     assert again.stdout.count("measured already") == 2
 
 
 def test_prompts_beyond_the_models_positions_are_refused(house, tmp_path):
-    ran = command(
-        *("speed.py", "--models", f"student={house / 'student'}", "--prompt_tokens", 10**6),
-        *("--out_dir", tmp_path),
-    )
-    assert ran.returncode == 2 and "positions of student" in ran.stderr
+    flags = ("--models", f"student={house / 'student'}", "--prompt_tokens", 10**6)
+    with pytest.raises(ValueError, match="positions of student"):
+        inside("speed.py", *flags, "--out_dir", tmp_path)
