@@ -36,6 +36,7 @@ from kd.recipe import (
 )
 from kd.training import session
 from kd.training.exit import leave
+from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
 ZERO2, ZERO3 = (
@@ -72,10 +73,10 @@ class BenchmarkSettings:
         default_factory=lambda: list(LAYOUTS), metadata={"help": "names of layouts"}
     )
     student: list[int] = field(
-        default_factory=lambda: [768, 8], metadata={"help": "width and blocks: 250 MB in float32"}
+        default_factory=lambda: [640, 6], metadata={"help": "width and blocks: 120 MB in float32"}
     )
     teacher: list[int] = field(
-        default_factory=lambda: [1024, 8], metadata={"help": "width and blocks: 420 MB in float32"}
+        default_factory=lambda: [768, 8], metadata={"help": "width and blocks: 250 MB in float32"}
     )
     micro: int = setting(2, "rows at a time")
     length: int = setting(256, "tokens a row")
@@ -133,7 +134,7 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
     flags = [part.replace("TEACHER", str(work / "teacher")) for part in LAYOUTS[name]]
     flags += ["--data", json.dumps([{"path": str(work / "rows.jsonl")}])]
     flags += ["--max_length", str(settings.length), "--global_batch_size", str(2 * settings.micro)]
-    flags += ["--per_device_train_batch_size", str(settings.micro), "--max_steps", "3"]
+    flags += ["--per_device_train_batch_size", str(settings.micro), "--max_steps", "2"]
     flags += ["--use_cpu", "true", "--save_strategy", "no", "--report_to", "none"]
     flags += ["--output_dir", str(out), "--disable_tqdm", "true"]
     command = ["torchrun", "--nproc-per-node", "2", __file__]
@@ -174,14 +175,15 @@ def be_a_rank(flags: list[str]) -> None:
     kinds += [TeacherSettings, ObjectiveSettings] if teacher else []
     model, data, training, *more = parse(*kinds, argv=flags)
     peak = Peak()
-    load, save = session.load_trained, session.save_model
+    load, run = session.load_trained, DistillationTrainer.train
     session.load_trained = lambda *args: (peak.start(), load(*args))[1]
 
-    def stop_and_save(trainer):
-        peak.stop()
-        save(trainer)
+    def run_and_stop(trainer, *args, **options):
+        result = run(trainer, *args, **options)
+        peak.stop()  # saving gathers a sharded student
+        return result
 
-    session.save_model = stop_and_save
+    DistillationTrainer.train = run_and_stop
     session.train(student, model, data, training, *more)
     path = Path(training.output_dir) / f"peak-{training.process_index}.json"
     path.write_text(json.dumps(peak.most - peak.before))
