@@ -41,7 +41,7 @@ class Machine:
 class Change:
     flags: str
     layout: Layout
-    same_result: bool = True
+    price: int = 0  # 0: the same result, perhaps slower; 1: another result; 2: more GPUs
 
 
 def layout_of(
@@ -134,10 +134,10 @@ def largest_that_fits(layout: Layout, given: bool) -> Plan:
 
 
 def changes_that_fit(layout: Layout, given: bool) -> Iterator[str]:
-    """Single changes, then pairs of them; those that leave the result as it is come first."""
+    """Single changes, then pairs; the cheapest first: Change.price, then the time of a step."""
     single = list(changes(layout, given))
     pairs = [
-        Change(f"{a.flags} {b.flags}", b.layout, a.same_result and b.same_result)
+        Change(f"{a.flags} {b.flags}", b.layout, max(a.price, b.price))
         for i, a in enumerate(single)
         for b in changes(a.layout, given)
         if b.flags in [other.flags for other in single[i + 1 :]]
@@ -150,7 +150,7 @@ def changes_that_fit(layout: Layout, given: bool) -> Iterator[str]:
                 seconds = duration(found.layout, TYPICAL).step
                 rows = f"{found.layout.micro} rows at a time"
                 text = f"{change.flags}  ({found.total / GIB:.1f} GiB, {rows})"
-                fitting.append((not change.same_result, seconds, text))
+                fitting.append((change.price, seconds, text))
         yield from (text for *_, text in sorted(fitting))
 
 
@@ -183,17 +183,17 @@ def changes(layout: Layout, given: bool) -> Iterator[Change]:
         if layout.optimizer.startswith("adamw_torch"):
             yield Change("--optim adamw_bnb_8bit", replace(layout, optimizer="adamw_bnb_8bit"))
         lora = replace(layout.model, lora_rank=16, dtype=layout.half or "float32")
-        yield Change("--lora_rank 16", replace(layout, model=lora), same_result=False)
+        yield Change("--lora_rank 16", replace(layout, model=lora), price=1)
     if layout.model.quantization == "none":
         rank = layout.model.lora_rank or 16
         dtype = layout.half or "float32"
         model = replace(layout.model, quantization="nf4", lora_rank=rank, dtype=dtype)
         flags = "--quantization nf4" + ("" if layout.model.lora_rank else f" --lora_rank {rank}")
-        yield Change(flags, replace(layout, model=model), same_result=False)
+        yield Change(flags, replace(layout, model=model), price=1)
     half = layout.max_length // 2
-    yield Change(f"--max_length {half}", replace(layout, max_length=half), same_result=False)
+    yield Change(f"--max_length {half}", replace(layout, max_length=half), price=1)
     if layout.device == "cuda":
         double = replace(layout, processes=2 * layout.processes)
         if layout.accumulation % 2 == 0:
             double = replace(double, accumulation=layout.accumulation // 2)
-            yield Change(f"NUM_PROCESSES={double.processes}", double)
+            yield Change(f"NUM_PROCESSES={double.processes}", double, price=2)
