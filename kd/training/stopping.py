@@ -4,11 +4,11 @@ SIGTERM and SIGUSR1 are what SLURM, Kubernetes and torchrun send before they kil
 rank or to all, once or twice, so a handler only notes them.
 """
 
-import functools
 import json
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from types import FrameType
 
@@ -81,13 +81,21 @@ def report_outcome(outcome: str) -> None:
         Path(os.environ[OUTCOME]).write_text(outcome + "\n")
 
 
-def deaf_worker(initialise: Callable[[int], None] | None) -> Callable[[int], None]:
-    """A worker_init_fn for DataLoader workers that a signal to the whole job must not end."""
-    return functools.partial(_deaf_worker, initialise)
+class DeafProcess(ForkProcess):
+    """A DataLoader worker that a signal to the whole job must not end.
+
+    A worker_init_fn comes too late: a worker that has just been started would die before it.
+    """
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child inherits it
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _deaf_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if initialise:
-        initialise(worker)
+class DeafWorkers(ForkContext):
+    """The multiprocessing_context of a DataLoader."""
+
+    Process = DeafProcess

@@ -27,7 +27,7 @@ from kd.teachers.live import LiveTeacher
 from kd.training.health import NonFinite
 from kd.training.pace import Pace
 from kd.training.saving import write_checkpoint
-from kd.training.stopping import StopsOnSignal, deaf_worker
+from kd.training.stopping import DeafWorkers, StopsOnSignal
 from kd.training.watchdog import Watchdog
 
 
@@ -170,7 +170,10 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = deaf_worker(loader.worker_init_fn)
+        if self.args.dataloader_num_workers:
+            # Accelerate iterates over the one it wraps; where a run goes on it copies the wrapper's.
+            for each in (loader, loader.base_dataloader):
+                each.multiprocessing_context = DeafWorkers()
         return loader
 
     def _save_checkpoint(self, model, trial) -> None:
