@@ -1,0 +1,26 @@
+"""Ten kills in a row by the benchmark's command line; a hundred are in benchmarks/results."""
+
+import json
+import sys
+
+import pytest
+from processes import ROOT, succeed
+
+COMMITTED = ROOT / "benchmarks" / "results" / "recovery_cpu.json"
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_in_a_row_ends_bit_equal(tmp_path):
+    file = tmp_path / "recovery.json"
+    flags = ("--kills", 10, "--json", file, "--work", tmp_path / "work", "--seed", 1)
+    succeed(sys.executable, "benchmarks/recovery.py", *flags, timeout=1200)
+    result = json.loads(file.read_text())
+    assert result["kills"] == 10 and result["equal"] and result["failed_starts"] == 0, result
+    assert result["left_processes_behind"] == 0 and result["tensorboard_shows_every_step_once"]
+
+
+def test_the_committed_result_is_of_a_hundred_kills_of_every_kind():
+    result = json.loads(COMMITTED.read_text())
+    assert result["kills"] >= 100 and result["equal"] and result["failed_starts"] == 0
+    assert result["left_processes_behind"] == 0 and min(result["targets"].values()) > 10
+    assert result["left_a_save_half_written"] > 10 and min(result["moments"].values()) > 10
