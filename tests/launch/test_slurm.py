@@ -104,31 +104,33 @@ def time_limited(cluster, models, tmp_path_factory):
 
 def test_a_warning_ends_the_step_is_requeued_and_every_step_is_done_once(cluster, models, tmp_path):
     """scancel --batch --signal=USR1 is what SLURM does before a time limit, without the wait."""
-    run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=25, save_steps=1000)
+    run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=40, save_steps=1000)
     run.await_steps(5)
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
     assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
     assert run.restarts() == 1 and (run.output / "done.json").exists()
-    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 25", run.printed()).group(1)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 40", run.printed()).group(1)
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
-    assert run.steps() == 25
+    assert run.steps() == 40
     assert (LOGS / f"warned-{run.job}-node1.out").exists()  # a log for every node
 
 
 def test_preemption_loses_no_step(cluster, models, tmp_path):
     low = ("--partition=spot", "--gpus-per-node=6")
-    run = distill(cluster, models, tmp_path / "run", *low, name="spot", max_steps=25, save_steps=50)
+    run = distill(
+        cluster, models, tmp_path / "run", *low, name="spot", max_steps=80, save_steps=100
+    )
     run.await_steps(5)
     high = ("--partition=urgent", "--gpus-per-node=6", "--nodes=2", "--output=/dev/null")
     urgent = cluster.submit(*high, "--wrap", "srun true")
     assert cluster.wait(urgent, 300) == ["COMPLETED"]
     assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
-    assert run.restarts() >= 1 and run.steps() == 25
+    assert run.restarts() >= 1 and run.steps() == 80
     assert "stopped by SIGTERM after step" in run.printed()
 
 
 def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
-    run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=24, save_steps=4)
+    run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=80, save_steps=4)
     run.await_steps(10)
     cluster.crash("127.0.0.2")
     before = run.steps()
