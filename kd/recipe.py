@@ -27,6 +27,7 @@ Divergence = Literal[
 
 
 CHECK_STEPS, CHECK_RATE = 10, 5  # of --check; the rate multiplies learning_rate
+OWN_BASE = "self"  # the teacher that is the student with its adapters off
 
 
 def setting(default: Any, help: str) -> Any:
@@ -178,12 +179,19 @@ class StudentSettings:
 class TeacherSettings:
     """The model that is learnt from."""
 
-    teacher: str = setting("", "hub name or folder")
+    teacher: str = setting(
+        "", "hub name or folder, also of a LoRA adapter; self: the student without its adapters"
+    )
     teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "auto: the type the checkpoint has"
     )
     teacher_deepspeed: str | None = setting(
         None, "a ZeRO-3 JSON: the teacher is sharded over all processes; without: whole on each"
+    )
+    teacher_workspace_mb: int = setting(
+        1024,
+        "MiB of a device for the states of a sharded teacher; it runs over as many micro-batches "
+        "of a step at once as fit, and its head stays gathered where there is room",
     )
     teacher_cache: str | None = setting(
         None, "folder that train/cache_teacher.py filled with this recipe: no teacher is loaded"
@@ -204,6 +212,13 @@ class TeacherSettings:
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
         require_file("teacher_deepspeed", self.teacher_deepspeed)
+        if self.teacher == OWN_BASE:
+            self.teacher_deepspeed = None  # a launch profile gives it to every teacher
+        if self.teacher_workspace_mb < 0:
+            raise ValueError(
+                f"teacher_workspace_mb: {self.teacher_workspace_mb}; wanted 0 (one micro-batch at "
+                "a time) or more"
+            )
 
 
 @dataclass

@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from kd.losses.objective import Objective
 from kd.models.layout import GIB, Layout, Plan
+from kd.models.load import adapter_base
 from kd.models.memory import offloads, plan
 from kd.models.sharding import engine_settings
 from kd.models.throughput import Rates, duration
 from kd.recipe import (
+    OWN_BASE,
     DataSettings,
     ModelSettings,
     TeacherSettings,
@@ -55,8 +57,10 @@ def layout_of(
     hidden_pairs: int,
     machine: Machine,
 ) -> Layout:
-    if teacher and teacher.teacher_cache:
-        teacher = None  # what is read from the cache is little beside the student
+    if teacher and (teacher.teacher_cache or teacher.teacher == OWN_BASE):
+        teacher = (
+            None  # what is read from the cache is little beside the student; the base is there
+        )
     shards = teacher and teacher.teacher_deepspeed and engine_settings(teacher.teacher_deepspeed)
     return Layout(
         student=student,
@@ -66,7 +70,7 @@ def layout_of(
         max_length=length,
         processes=machine.processes,
         memory=machine.memory,
-        teacher=teacher and teacher.teacher,
+        teacher=teacher and (adapter_base(teacher.teacher) or teacher.teacher),
         teacher_dtype=teacher.teacher_dtype if teacher else "auto",
         teacher_shards=shards or None,
         zero=machine.zero,

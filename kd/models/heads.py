@@ -5,12 +5,12 @@ on the instance, so that the wrapped model (DDP, DeepSpeed, PEFT) is what gets c
 of theirs runs; a loss built outside of that call is silently wrong under ZeRO-3.
 """
 
-import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from kd.data.masks import IGNORED
 from kd.losses.fused import METRICS, Head, Objective, TeacherSignal, linear_distillation_loss
 from kd.losses.hidden import HiddenObjective, hidden_loss
 from kd.losses.sparse import SparseSignal
+from kd.models.blocks import layer_states
 
 REPORTED = (*METRICS, "hidden")  # sums over target tokens that a call returns
 
@@ -42,18 +43,25 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, labels[:, 1:][positions[:, :-1]]
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """The model's head as the fused loss takes it: scale and soft-cap come from the config.
+def head_reader(model: PreTrainedModel, adapters: bool = True) -> Callable[[], Head]:
+    """A function that gives the model's head, to be called where ZeRO-3 has it gathered.
 
-    Granite divides its logits, Cohere multiplies them, Gemma 2 and 3 cap them.
+    Scale and soft-cap come from the config, which takes its time: Granite divides its logits,
+    Cohere multiplies them, Gemma 2 and 3 cap them. Without `adapters` it is the head of the base.
     """
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    settings = config.to_dict()
+    layer, settings = model.get_output_embeddings(), model.config.get_text_config().to_dict()
     scale = settings.get("logit_scale") or 1.0
     scale /= settings.get("logits_scaling") or 1.0
+    softcap = settings.get("final_logit_softcapping")
     # PEFT's wrapper for trained tokens passes on the weight, with its rows replaced, and no more.
     plain = layer.original_module if isinstance(layer, TrainableTokensWrapper) else layer
-    return Head(layer.weight, plain.bias, scale, settings.get("final_logit_softcapping"))
+    weights = layer if adapters else plain
+    return lambda: Head(weights.weight, plain.bias, scale, softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The model's head as it is now, as the fused loss takes it."""
+    return head_reader(model)()
 
 
 def backbone_only(model: PreTrainedModel) -> None:
@@ -63,32 +71,6 @@ def backbone_only(model: PreTrainedModel) -> None:
         return self.base_model(**inputs, use_cache=False).last_hidden_state
 
     model.forward = types.MethodType(forward, model)
-
-
-@contextlib.contextmanager
-def layer_states(model: PreTrainedModel, layers: list[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, every call of the model leaves its (B, T, H) states of `layers` in the dict.
-
-    Only the chosen ones are kept. The last layer is the output of the final norm, which is what
-    `last_hidden_state` is, so its owner adds it.
-    """
-    blocks, found, hooks = decoder_blocks(model), {}, []
-    for layer in {n for n in layers if n < len(blocks)}:
-
-        def keep(_, inputs, kwargs, layer=layer):
-            found[layer] = inputs[0] if inputs else kwargs["hidden_states"]
-
-        # What goes into block n + 1 is what comes out of block n, or of the embeddings for n = 0.
-        hooks.append(blocks[layer].register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    return model.base_model.layers
 
 
 def return_loss(model: PreTrainedModel) -> None:
@@ -104,9 +86,11 @@ def return_loss(model: PreTrainedModel) -> None:
             "out of lora_target_modules"
         )
 
+    read_head = head_reader(model)
+
     def head_forward(hidden: Tensor, labels: Tensor, inputs: LossInputs):
         return linear_distillation_loss(
-            hidden, labels, head_of(model), inputs.objective, inputs.vocabulary, inputs.teacher
+            hidden, labels, read_head(), inputs.objective, inputs.vocabulary, inputs.teacher
         )
 
     def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
@@ -127,3 +111,8 @@ def return_loss(model: PreTrainedModel) -> None:
 
     head.forward = head_forward
     model.forward = types.MethodType(forward, model)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The CausalLM itself, inside PEFT's wrapper where there is one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,7 +1,9 @@
 """The trained model: full weights, LoRA on full weights, or LoRA on four-bit weights (QLoRA)."""
 
+from pathlib import Path
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -46,6 +48,13 @@ def load_trained(
         tokens = new_tokens if settings.train_template_tokens else None
         model = get_peft_model(model, lora_config(settings, tokens))
     return model
+
+
+def adapter_base(name: str) -> str | None:
+    """The base's name where `name` is the folder of a PEFT adapter."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return None
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from kd.models.blocks import decoder_blocks
 from kd.models.heads import backbone_only
 from kd.models.quantized import Slot, check_readable, empty_model
 from kd.models.tensor_files import TensorFiles
@@ -40,6 +41,7 @@ def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str
 def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, settings: dict):
     """(DeepSpeed engine, module) of what `open_checkpoint` has opened."""
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
 
     # Not entered as a context: that would cast every float tensor made inside (rotary frequencies,
     # scales), replace F.linear for good, and send every whole tensor from rank 0 to the others.
@@ -60,6 +62,10 @@ def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, setting
     fill_model(slots, files, read_shard, 1 / dist.get_world_size())
     to_device(model, zero.local_device)
     backbone_only(model)
+    # A block is gathered whole, by one hook: so it may run over many micro-batches at one gather,
+    # and the trace of modules is the same however many they are.
+    for block in decoder_blocks(model):
+        set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     engine.eval()
     return engine, model

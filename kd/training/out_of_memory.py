@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 import torch
 
-from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings, TrainingSettings
+from kd.recipe import (
+    OWN_BASE,
+    ModelSettings,
+    ObjectiveSettings,
+    TeacherSettings,
+    TrainingSettings,
+)
 
 SMALL_WORKSPACE = 128
 
@@ -52,7 +58,14 @@ def remedies(
         found.append(
             f"--loss_workspace_mb {SMALL_WORKSPACE} (now {objective.loss_workspace_mb}): smaller tiles"
         )
-    if teacher and not teacher.teacher_deepspeed and training.world_size > 1:
+    if teacher and teacher.teacher_deepspeed and teacher.teacher_workspace_mb:
+        found.append(
+            f"--teacher_workspace_mb 0 (now {teacher.teacher_workspace_mb}): the teacher over one "
+            "micro-batch at a time"
+        )
+    if teacher and teacher.teacher == OWN_BASE:
+        pass  # it takes no memory of its own
+    elif teacher and not teacher.teacher_deepspeed and training.world_size > 1:
         found.append("--teacher_deepspeed ds_configs/teacher_zero3.json: the teacher over all GPUs")
     elif teacher and teacher.teacher_deepspeed and "offload" not in teacher.teacher_deepspeed:
         found.append(

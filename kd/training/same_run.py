@@ -17,6 +17,7 @@ FREE = {
     "max_per_device_train_batch_size", "max_skipped_steps", "push_to_hub", "hub_token", "hub_model_id",
     "data_cache", "data_workers", "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
     "deepspeed",  # its stage is compared apart
+    "teacher_workspace_mb",
 }  # fmt: skip
 LENGTH = {"max_steps", "num_train_epochs"}  # free where no learning rate depends on the last step
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import shutil
 from pathlib import Path
 
@@ -22,12 +21,13 @@ from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections, layer_map
 from kd.models.activations import CannotTrace
 from kd.models.fitting import fit, layout_of, present_machine
+from kd.models.heads import causal_lm
 from kd.models.inherit import inherited_pairs
 from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention, load_trained, parameter_counts
-from kd.models.quantized import check_teacher
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
+    OWN_BASE,
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -38,6 +38,7 @@ from kd.recipe import (
 from kd.teachers.cached import CachedCollator, CachedTeacher, Documents, open_cache
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
 from kd.teachers.live import LiveTeacher
+from kd.teachers.load import base_model, check_teacher, teacher_tokenizer
 from kd.training.check import check_rows, report_check
 from kd.training.checkpoint import earlier_plan, recipe_of, write_record
 from kd.training.exit import is_done, mark_done
@@ -46,7 +47,7 @@ from kd.training.same_run import about_run, check_same_rows, check_same_run
 from kd.training.saving import open_to_umask, usable_checkpoint
 from kd.training.stopping import STOPPED
 from kd.training.tensorboard import write_no_step_twice
-from kd.training.trainer import DistillationTrainer, causal_lm
+from kd.training.trainer import DistillationTrainer
 
 
 def train(
@@ -68,12 +69,8 @@ def train(
         shutil.rmtree(training.output_dir, ignore_errors=True)
     model_settings = with_dtype(model_settings, training)
     cached = teacher_settings and teacher_settings.teacher_cache
-    sharded = teacher_settings and teacher_settings.teacher_deepspeed and not cached
-    if sharded and "RANK" not in os.environ:
-        raise ValueError(
-            "teacher_deepspeed: this is one process without a launcher, so there is nothing to "
-            "shard over; start it by a profile (launch/cpu.sh train/distill.py ...), or leave it out"
-        )
+    if teacher_settings and not cached:
+        check_teacher(teacher_settings, model_settings)
     if is_done(training.output_dir):
         say(training, f"{training.output_dir} is finished already; remove it to train anew")
         return
@@ -82,18 +79,19 @@ def train(
     if cached:
         cache = open_cache(teacher_settings, objective_settings, model_settings, tokenizer)
         say(training, f"teacher: {cache.tokens} scored tokens in {cached}, no model")
+    elif teacher_settings and teacher_settings.teacher == OWN_BASE:
+        say(training, "teacher: the student without its adapters, on every process, in its type")
     elif teacher_settings:
-        check_teacher(teacher_settings.teacher, teacher_settings.teacher_deepspeed is not None)
-        note = share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher))
+        note = share_tokenizer(tokenizer, teacher_tokenizer(teacher_settings.teacher))
         say(training, note)
     set_template(tokenizer, model_settings, training)
     if data.packing:
-        live = teacher_settings and not cache
-        for model_name in [name, *([teacher_settings.teacher] if live else [])]:
+        live = [base_model(teacher_settings, name)] if teacher_settings and not cache else []
+        for model_name in [name, *live]:
             check_packing(AutoConfig.from_pretrained(model_name), model_name)
     objective, hidden = Objective(), None
     if teacher_settings and objective_settings:
-        objective, hidden = objectives(objective_settings, name, teacher_settings.teacher)
+        objective, hidden = objectives(objective_settings, name, base_model(teacher_settings, name))
     settings = [model_settings, data, training, teacher_settings, objective_settings]
     names = {"student" if teacher_settings else "model": name}
     about, checkpoint = resume_point(training, recipe_of([s for s in settings if s], names))
@@ -140,7 +138,7 @@ def train(
         collator = CachedCollator(collator, cache)
     elif teacher_settings:
         with explained():
-            teacher = LiveTeacher(teacher_settings, model_settings, training.device)
+            teacher = LiveTeacher(teacher_settings, model_settings, training.device, model)
     if hidden and teacher:
         add_projections(causal_lm(model), hidden, teacher.width)
     trainer = DistillationTrainer(

@@ -6,7 +6,9 @@ nowhere else.
 """
 
 import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from kd.data.masks import IGNORED, EncodedRow
 from kd.data.packing import GroupedByLength
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
-from kd.models.heads import REPORTED, LossInputs, return_loss
+from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.health import NonFinite
@@ -50,6 +52,7 @@ class DistillationTrainer(Trainer):
         self.hidden = hidden
         self.vocabulary = vocabulary
         self.teacher = teacher
+        self.signals: Iterator = iter(())  # the teacher's, of the step's micro-batches to come
         # Without this Trainer divides by the accumulation steps, on top of the token count.
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
@@ -60,9 +63,22 @@ class DistillationTrainer(Trainer):
         for guard in (self.watchdog, self.pace, self.non_finite, self.stop):
             self.add_callback(guard)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, all of which the teacher may see at once."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.signals = self.signals_of(batches)
+        return batches, items
+
+    def signals_of(self, batches: list[dict[str, Tensor]]) -> Iterator:
+        """What the teacher gives each batch, in turn: contexts of (signal, states of its layers)."""
+        if self.teacher is None:
+            return itertools.repeat(contextlib.nullcontext((None, None)))
+        layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
+        return self.teacher.signals(batches, layers)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The normalised training loss of a micro-batch; metrics stay on the device."""
-        outputs = self.wrapped_call(model, inputs)
+        outputs = self.wrapped_call(model, inputs, next(self.signals))
         if self.first_batch:
             self.check_first_batch(outputs["metrics"])
         self.metric_sums += outputs["metrics"]
@@ -83,20 +99,15 @@ class DistillationTrainer(Trainer):
                 "bf16 where there is hardware for it, or float32"
             )
 
-    def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor], signal) -> dict:
         """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""
-        layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
-        nothing = contextlib.nullcontext((None, None))
         self.watchdog.beat()
-        with (
-            self.teacher.signal(batch, layers) if self.teacher else nothing as (signal, states),
-            self.pace.own_work(batch["input_ids"]),
-        ):
+        with signal as (teacher, states), self.pace.own_work(batch["input_ids"]):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 loss_inputs=LossInputs(
-                    batch["labels"], self.objective, self.vocabulary, signal, self.hidden, states
+                    batch["labels"], self.objective, self.vocabulary, teacher, self.hidden, states
                 ),
             )
 
@@ -129,10 +140,11 @@ class DistillationTrainer(Trainer):
         model.eval()
         sums = torch.zeros(len(REPORTED), device=self.args.device)
         quiet = not self.is_world_process_zero() or self.args.disable_tqdm
-        for batch in tqdm(
-            self.heldout_batches(eval_dataset), desc="held-out rows", leave=False, disable=quiet
-        ):
-            sums += self.wrapped_call(model, self._prepare_inputs(batch))["metrics"]
+        batches = self.heldout_batches(eval_dataset)
+        signals = self.signals_of(batches)
+        for batch in tqdm(batches, desc="held-out rows", leave=False, disable=quiet):
+            inputs = self._prepare_inputs(batch)
+            sums += self.wrapped_call(model, inputs, next(signals))["metrics"]
         means = self.means(sums)
         weight = self.objective.soft_weight
         means["loss"] = (1 - weight) * means["cross_entropy"]
@@ -198,8 +210,3 @@ class DistillationTrainer(Trainer):
         if self.hidden and hasattr(causal_lm(self.model), PROJECTIONS):
             saved = load_file(f"{resume_from_checkpoint}/{PROJECTIONS}.safetensors")
             getattr(causal_lm(self.model), PROJECTIONS).load_state_dict(saved)
-
-
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The CausalLM itself, inside PEFT's wrapper where there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

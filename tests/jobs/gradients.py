@@ -23,18 +23,22 @@ from kd.data.masks import IGNORED, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections
+from kd.models.heads import causal_lm
 from kd.models.load import load_trained
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
+from kd.recipe import OWN_BASE, ModelSettings, TeacherSettings, TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.exit import leave
-from kd.training.trainer import DistillationTrainer, causal_lm
+from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
 
 ROWS, TEACHER_WIDTH = 8, 48
 LEARNING_RATE = 0.05
 OBJECTIVE = {"soft_weight": 0.5, "temperature": 2.0, "temperature_squared": True}
-SHARDED = "ds_configs/teacher_zero3.json"
+TEACHER_CONFIGS = {
+    "sharded": "ds_configs/teacher_zero3.json",
+    "offloaded": "ds_configs/teacher_zero3_offload.json",
+}
 
 
 @dataclass
@@ -47,7 +51,8 @@ class Cell:
     mode: str = "full"  # lora, qlora
     packed: bool = False
     student: str = "student"  # a folder in WORK
-    teacher: str = "whole"  # sharded
+    teacher: str = "whole"  # sharded, offloaded, self
+    workspace: int = 2**30  # bytes of the teacher's
     checkpointing: bool = False
     steps: int = 1
     blank: bool = False  # as many rows without a target, so that micro-batches have none
@@ -55,11 +60,31 @@ class Cell:
 
 
 class Recorder(DistillationTrainer):
-    """Keeps the gradient of every trained tensor as it is before clipping and the update."""
+    """Keeps the gradient of every trained tensor as it is before clipping and the update.
+
+    And, of every step, the bytes of each gather of DeepSpeed, and the teacher's passes.
+    """
+
+    current: "Recorder | None" = None
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
         self.found: list[dict[str, torch.Tensor]] = []  # one a step
+        self.gathers: list[list[int]] = []
+        self.passes: list[list[int]] = []  # micro-batches of each
+        states = self.teacher.states
+
+        def recording_states(batches, layers):
+            self.passes[-1].append(len(batches))
+            return states(batches, layers)
+
+        self.teacher.states = recording_states
+
+    def get_batch_samples(self, *args):
+        Recorder.current = self
+        self.gathers.append([])
+        self.passes.append([])
+        return super().get_batch_samples(*args)
 
     def training_step(self, model, *args, **kw):
         if self.is_deepspeed_enabled and not hasattr(model, "recorded"):
@@ -102,6 +127,31 @@ def hidden_objective(cell: Cell) -> HiddenObjective | None:
     return HiddenObjective(0.7, cell.hidden, ((0, 0), (1, 1), (2, 2))) if cell.hidden else None
 
 
+def teacher_config(work: Path, kind: str) -> str | None:
+    """The shipped JSON, but with small tensors gathered at every use as large ones are."""
+    if kind not in TEACHER_CONFIGS:
+        return None
+    settings = json.loads(Path(TEACHER_CONFIGS[kind]).read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file = work / f"{kind}-{dist.get_rank()}.json"
+    file.write_text(json.dumps(settings))
+    return str(file)
+
+
+def make_teacher(work: Path, cell: Cell, device: torch.device, student) -> LiveTeacher:
+    settings = TeacherSettings(
+        teacher=OWN_BASE if cell.teacher == "self" else str(work / "teacher"),
+        teacher_dtype="float32",
+        teacher_deepspeed=teacher_config(work, cell.teacher),
+    )
+    teacher = LiveTeacher(settings, ModelSettings(), device, student)
+    teacher.workspace = cell.workspace
+    if cell.teacher == "self":  # no weight of its own
+        students = {id(parameter) for parameter in student.parameters()}
+        assert students.issuperset(map(id, teacher.module.parameters()))
+    return teacher
+
+
 def gradients(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -126,23 +176,20 @@ def gradients(work: Path, cell: Cell) -> dict:
         gradient_checkpointing=cell.checkpointing,
         deepspeed=None if cell.engine == "ddp" else cell.engine,
     )
-    teacher = TeacherSettings(
-        teacher=str(work / "teacher"),
-        teacher_dtype="float32",
-        teacher_deepspeed=SHARDED if cell.teacher == "sharded" else None,
-    )
+    student = load_student(work, cell, tokenizer)
     trainer = Recorder(
-        model=load_student(work, cell, tokenizer),
+        model=student,
         args=args,
         train_dataset=pack(rows, 200) if cell.packed else [[row] for row in rows],
         data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell.padding),
         processing_class=tokenizer,
         objective=Objective(**OBJECTIVE),
         vocabulary=len(tokenizer),
-        teacher=LiveTeacher(teacher, ModelSettings(), args.device),
+        teacher=make_teacher(work, cell, args.device, student),
         hidden=hidden_objective(cell),
     )
     trainer.train()
+    Recorder.current = None
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
     weights = [torch.zeros(0) if "zero3" in cell.engine else p.flatten() for p in trained]
@@ -150,7 +197,29 @@ def gradients(work: Path, cell: Cell) -> dict:
     digests = [digest] * args.world_size
     if dist.is_initialized():
         dist.all_gather_object(digests, digest)
-    return {"gradients": trainer.found, "losses": logged, "weights of ranks": digests}
+    return {
+        "gradients": trainer.found,
+        "losses": logged,
+        "weights of ranks": digests,
+        "gathers": trainer.gathers,
+        "passes": trainer.passes,
+        "teacher's bytes": sum(
+            getattr(p, "ds_numel", 0) * p.itemsize for p in trainer.teacher.module.parameters()
+        ),
+    }
+
+
+def count_gathers() -> None:
+    """Note the bytes of every all-gather of DeepSpeed's in the list of the current step."""
+    backend = deepspeed.comm.comm.cdb
+    gather = backend.all_gather_into_tensor
+
+    def counting(output_tensor, *args, **kw):
+        if Recorder.current:
+            Recorder.current.gathers[-1].append(output_tensor.nbytes)
+        return gather(output_tensor, *args, **kw)
+
+    backend.all_gather_into_tensor = counting
 
 
 @torch.no_grad()
@@ -162,7 +231,7 @@ def sharded_logits(work: Path) -> dict:
             settings = {"teacher": str(work / name), "teacher_dtype": dtype}
             whole = LiveTeacher(TeacherSettings(**settings), ModelSettings(), torch.device("cpu"))
             sharded = LiveTeacher(
-                TeacherSettings(**settings, teacher_deepspeed=SHARDED),
+                TeacherSettings(**settings, teacher_deepspeed=teacher_config(work, "sharded")),
                 ModelSettings(),
                 torch.device("cpu"),
             )
@@ -196,6 +265,7 @@ def main() -> None:
     logits = {}
     if not alone:
         deepspeed.init_distributed("gloo")
+        count_gathers()
         logits["first"] = sharded_logits(work)
     for cell in json.loads((work / "cells.json").read_text()):
         found = gradients(work, Cell(**cell))

@@ -6,7 +6,7 @@ from small import small_model, small_tokenizer
 from torch.nn.functional import normalize
 
 from kd.losses.hidden import HIDDEN_LOSSES, layer_map
-from kd.models.heads import layer_states
+from kd.models.blocks import layer_states
 
 
 @pytest.mark.parametrize("name", HIDDEN_LOSSES)

@@ -24,6 +24,9 @@ def work(models, tmp_path_factory):
     config = json.loads((folder / "teacher" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 8, "group_size": 128}
     (folder / "packed" / "config.json").write_text(json.dumps(config))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "teacher")}
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     return folder
 
 
@@ -39,6 +42,11 @@ MISTAKES = {
     "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
     "teacher's format": (["--teacher", "WORK/packed"], "AWQ with {'bits': 8"),
     "layer": (["--hidden_weight", "1", "--hidden_layers", "2:9"], "the teacher 0 to 2"),
+    "no adapters": (["--teacher", "self"], "teacher: self is the student without its adapters"),
+    "sharded adapter": (
+        ["--teacher", "WORK/adapter", "--teacher_deepspeed", "ds_configs/teacher_zero3.json"],
+        "merge it first: python train/merge.py --adapter",
+    ),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }
 

@@ -1,5 +1,6 @@
 """The same rows give the same gradients however they are split, and those are the true ones."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,8 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, encode_rows
+from kd.models.heads import causal_lm
 from kd.models.tokenizer import load_tokenizer
-from kd.training.trainer import causal_lm
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
 SPLITS = {
@@ -62,6 +63,39 @@ LAYOUTS += [
 ]
 
 
+MATRIX = [
+    Cell(
+        f"{engine[-10:-5] or engine} x {teacher}", engine, 2, 2, 8, "lora", teacher=teacher, steps=4
+    )
+    for engine in ("ddp", ZERO2, ZERO3)
+    for teacher in ("whole", "sharded", "offloaded")
+]
+PASSES = [
+    Cell(
+        f"hidden, workspace={workspace}",
+        micro=1,
+        accumulation=4,
+        mode="lora",
+        teacher="sharded",
+        steps=4,
+        hidden="cosine",
+        workspace=workspace,
+    )
+    for workspace in (2**30, 300_000, 0)
+]
+OWN = [
+    Cell(
+        f"self {mode} {engine[-10:-5] or engine}", engine, 2, 2, mode=mode, teacher="self", steps=4
+    )
+    for mode in ("lora", "qlora")
+    for engine in ("ddp", ZERO2)
+]
+OWN.append(
+    Cell("self checkpointing", "ddp", 4, mode="lora", teacher="self", checkpointing=True, steps=4)
+)
+LAYOUTS += MATRIX + PASSES + OWN
+
+
 @pytest.fixture(scope="module")
 def work(models):
     """Where every cell has left its result; one start of one rank, one of two."""
@@ -74,7 +108,10 @@ def work(models):
 
 
 def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
-    """The mean over target tokens from whole logits of one row after the other."""
+    """The mean over target tokens from whole logits of one row after the other.
+
+    Without a teacher it is the student with its adapters off.
+    """
     maps = getattr(causal_lm(student), "hidden_projections", None)
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
     real, temperature = len(tokenizer), OBJECTIVE["temperature"]
@@ -84,7 +121,9 @@ def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
         mask = labels != IGNORED
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
-            wanted = teacher(input_ids=ids, output_hidden_states=True)
+            off = contextlib.nullcontext() if teacher else student.disable_adapter()
+            with off:
+                wanted = (teacher or student)(input_ids=ids, output_hidden_states=True)
         ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, wanted))
         p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
         soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
@@ -99,11 +138,13 @@ def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
     return total / sum(row.targets for row in rows)
 
 
-def plain_steps(student, work, steps: int, hidden=None) -> dict:
+def plain_steps(student, work, steps: int, hidden=None, own: bool = False) -> dict:
     """Plain gradient descent on the true loss: {"losses": [...], "gradients": [{...}, ...]}."""
     tokenizer = load_tokenizer(str(work / "student"))
     dtype = next(student.parameters()).dtype
-    teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=dtype)
+    teacher = None
+    if not own:
+        teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=dtype)
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     found = {"losses": [], "gradients": []}
     for _ in range(steps):
@@ -145,19 +186,26 @@ def test_fault_1_split_over_accumulation_ranks_padding_packing_changes_no_gradie
 def truth(work):
     """Four steps of every kind of student by plain gradient descent."""
     tokenizer = load_tokenizer(str(work / "student"))
-    kinds = {(cell.mode, cell.student, cell.hidden): cell for cell in LAYOUTS}
     return {
-        kind: plain_steps(load_student(work, cell, tokenizer), work, 4, hidden_objective(cell))
-        for kind, cell in kinds.items()
+        kind: plain_steps(
+            load_student(work, cell, tokenizer),
+            work,
+            4,
+            hidden_objective(cell),
+            cell.teacher == "self",
+        )
+        for kind, cell in {kind_of(cell): cell for cell in LAYOUTS}.items()
     }
+
+
+def kind_of(cell: Cell) -> tuple:
+    """What the true gradients depend on."""
+    return cell.mode, cell.student, cell.hidden, cell.teacher == "self"
 
 
 @pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
 def test_four_steps_of_every_layout_are_those_of_a_plain_loop_over_logits(work, truth, cell):
-    found, wanted = (
-        torch.load(work / f"{cell.name}.pt"),
-        truth[cell.mode, cell.student, cell.hidden],
-    )
+    found, wanted = torch.load(work / f"{cell.name}.pt"), truth[kind_of(cell)]
     assert len(found["gradients"]) == len(found["losses"]) == 4
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
     for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
@@ -169,6 +217,41 @@ def test_fault_2_ranks_do_not_train_apart(work, cell):
     """A loss built from `model.module` leaves DDP's hooks out, and every rank goes its own way."""
     digests = torch.load(work / f"{cell.name}.pt")["weights of ranks"]
     assert len(digests) == 2 and len(set(digests)) == 1
+
+
+def check_same_run(found: dict, wanted: dict) -> None:
+    """Losses and gradients of all steps, to the last bit."""
+    assert found["losses"] == wanted["losses"] and len(found["losses"]) == 4
+    for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "cell", [cell for cell in MATRIX if cell.teacher != "whole"], ids=lambda cell: cell.name
+)
+def test_sharded_and_offloaded_teachers_train_as_the_whole_one_to_the_last_bit(work, cell):
+    whole = f"{cell.name.split(' x ')[0]} x whole"
+    found, wanted = (torch.load(work / f"{name}.pt") for name in (cell.name, whole))
+    check_same_run(found, wanted)
+    assert found["passes"] == [[2]] * 4 and wanted["passes"] == [[1, 1]] * 4
+
+
+def test_the_losses_are_the_same_in_however_many_passes_the_teacher_runs(work):
+    once, some, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
+    check_same_run(some, once)
+    check_same_run(each, once)
+    assert once["passes"] == [[4]] * 4 and each["passes"] == [[1] * 4] * 4
+    assert all(sum(passes) == 4 for passes in some["passes"])
+    assert 4 < sum(len(passes) for passes in some["passes"]) < 16
+
+
+def test_fault_11_a_sharded_teacher_is_gathered_once_a_step(work):
+    """Its head, too; and with no room for states, as often as there are micro-batches."""
+    once, _, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
+    for step in range(4):
+        assert sum(once["gathers"][step]) == once["teacher's bytes"]
+        assert sum(each["gathers"][step]) == 4 * each["teacher's bytes"]
+    assert 4 * len(once["gathers"][3]) <= len(each["gathers"][3])
 
 
 def test_sharded_teacher_gives_the_logits_of_the_whole_one_to_the_last_bit(work):
