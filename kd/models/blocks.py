@@ -77,8 +77,7 @@ def cut(value: Any, rows: slice, length: int) -> Any:
     """The piece's part of what a block is given: states and positions, or masks (B, 1, T, T)."""
     if isinstance(value, Tensor):
         mask = value.dim() == 4
-        # Contiguous, as alone: PyTorch multiplies other tensors in another way, rounded otherwise.
-        return (value[rows, :, :length, :length] if mask else value[rows, :length]).contiguous()
+        return value[rows, :, :length, :length] if mask else value[rows, :length]
     if isinstance(value, tuple):
         return tuple(cut(part, rows, length) for part in value)
     return value

@@ -109,7 +109,11 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(self, batches: list[dict[str, Tensor]], layers: list[int]) -> list[tuple]:
-        """[((N, H) last states, [(N, H) of each of `layers`])] of every batch, by one forward."""
+        """[((N, H) last states, [(N, H) of each of `layers`])] of every batch, by one forward.
+
+        They are what each batch gives alone, to the last bit; where only some are packed, attention
+        may take another kernel for the others.
+        """
         wide = side_by_side([{k: v.to(self.device) for k, v in b.items()} for b in batches])
         pieces = [tuple(batch["input_ids"].shape) for batch in batches]
         targets = target_positions(wide["labels"])[0].split([rows for rows, _ in pieces])
