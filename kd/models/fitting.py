@@ -58,9 +58,7 @@ def layout_of(
     machine: Machine,
 ) -> Layout:
     if teacher and (teacher.teacher_cache or teacher.teacher == OWN_BASE):
-        teacher = (
-            None  # what is read from the cache is little beside the student; the base is there
-        )
+        teacher = None  # a cache's batch is little, and the student's own base is there already
     shards = teacher and teacher.teacher_deepspeed and engine_settings(teacher.teacher_deepspeed)
     return Layout(
         student=student,
