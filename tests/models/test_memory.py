@@ -26,13 +26,19 @@ from kd.models.activations import CannotTrace, LiveBytes, trace_activations, tru
 from kd.models.blueprint import build, build_trained, checkpoint_pieces, pieces_of, read_config
 from kd.models.counts import student_pieces
 from kd.models.fitting import changes_that_fit, fit
-from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
+from kd.models.heads import (
+    LossInputs,
+    backbone_only,
+    causal_lm,
+    head_of,
+    return_loss,
+    target_positions,
+)
 from kd.models.layout import GIB, Layout
 from kd.models.load import load_trained, lora_config, parameter_counts
 from kd.models.memory import plan
 from kd.models.throughput import Rates, duration
 from kd.recipe import ModelSettings
-from kd.training.trainer import causal_lm
 
 ZERO2, ZERO3, TEACHER_ZERO3 = (
     json.loads((ROOT / f"ds_configs/{name}.json").read_text())
