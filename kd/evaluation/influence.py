@@ -23,6 +23,9 @@ from kd.data.packing import Collator
 from kd.data.sources import load_rows
 from kd.evaluation.likelihood import Batch, as_backbone, exact_head, target_hidden, token_figures
 
+# The choices of blocks that are left once others are taken away: those that turn the hidden states
+# least, the run of blocks that together does, or those that are missed least, one after the other.
+MEASURED = ("angular", "angular_run", "perplexity")
 CHUNK = 32  # rows that are encoded at once
 
 
@@ -38,26 +41,28 @@ def text_batches(
 
     Raises ValueError where the first row drawn is longer than that.
     """
-    raw = load_rows(sources, seed)
-    random.Random(seed).shuffle(raw)
     rows: list[EncodedRow] = []
-    room = tokens
-    for start in range(0, len(raw), CHUNK):
-        encoded, _ = encode_rows(raw[start : start + CHUNK], tokenizer, max_length, progress=False)
-        for row in encoded:
-            if len(row) > room:
-                break
-            rows.append(row)
-            room -= len(row)
-        else:
-            continue
-        break
+    for row in drawn_rows(sources, tokenizer, max_length, seed):
+        if len(row) > tokens - sum(map(len, rows)):
+            break
+        rows.append(row)
     if not rows:
         raise ValueError(f"tokens: {tokens}, and the first row alone has more; wanted 20000, say")
     rows.sort(key=len, reverse=True)
     collate = Collator(tokenizer.pad_token_id)
     groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return [Batch([], collate([[row] for row in group])) for group in groups]
+
+
+def drawn_rows(
+    sources: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> Iterator[EncodedRow]:
+    """Rows of all sources in an order drawn by the seed, encoded as they are asked for."""
+    raw = load_rows(sources, seed)
+    random.Random(seed).shuffle(raw)
+    for start in range(0, len(raw), CHUNK):
+        chunk = raw[start : start + CHUNK]
+        yield from encode_rows(chunk, tokenizer, max_length, progress=False)[0]
 
 
 def angle(first: Tensor, second: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ def measured_layers(
     keep: int,
     progress: bool = True,
 ) -> tuple[list[int], dict]:
-    """(the blocks to keep, the figures that chose them). Choices: a key of MEASURED."""
+    """(the blocks to keep, the figures that chose them). Choices: MEASURED."""
     depth = len(model.base_model.layers)
     drop = depth - keep
     if not drop:
@@ -185,10 +190,3 @@ def measured_layers(
     order = sorted(range(len(distances)), key=distances.__getitem__)
     least = range(order[0], order[0] + drop) if choice == "angular_run" else order[:drop]
     return [n for n in range(depth) if n not in least], {"angular_distances": distances}
-
-
-MEASURED = {
-    "angular": "without the blocks that turn the hidden states least",
-    "angular_run": "without the run of blocks that together turn them least",
-    "perplexity": "without the blocks that are missed least, one after the other",
-}
