@@ -1,0 +1,408 @@
+"""The sharded teacher: what a rank holds, reads and waits for, and that its logits are the whole one's.
+
+python benchmarks/teacher.py --quick --json benchmarks/results/teacher_cpu.json
+
+Random weights in the shapes of --hidden, --layers, ... are written as bf16, AWQ and NF4 checkpoints,
+and each is loaded by every number of --ranks under ds_configs/teacher_zero3.json. `held_share` (with
+the small tensors that ZeRO-3 keeps whole) and `read_share` are of the checkpoint's bytes, the
+largest of any rank; `disk_s` is the part of `load_s` spent reading; `tokens_s` is over all ranks,
+from the third forward on. The checkpoints have just been written, so reading is from the page cache.
+On a GPU, --gpu_parts adds the kernel's bandwidth, the layers' matrix rate, and one distillation step
+of 32B-AWQ -> 14B-NF4 by two ranks on one GPU, each held to 24 GB.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from bitsandbytes.functional import quantize_4bit
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from kd.losses.fused import Objective, TeacherSignal
+from kd.models import awq, awq_writer, sharding
+from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
+from kd.models.tensor_files import INDEX
+from kd.recipe import parse, setting
+from kd.training.exit import leave
+
+DS_CONFIG = "ds_configs/teacher_zero3.json"
+GROUP = 128
+SHAPES = {  # hidden, intermediate, layers, heads, key and value heads; Qwen2.5's
+    "32B": (5120, 27648, 64, 40, 8),
+    "14B": (5120, 13824, 48, 40, 8),
+}
+CAP_GB = 24
+
+
+@dataclass
+class BenchmarkSettings:
+    quick: bool = setting(False, "four blocks: under five minutes on two cores")
+    ranks: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "processes"})
+    formats: list[str] = field(
+        default_factory=lambda: ["awq", "nf4", "bf16"], metadata={"help": "of the checkpoint"}
+    )
+    hidden: int = setting(1024, "width")
+    intermediate: int = setting(2816, "width inside the MLP")
+    layers: int = setting(24, "blocks")
+    vocabulary: int = setting(8192, "rows of embeddings and of the head")
+    tokens: int = setting(64, "a forward of a rank")
+    forwards: int = setting(4, "the third and later ones are timed")
+    gpu_parts: bool = setting(False, "what needs a GPU, in place of the rows of --ranks")
+    json: str | None = setting(None, "file for the rows")
+    worker: str | None = setting(None, "internal: one rank's part, as JSON")
+
+
+def main() -> None:
+    (settings,) = parse(BenchmarkSettings, description=__doc__)
+    if settings.worker:
+        run_worker(json.loads(settings.worker))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for row in gpu_rows(folder) if settings.gpu_parts else rank_rows(settings, folder):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if settings.json:
+                Path(settings.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def rank_rows(settings: BenchmarkSettings, folder: Path) -> Iterator[dict[str, Any]]:
+    heads = max(1, settings.hidden // 64)
+    config = model_config(
+        settings.hidden,
+        settings.intermediate,
+        4 if settings.quick else settings.layers,
+        heads,
+        max(1, heads // 4),
+        settings.vocabulary,
+    )
+    sizes = {form: write_random(config, form, folder / form) for form in settings.formats}
+    for ranks in settings.ranks:
+        work = {"part": "ranks", "folder": str(folder), "formats": settings.formats}
+        work |= {"tokens": settings.tokens, "forwards": settings.forwards}
+        found = start_workers(work, ranks)
+        for form, size in sizes.items():
+            worst = {key: max(rank[form][key] for rank in found) for key in found[0][form]}
+            yield {
+                "format": form,
+                "ranks": ranks,
+                "checkpoint_mib": size / 2**20,
+                "held_share": worst["held"] / size,
+                "read_share": worst["read"] / size,
+                "max_logit_difference": worst["difference"],
+                "load_s": worst["load_s"],
+                "disk_s": worst["disk_s"],
+                "tokens_s": ranks * settings.tokens / worst["forward_s"],
+                **machine(),
+            }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # much above `cores`: others ran, times mean little
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def model_config(
+    hidden: int, intermediate: int, layers: int, heads: int, pairs: int, vocabulary: int
+) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=pairs,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def write_random(config: PretrainedConfig, form: str, folder: Path) -> int:
+    """Bytes of the checkpoint. Linears of one shape share their random numbers, and no more."""
+    folder.mkdir(parents=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    packed = {
+        name: PACKERS[form]
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name != "lm_head" and form in PACKERS
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    made: dict[tuple, dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    places, total, count = {}, 0, 0
+    state = list(model.state_dict().items())
+    for name, tensor in state:
+        owner = name.removesuffix(".weight")
+        key = (owner in packed, "norm" in name, tuple(tensor.shape))
+        if key not in made:
+            value = torch.randn(tensor.shape, device=device).mul_(tensor.shape[-1] ** -0.5)
+            value = torch.ones_like(value) if "norm" in name else value
+            parts = packed[owner](value) if owner in packed else {"": value.bfloat16()}
+            made[key] = {part: value.cpu().contiguous() for part, value in parts.items()}
+        for part, value in made[key].items():
+            tensors[f"{owner}.{part}" if part else name] = value.clone()
+        if sum(value.nbytes for value in tensors.values()) > 2**31 or name == state[-1][0]:
+            count += 1
+            file = f"model-{count}.safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+            total += sum(value.nbytes for value in tensors.values())
+            tensors = {}
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    settings = config.to_dict() | {"architectures": [type(model).__name__]}
+    if form in QUANTIZATION:
+        settings["quantization_config"] = QUANTIZATION[form]
+    (folder / "config.json").write_text(json.dumps(settings, default=str))
+    return total
+
+
+def pack_awq(weight: Tensor) -> dict[str, Tensor]:
+    return dict(zip(awq_writer.PARTS, awq_writer.quantize(weight, GROUP), strict=True))
+
+
+def pack_nf4(weight: Tensor) -> dict[str, Tensor]:
+    codes, state = quantize_4bit(weight.bfloat16(), compress_statistics=True, quant_type="nf4")
+    described = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return {"weight": codes} | described
+
+
+PACKERS = {"awq": pack_awq, "nf4": pack_nf4}
+QUANTIZATION = {
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": GROUP,
+        "zero_point": True,
+        "version": "gemm",
+    },
+    "nf4": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+}
+
+
+def start_workers(work: dict[str, Any], ranks: int, one_gpu: bool = False) -> list[dict]:
+    """What every rank has found."""
+    with tempfile.TemporaryDirectory() as out, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        command = [sys.executable, __file__, "--worker", json.dumps(work | {"out": out})]
+        processes = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": 0 if one_gpu else rank}
+            place["LOCAL_WORLD_SIZE"] = ranks
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = os.environ | {key: str(value) for key, value in place.items()}
+            if not torch.cuda.is_available():
+                env |= {"OMP_NUM_THREADS": "1"}
+            processes.append(subprocess.Popen(command, env=env, stdout=sys.stderr))
+        for process in processes:
+            process.wait()
+        files = [Path(out) / f"{rank}.json" for rank in range(ranks)]
+        return [json.loads(file.read_text()) for file in files]
+
+
+def run_worker(work: dict[str, Any]) -> None:
+    one_gpu = work["part"] == "step"  # NCCL refuses two ranks on one GPU
+    deepspeed.init_distributed("gloo" if one_gpu or not torch.cuda.is_available() else "nccl")
+    if one_gpu:
+        found = distillation_step(work)
+    else:
+        found = {form: shares_and_speed(work, form) for form in work["formats"]}
+    (Path(work["out"]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    leave(0)
+
+
+def sharded_teacher(folder: str) -> tuple:
+    """(engine, module, files, seconds of loading)"""
+    dist.barrier()
+    began = time.perf_counter()
+    opened = sharding.open_checkpoint(folder, "sdpa", "auto")
+    engine, module = sharding.shard(*opened, sharding.engine_settings(DS_CONFIG))
+    return engine, module, opened[-1], time.perf_counter() - began
+
+
+@torch.no_grad()
+def shares_and_speed(work: dict[str, Any], form: str) -> dict[str, float]:
+    folder = f"{work['folder']}/{form}"
+    engine, module, files, load_s = sharded_teacher(folder)
+    shards = sum(p.ds_tensor.numel() * p.element_size() for p in module.parameters())
+    kept = sum(p.ds_numel * p.element_size() for p in module.parameters() if p.ds_persist)
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(module.config.vocab_size, (1, work["tokens"]), device=engine.device)
+    times = []
+    for _ in range(work["forwards"]):
+        dist.barrier()
+        began = time.perf_counter()
+        hidden = engine(input_ids=ids)
+        wait()
+        times.append(time.perf_counter() - began)
+    with deepspeed.zero.GatheredParameters(list(module.get_output_embeddings().parameters())):
+        logits = head_of(module).logits(hidden[0], module.config.vocab_size)
+    whole = sharding.load_unsharded(folder, "sdpa", "auto", engine.device)
+    backbone_only(whole)
+    truth = head_of(whole).logits(whole(input_ids=ids)[0], module.config.vocab_size)
+    return {
+        "held": shards + kept,
+        "read": files.bytes_read,
+        "difference": (logits - truth).abs().max().item(),
+        "load_s": load_s,
+        "disk_s": files.seconds,
+        "forward_s": min(times[2:]),
+    }
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gpu_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    assert torch.cuda.is_available(), "--gpu_parts needs a GPU"
+    hidden, intermediate, _, heads, pairs = SHAPES["32B"]
+    shapes = [  # out, in of a block's Linears
+        *[(heads * 128, hidden), (pairs * 128, hidden), (pairs * 128, hidden)],
+        *[(hidden, heads * 128), (intermediate, hidden), (intermediate, hidden)],
+        (hidden, intermediate),
+    ]
+    yield dequantization_row(shapes)
+    yield forward_row(shapes, tokens=8192)
+    teacher, student = folder / "teacher", folder / "student"
+    write_random(model_config(*SHAPES["32B"], 152_064), "awq", teacher)
+    write_random(model_config(*SHAPES["14B"], 152_064), "nf4", student)
+    work = {"part": "step", "folder": str(teacher), "student": str(student), "tokens": 1024}
+    found = start_workers(work, ranks=2, one_gpu=True)
+    yield {"part": "step", "cap_gb": CAP_GB, "ranks": found, **machine()}
+
+
+def best_seconds(run, repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return min(times[3:])
+
+
+def random_layer(out: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.randn(out, inputs, device="cuda") * inputs**-0.5
+    return awq_writer.quantize(weight, GROUP)
+
+
+def dequantization_row(shapes: list[tuple[int, int]]) -> dict[str, Any]:
+    """Bytes read and written a second, as a share of what a copy of the weights reaches."""
+    ours = copied = moved = both = 0.0
+    for out, inputs in set(shapes):
+        packed = random_layer(out, inputs)
+        weight = awq.dequantize(*packed, torch.bfloat16)
+        other = torch.empty_like(weight)
+        ours += best_seconds(lambda packed=packed: awq.dequantize(*packed, torch.bfloat16))
+        copied += best_seconds(lambda other=other, weight=weight: other.copy_(weight))
+        moved += weight.nbytes + sum(part.nbytes for part in packed)
+        both += 2 * weight.nbytes
+    share = (moved / ours) / (both / copied)
+    rates = {"gb_s": moved / ours / 1e9, "copy_gb_s": both / copied / 1e9}
+    return {"part": "dequantization", **rates, "share_of_copy": share, **machine()}
+
+
+@torch.no_grad()
+def forward_row(shapes: list[tuple[int, int]], tokens: int) -> dict[str, Any]:
+    """A block's seven Linears, as a share of the rate of the products alone."""
+    ours = products = 0.0
+    for out, inputs in shapes:
+        packed = random_layer(out, inputs)
+        hidden = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+        weight = awq.dequantize(*packed, torch.bfloat16)  # (in, out)
+
+        def layer(hidden=hidden, packed=packed):
+            return nn.functional.linear(hidden, awq.dequantize(*packed, torch.bfloat16).T)
+
+        ours += best_seconds(layer)
+        products += best_seconds(lambda hidden=hidden, weight=weight: hidden @ weight)
+    flops = 2 * tokens * sum(out * inputs for out, inputs in shapes)
+    rates = {"tflops": flops / ours / 1e12, "product_tflops": flops / products / 1e12}
+    row = {"part": "forward", "tokens": tokens, **rates, "share_of_products": products / ours}
+    return row | machine()
+
+
+def distillation_step(work: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory and time of a step: sharded 32B-AWQ teacher, 14B-NF4 student with LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(CAP_GB * 2**30 / total)
+    engine, teacher, _, load_s = sharded_teacher(work["folder"])
+    student = AutoModelForCausalLM.from_pretrained(
+        work["student"], dtype=torch.bfloat16, device_map={"": engine.device}
+    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.enable_input_require_grads()
+    student = get_peft_model(student, config)
+    return_loss(student.get_base_model())
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    vocabulary, times = student.config.vocab_size, []
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(vocabulary, (1, work["tokens"]), device=engine.device)
+    positions = torch.arange(work["tokens"], device=engine.device)[None]
+    chosen, _ = target_positions(ids)
+    for _ in range(2):
+        dist.barrier()
+        began = time.perf_counter()
+        with torch.no_grad():
+            hidden = engine(input_ids=ids, position_ids=positions)[chosen]
+        head = list(teacher.get_output_embeddings().parameters())
+        with deepspeed.zero.GatheredParameters(head):
+            signal = TeacherSignal(hidden, head_of(teacher))
+            inputs = LossInputs(ids, Objective(1.0), vocabulary, signal)
+            loss = student(input_ids=ids, position_ids=positions, loss_inputs=inputs)["loss"]
+        (loss / len(hidden)).backward()
+        for parameter in trained:
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return {
+        "load_s": load_s,
+        "step_s": times[-1],
+        "loss": loss.item() / len(hidden),
+        "peak_allocated_gb": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 2**30,
+    }
+
+
+if __name__ == "__main__":
+    main()
