@@ -233,6 +233,11 @@ class TrainingSettings(TrainingArguments):
     gpu_memory_gb: float | None = setting(
         None, "GiB that a process may use at most; a profile sets its GPU's; without: all there is"
     )
+    logging_steps: float = setting(10, "optimizer steps between two points of every curve")
+    sample_prompts: int = setting(
+        4, "held-out beginnings that student and teacher write on at every evaluation; 0: none"
+    )
+    sample_tokens: int = setting(48, "tokens they write after each")
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     save_total_limit: int | None = setting(2, "checkpoints kept")
     early_stopping_patience: int | None = setting(

@@ -1,6 +1,7 @@
 """Encoded rows to batches. B batch, T tokens.
 
-A batch has input_ids, position_ids and labels, all (B, T), and no attention mask: rows are padded on
+A batch has input_ids, position_ids and labels, all (B, T), the number of `tokens` (B,) that are no
+padding, and no attention mask: rows are padded on
 the right, which causal attention never looks at, and where documents share a row their position_ids
 restart, from which Transformers derives the block-diagonal mask.
 """
@@ -93,7 +94,8 @@ class Collator:
             # Padding goes on counting: a restart would make a packed row of an unpacked one, and
             # cost it the plain causal kernel.
             positions[i, end:] = torch.arange(end - start, end - start + width - end)
-        return {"input_ids": ids, "position_ids": positions, "labels": labels}
+        tokens = torch.tensor([sum(map(len, documents)) for documents in rows])
+        return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens}
 
 
 class GroupedByLength(LengthGroupedSampler):

@@ -29,7 +29,7 @@ class LossInputs:
     """What the head needs beside hidden states. No tensor tuple, so that no wrapper casts it."""
 
     labels: Tensor  # (B, T), not shifted
-    objective: Objective
+    objective: Objective | None  # None: no loss is asked for, but the most probable ids
     vocabulary: int
     teacher: TeacherSignal | SparseSignal | None = None
     hidden: HiddenObjective | None = None
@@ -76,7 +76,7 @@ def backbone_only(model: PreTrainedModel) -> None:
 def return_loss(model: PreTrainedModel) -> None:
     """Make model(..., loss_inputs=LossInputs) return {"loss": sum, "metrics": sums}.
 
-    The head module's own forward becomes the fused loss, because only inside a call of that module
+    Without an objective it returns the most probable id at every target position. The head module's own forward becomes the fused loss, because only inside a call of that module
     does ZeRO-3 gather its weight. Raises ValueError where the head is replaced by a full copy.
     """
     head = model.get_output_embeddings()
@@ -89,19 +89,24 @@ def return_loss(model: PreTrainedModel) -> None:
     read_head = head_reader(model)
 
     def head_forward(hidden: Tensor, labels: Tensor, inputs: LossInputs):
+        if inputs.objective is None:
+            return most_probable(hidden, read_head(), inputs.vocabulary)
         return linear_distillation_loss(
             hidden, labels, read_head(), inputs.objective, inputs.vocabulary, inputs.teacher
         )
 
     def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
         objective = loss_inputs.hidden
+        head = self.get_output_embeddings()
         ours = [student for student, _ in objective.layers] if objective else []
         with layer_states(self, ours) as states:
             hidden = self.base_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False
             ).last_hidden_state  # (B, T, H)
         positions, labels = target_positions(loss_inputs.labels)
-        loss, metrics = self.get_output_embeddings()(hidden[positions], labels, loss_inputs)
+        if loss_inputs.objective is None:
+            return head(hidden[positions], labels, loss_inputs)
+        loss, metrics = head(hidden[positions], labels, loss_inputs)
         between = metrics.new_zeros(())
         if objective:
             chosen = [states.get(layer, hidden)[positions] for layer in ours]  # (N, H) each
@@ -111,6 +116,14 @@ def return_loss(model: PreTrainedModel) -> None:
 
     head.forward = head_forward
     model.forward = types.MethodType(forward, model)
+
+
+def most_probable(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:
+    """(N,) ids after (N, H) states; the head's scale and soft-cap change no order."""
+    logits = hidden.float() @ head.weight[:vocabulary].float().T  # (N, V)
+    if head.bias is not None:
+        logits += head.bias[:vocabulary].float()
+    return logits.argmax(-1)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

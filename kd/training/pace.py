@@ -1,15 +1,12 @@
 """A rank that is slower than the others slows all of them; this says which, and where it runs."""
 
-import contextlib
 import socket
 import statistics
 import time
-from collections.abc import Iterator
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
+from kd.training.figures import Figures
 from kd.training.manifest import gathered
 
 LOST, LOGS_IN_A_ROW = 0.1, 3  # share of the time that waiting for one rank costs
@@ -21,27 +18,19 @@ class Pace(TrainerCallback):
     Under ZeRO-3 the student's forward gathers its weights, and all ranks take the time of the slowest.
     """
 
-    def __init__(self) -> None:
-        self.spans: list[tuple] = []
-        self.tokens = self.logs = 0
+    def __init__(self, figures: Figures) -> None:
+        self.figures = figures
+        self.logs = 0
         self.slowest: tuple[int, str] | None = None
         self.last_log = time.perf_counter()
 
-    @contextlib.contextmanager
-    def own_work(self, ids: Tensor) -> Iterator[None]:
-        begin = moment(ids.device)
-        yield
-        self.spans.append((begin, moment(ids.device)))
-        self.tokens += ids.numel()
-
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Every rank comes here, after the log's figures have been read from the device."""
-        if "loss" not in (logs or {}) or not self.spans:
+        if "loss" not in (logs or {}):
             return
-        seconds = sum(elapsed(*span) for span in self.spans) / self.tokens
-        mine = (seconds, self.tokens, socket.gethostname())
+        seconds, positions = self.figures.own_pace
+        mine = (seconds / max(positions, 1), positions, socket.gethostname())
         passed, self.last_log = time.perf_counter() - self.last_log, time.perf_counter()
-        self.spans, self.tokens = [], 0
         slowest, times, lost = straggler(gathered(mine), passed)
         if lost < LOST:
             self.logs, self.slowest = 0, None
@@ -68,16 +57,3 @@ def straggler(
     others = [s for rank, (s, _, _) in enumerate(ranks) if rank != slowest] or [seconds]
     usual = statistics.median(others)
     return (slowest, host), seconds / usual, (seconds - usual) * tokens / passed
-
-
-def moment(device: torch.device):
-    """A point in time on the device; reading it waits for nothing."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed(begin, end) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

@@ -46,7 +46,7 @@ from kd.training.out_of_memory import names_what_to_change
 from kd.training.same_run import about_run, check_same_rows, check_same_run
 from kd.training.saving import open_to_umask, usable_checkpoint
 from kd.training.stopping import STOPPED
-from kd.training.tensorboard import write_no_step_twice
+from kd.training.tensorboard import write_hparams, write_no_step_twice
 from kd.training.trainer import DistillationTrainer
 
 
@@ -173,6 +173,9 @@ def train(
     trainer.save_state()  # the training curve, for the report
     if training.process_index == 0:
         open_to_umask(Path(training.output_dir).glob("*.safetensors"))
+        if "tensorboard" in training.report_to:
+            recipe = recipe_of([s for s in settings if s], names)
+            write_hparams(f"{training.output_dir}/tensorboard", recipe, metrics)
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")
 

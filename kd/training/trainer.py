@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,8 +25,10 @@ from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
+from kd.training.figures import Figures, means_over_tokens, shown_figures, summed
 from kd.training.health import NonFinite
 from kd.training.pace import Pace
+from kd.training.samples import Samples
 from kd.training.saving import write_checkpoint
 from kd.training.stopping import DeafWorkers, StopsOnSignal
 from kd.training.watchdog import Watchdog
@@ -44,6 +45,7 @@ class DistillationTrainer(Trainer):
         teacher: LiveTeacher | CachedTeacher | None = None,
         hidden: HiddenObjective | None = None,
         about: dict[str, Any] | None = None,
+        rates: tuple[float, float] | None = None,
         **kw,
     ):
         super().__init__(*args, **kw)
@@ -56,16 +58,23 @@ class DistillationTrainer(Trainer):
         # Without this Trainer divides by the accumulation steps, on top of the token count.
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
-        self.metric_sums = torch.zeros(len(REPORTED), device=self.args.device)
+        self.figures = Figures(
+            self.args.device, shown_figures(teacher is not None, hidden is not None), rates
+        )
+        self.times = self.figures.times
+        self.times.watch(causal_lm(self.model).get_output_embeddings(), "loss")
+        self.samples = Samples(self, self.args.sample_prompts, self.args.sample_tokens)
         self.first_batch = True
-        self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace()
+        self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace(self.figures)
         self.non_finite = NonFinite(self, self.args.max_skipped_steps)
-        for guard in (self.watchdog, self.pace, self.non_finite, self.stop):
-            self.add_callback(guard)
+        for callback in (self.watchdog, self.pace, self.non_finite, self.stop, self.times):
+            self.add_callback(callback)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, all of which the teacher may see at once."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.times.begin_step()
+        with self.times.of("data"):
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.signals = self.signals_of(batches)
         return batches, items
 
@@ -76,12 +85,20 @@ class DistillationTrainer(Trainer):
         layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
         return self.teacher.signals(batches, layers)
 
+    def training_step(self, *args, **kw):
+        with self.times.of("backward"):  # what is neither the forward's nor the optimizer's
+            return super().training_step(*args, **kw)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The normalised training loss of a micro-batch; metrics stay on the device."""
-        outputs = self.wrapped_call(model, inputs, next(self.signals))
+        with self.times.of("teacher"):
+            signal = next(self.signals)
+        outputs = self.wrapped_call(model, inputs, signal)
         if self.first_batch:
+            if self.is_deepspeed_enabled:
+                self.times.watch_optimizer_of(model)
             self.check_first_batch(outputs["metrics"])
-        self.metric_sums += outputs["metrics"]
+        self.figures.add(outputs["metrics"], inputs)
         self.non_finite.note(inputs["input_ids"], outputs["loss"])
         loss = outputs["loss"] * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
@@ -102,7 +119,7 @@ class DistillationTrainer(Trainer):
     def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor], signal) -> dict:
         """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""
         self.watchdog.beat()
-        with signal as (teacher, states), self.pace.own_work(batch["input_ids"]):
+        with signal as (teacher, states), self.times.of("student"):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
@@ -112,26 +129,11 @@ class DistillationTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's figures with ours added, summed over all ranks since the last call."""
+        """Trainer's figures with ours added, of all ranks since the last call."""
         if "loss" in logs:  # the only moment at which device values are read
-            logs.update(self.means(self.metric_sums))
-            self.metric_sums.zero_()
+            logs.update(self.figures.read())
             self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves nan where it is
         super().log(logs, start_time)
-
-    def means(self, sums: Tensor) -> dict[str, float]:
-        """Sums over tokens of this rank to means over the tokens of all ranks."""
-        if dist.is_initialized():
-            sums = sums.clone()
-            dist.all_reduce(sums)
-        values = dict(zip(REPORTED, sums.tolist(), strict=True))
-        tokens = max(values.pop("tokens"), 1.0)
-        shown = [name for name in REPORTED if name in values]
-        if not self.teacher:
-            shown = ["cross_entropy", "student_entropy"]
-        elif not self.hidden:
-            shown.remove("hidden")
-        return {name: values[name] / tokens for name in shown}
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -145,7 +147,7 @@ class DistillationTrainer(Trainer):
         for batch in tqdm(batches, desc="held-out rows", leave=False, disable=quiet):
             inputs = self._prepare_inputs(batch)
             sums += self.wrapped_call(model, inputs, next(signals))["metrics"]
-        means = self.means(sums)
+        means = means_over_tokens(summed(sums), self.figures.shown)
         weight = self.objective.soft_weight
         means["loss"] = (1 - weight) * means["cross_entropy"]
         means["loss"] += weight * means.get("divergence", 0.0)
@@ -153,6 +155,7 @@ class DistillationTrainer(Trainer):
             means["loss"] += self.hidden.weight * means["hidden"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
+        self.samples.log()
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )

@@ -1,0 +1,114 @@
+"""What a run logs beside Trainer's own figures: summed on the device, read when they are logged.
+
+Means are sums over the target tokens of all ranks divided by their number, so that no rank and no
+micro-batch counts more than its tokens. Nothing here waits for the device inside a step.
+"""
+
+import resource
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kd.models.heads import REPORTED
+from kd.training.step_times import StepTimes
+
+GIB = 2**30
+
+
+class Figures:
+    """Sums since the last log.
+
+    `rates`: (operations of a rank in a step, operations a second that its device can do).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        shown: list[str],
+        rates: tuple[float, float] | None = None,
+    ) -> None:
+        self.device = device
+        self.shown = shown
+        self.rates = rates
+        self.own_pace = (0.0, 0)  # seconds of this rank's student, positions, at the last reading
+        self.times = StepTimes(device)
+        self.begin()
+
+    def begin(self) -> None:
+        self.sums = torch.zeros(len(REPORTED), device=self.device)
+        self.tokens_read = torch.zeros((), dtype=torch.long, device=self.device)
+        self.positions = 0
+
+    def add(self, metrics: Tensor, batch: dict[str, Tensor]) -> None:
+        """Take in a micro-batch and the sums that the student's call returned of it."""
+        self.sums += metrics
+        self.tokens_read += batch["tokens"].sum()
+        self.positions += batch["input_ids"].numel()
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last call, over all ranks: every rank must call it."""
+        phases, step, steps = self.times.read()
+        own = torch.tensor([self.positions, *phases.values()], device=self.device)
+        sums = summed(torch.cat([self.sums.double(), self.tokens_read.double()[None], own]))
+        slowest, memory = largest([step, memory_bytes(self.device)], self.device)
+        self.own_pace = (phases["student"] + phases["loss"], self.positions)
+        self.begin()
+
+        reported, (read, positions, *seconds) = (
+            sums[: len(REPORTED)],
+            sums[len(REPORTED) :].tolist(),
+        )
+        figures = means_over_tokens(reported, self.shown)
+        figures["padding_share"] = 1 - read / positions if positions else 0.0
+        figures["memory_gib"] = memory / GIB
+        if slowest:
+            tokens = reported[REPORTED.index("tokens")].item()
+            figures["target_tokens_per_second"] = tokens / slowest
+            for phase, total in zip(phases, seconds, strict=True):
+                figures[f"seconds_{phase}"] = total / ranks() / steps  # the mean rank's
+            figures["seconds_step"] = slowest / steps
+        if slowest and self.rates:
+            operations, peak = self.rates
+            figures["matrix_peak_share"] = operations * steps / slowest / peak
+        return figures
+
+
+def shown_figures(teacher: bool, hidden: bool) -> list[str]:
+    """Those of REPORTED that say something of this run."""
+    if not teacher:
+        return ["cross_entropy", "student_entropy"]
+    return [name for name in REPORTED if name != "tokens" and (hidden or name != "hidden")]
+
+
+def means_over_tokens(sums: Tensor, shown: list[str]) -> dict[str, float]:
+    """Sums of all ranks over target tokens, in the order of REPORTED, to means."""
+    values = dict(zip(REPORTED, sums.tolist(), strict=True))
+    return {name: values[name] / max(values["tokens"], 1.0) for name in shown}
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks, in a tensor of its own."""
+    values = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """Each value's maximum over all ranks."""
+    most = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that this process held so far: of the GPU's memory, or on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

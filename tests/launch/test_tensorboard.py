@@ -1,0 +1,155 @@
+"""What a person sees of a real run that was killed once: curves, texts, hparams, in a browser."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from processes import ROOT, start
+from small import small_rows
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def browser_installed() -> None:
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        as_root = [] if os.getuid() == 0 else ["sudo", "-n"]
+        for command in (["update", "-qq"], ["install", "-y", "-qq", "chromium", "chromium-driver"]):
+            subprocess.run([*as_root, "apt-get", *command], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def runs(models, tmp_path_factory) -> Path:
+    """One distillation of two processes, killed after step 6, when step 4 was the last saved."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rows in (("rows", small_rows(64)), ("heldout", small_rows(6))):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "data": json.dumps([{"path": str(folder / "rows.jsonl")}]),
+        "eval_data": json.dumps([{"path": str(folder / "heldout.jsonl")}]),
+        "soft_weight": 0.5,
+        "global_batch_size": 8,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "sample_tokens": 6,
+        "output_dir": folder / "distill",
+    }
+    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
+    command = ["launch/cpu.sh", "train/distill.py", *spelt]
+    kill_after(command, 6)
+    again = start(*command)
+    assert (folder / "distill" / "done.json").exists(), again.stdout[-4000:]
+    return folder
+
+
+def kill_after(command: list[str], steps: int) -> None:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    printed = ""
+    for line in job.stdout:
+        printed += line
+        if printed.count("'grad_norm'") >= steps:
+            break
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert printed.count("'grad_norm'") >= steps, printed[-4000:]
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    """launch/tensorboard.sh on the run, ended with all its children."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    board = subprocess.Popen(
+        ["launch/tensorboard.sh", str(runs), "--port", str(port)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert f"ssh -N -L {port}:localhost:{port}" in board.stdout.readline()
+    address = f"http://localhost:{port}"
+    wait_for(lambda: "train/loss" in tags(address))
+    yield address
+    os.killpg(board.pid, signal.SIGTERM)
+    board.wait()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError("not in time")
+
+
+def get(address: str, path: str):
+    with urllib.request.urlopen(f"{address}/data/{path}") as answer:
+        return json.load(answer)
+
+
+def tags(address: str) -> set[str]:
+    found = get(address, "plugin/scalars/tags")
+    return {tag for run in found.values() for tag in run}
+
+
+def test_every_curve_is_there_and_no_step_twice(address):
+    terms = {"loss", "cross_entropy", "divergence", "agreement", "teacher_label_probability"}
+    entropies = {"student_entropy", "teacher_entropy", "learning_rate", "grad_norm"}
+    seconds = {
+        f"seconds_{x}"
+        for x in ["step", "data", "teacher", "student", "loss", "backward", "optimizer"]
+    }
+    others = {"target_tokens_per_second", "padding_share", "memory_gib"}
+    wanted = {f"train/{name}" for name in terms | entropies | seconds | others}
+    wanted |= {f"eval/{name}" for name in ("loss", "cross_entropy", "divergence", "agreement")}
+    assert wanted <= tags(address), wanted - tags(address)
+    (run,) = get(address, "plugin/scalars/tags")
+    for tag in ("train/divergence", "train/seconds_teacher"):
+        points = get(address, f"plugin/scalars/scalars?run={run}&tag={tag}")
+        assert [step for _, step, _ in points] == list(range(1, STEPS + 1))
+
+
+def test_a_browser_shows_the_layout_the_curves_the_samples_and_the_settings(
+    address, browser_installed, tmp_path
+):
+    from browser import chromium, text_with
+
+    with chromium(tmp_path) as driver:
+        driver.get(f"{address}/#custom_scalars")
+        text_with(driver, "Read this first", "loss and its two terms", "held out", "Speed")
+        driver.get(f"{address}/#timeseries")
+        text_with(driver, "train/divergence", "train/agreement", "eval/divergence")
+        driver.get(f"{address}/#text")
+        text_with(driver, "eval/samples", "teacher", "student", "beginning")
+        driver.get(f"{address}/#hparams")
+        text_with(driver, "soft_weight", "learning_rate", "eval/divergence")
