@@ -1,0 +1,43 @@
+"""The samples are what Transformers' own greedy generation writes."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from kd.data.masks import IGNORED, EncodedRow
+from kd.models.heads import LossInputs, return_loss
+from kd.training.samples import beginning, table, write_on
+
+
+def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokenizer):
+    """Rows of different lengths in one batch, padded on the right."""
+    begun = [tokenizer.encode(text) for text in ("What does the sort of", "Return", "a list of all")]
+    model = AutoModelForCausalLM.from_pretrained(models / "student").eval()
+    expected = []
+    for ids in begun:
+        written = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=None
+        )
+        expected.append(written[0, len(ids) :].tolist())
+
+    return_loss(model)
+
+    def next_tokens(batch):
+        asked = LossInputs(batch["labels"], None, model.config.vocab_size)
+        return model(batch["input_ids"], batch["position_ids"], loss_inputs=asked)
+
+    assert write_on(next_tokens, begun, 8, set()) == expected
+    end = expected[0][3]
+    cut = expected[0][: expected[0].index(end)]
+    assert write_on(next_tokens, begun, 8, {end})[0] == cut
+
+
+def test_a_beginning_is_the_prompt_and_of_plain_text_its_first_tokens():
+    chat = EncodedRow([5, 6, 7, 8, 9], [IGNORED, IGNORED, IGNORED, 8, 9])
+    assert beginning(chat) == [5, 6, 7]
+    ids = list(range(100))
+    assert beginning(EncodedRow(ids, [IGNORED, *ids[1:]])) == ids[:32]
+
+
+def test_no_text_breaks_out_of_its_cell():
+    lines = table({"beginning": ["a | b\n<b>"], "student": [""]}).splitlines()
+    assert lines[2] == "| a &#124; b<br>&lt;b> | (nothing) |"
