@@ -77,6 +77,20 @@ def operations(layout: Layout) -> dict[str, float]:
     }
 
 
+def matrix_work(layout: Layout, device: torch.device) -> tuple[float, float, float] | None:
+    """(operations of a position, of a target token beside that, measured matrix rate of a GPU).
+
+    None on a CPU, whose rate is whatever the other processes leave of it.
+    """
+    if device.type != "cuda":
+        return None
+    counts = operations(layout)
+    tokens = layout.tokens * layout.accumulation
+    heads = counts.pop("heads and loss")
+    rate = matrix_rate("cuda", getattr(torch, layout.half or "float32"))
+    return sum(counts.values()) / tokens, heads / tokens, rate
+
+
 def forward_operations(name: str, layout: Layout, tokens: int) -> float:
     """The backbone's Linears, and causal attention's two products."""
     config = config_of(name)
@@ -150,14 +164,20 @@ def describe_disk(parts: dict[str, float]) -> str:
 
 def measure(device: str, dtype: torch.dtype, link_gb_s: float, efficiency: float) -> Rates:
     """Rates of the present device: one matrix product, one copy; best of five."""
-    size, numbers = (8192, 2**28) if device == "cuda" else (1024, 2**25)
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    numbers = 2**28 if device == "cuda" else 2**25
     source = torch.zeros(numbers, device=device)
     target = torch.empty_like(source)
-    product = best_time(lambda: a @ a, device)
     copy = best_time(lambda: target.copy_(source), device)
     moved = 2 * source.numel() * source.element_size()
-    return Rates(2 * size**3 / product / 1e12, moved / copy / 1e9, link_gb_s, efficiency)
+    tflops = matrix_rate(device, dtype) / 1e12
+    return Rates(tflops, moved / copy / 1e9, link_gb_s, efficiency)
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / best_time(lambda: a @ a, device)
 
 
 def best_time(run, device: str, repeats: int = 5) -> float:

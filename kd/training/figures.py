@@ -19,18 +19,19 @@ GIB = 2**30
 class Figures:
     """Sums since the last log.
 
-    `rates`: (operations of a rank in a step, operations a second that its device can do).
+    `work`: operations of a position, operations of a target token beside that, and operations a
+    second that a device can do.
     """
 
     def __init__(
         self,
         device: torch.device,
         shown: list[str],
-        rates: tuple[float, float] | None = None,
+        work: tuple[float, float, float] | None = None,
     ) -> None:
         self.device = device
         self.shown = shown
-        self.rates = rates
+        self.work = work
         self.own_pace = (0.0, 0)  # seconds of this rank's student, positions, at the last reading
         self.times = StepTimes(device)
         self.begin()
@@ -68,9 +69,10 @@ class Figures:
             for phase, total in zip(phases, seconds, strict=True):
                 figures[f"seconds_{phase}"] = total / ranks() / steps  # the mean rank's
             figures["seconds_step"] = slowest / steps
-        if slowest and self.rates:
-            operations, peak = self.rates
-            figures["matrix_peak_share"] = operations * steps / slowest / peak
+        if slowest and self.work:
+            position, target, peak = self.work
+            operations = position * positions + target * tokens
+            figures["matrix_peak_share"] = operations / ranks() / slowest / peak
         return figures
 
 

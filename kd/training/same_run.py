@@ -11,7 +11,7 @@ from kd.training.manifest import read_manifest
 FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica",
     "logging_steps", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
-    "save_steps", "save_strategy", "save_total_limit", "project", "trackio_space_id",
+    "sample_prompts", "sample_tokens", "save_steps", "save_strategy", "save_total_limit", "project", "trackio_space_id",
     "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "per_device_eval_batch_size",
     "max_per_device_train_batch_size", "max_skipped_steps", "push_to_hub", "hub_token", "hub_model_id",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.data.masks import IGNORED, EncodedRow
 from kd.models.heads import LossInputs, most_probable
+from kd.teachers.live import LiveTeacher
 
 PROMPT_TOKENS = 256  # of a longer beginning the end is kept
 TEXT_TOKENS = 32  # a row without a prompt, plain text, begins with these
@@ -34,7 +35,7 @@ class Samples:
             return
         begun = [beginning(rows[i * len(rows) // count][0]) for i in range(count)]
         columns = {"student" if trainer.teacher else "model": self.texts(self.student, begun)}
-        if trainer.teacher:
+        if isinstance(trainer.teacher, LiveTeacher):  # a cached one cannot write
             self.by_teacher = self.by_teacher or self.texts(self.teacher, begun)
             columns["teacher"] = self.by_teacher
         beginnings = [trainer.processing_class.decode(ids) for ids in begun]

@@ -25,6 +25,7 @@ from kd.models.heads import causal_lm
 from kd.models.inherit import inherited_pairs
 from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention, load_trained, parameter_counts
+from kd.models.throughput import matrix_work
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.recipe import (
     OWN_BASE,
@@ -124,6 +125,7 @@ def train(
         write_record(training.output_dir, [s for s in settings if s], names, plan and plan.record())
         write_summary(training.output_dir, rows, eval_rows)
 
+    work = matrix_work(plan.layout, training.device) if plan else None
     set_seed(training.seed)
     needs = (None if cache else teacher_settings, objective_settings)
     explained = functools.partial(
@@ -153,6 +155,7 @@ def train(
         teacher=teacher,
         hidden=hidden,
         about=about,
+        work=work,
     )
     write_no_step_twice(trainer, f"{training.output_dir}/tensorboard", checkpoint)
     if training.early_stopping_patience:

@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
         teacher: LiveTeacher | CachedTeacher | None = None,
         hidden: HiddenObjective | None = None,
         about: dict[str, Any] | None = None,
-        rates: tuple[float, float] | None = None,
+        work: tuple[float, float, float] | None = None,
         **kw,
     ):
         super().__init__(*args, **kw)
@@ -58,9 +58,8 @@ class DistillationTrainer(Trainer):
         # Without this Trainer divides by the accumulation steps, on top of the token count.
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
-        self.figures = Figures(
-            self.args.device, shown_figures(teacher is not None, hidden is not None), rates
-        )
+        shown = shown_figures(teacher is not None, hidden is not None)
+        self.figures = Figures(self.args.device, shown, work)
         self.times = self.figures.times
         self.times.watch(causal_lm(self.model).get_output_embeddings(), "loss")
         self.samples = Samples(self, self.args.sample_prompts, self.args.sample_tokens)

@@ -10,7 +10,9 @@ from kd.training.samples import beginning, table, write_on
 
 def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokenizer):
     """Rows of different lengths in one batch, padded on the right."""
-    begun = [tokenizer.encode(text) for text in ("What does the sort of", "Return", "a list of all")]
+    begun = [
+        tokenizer.encode(text) for text in ("What does the sort of", "Return", "a list of all")
+    ]
     model = AutoModelForCausalLM.from_pretrained(models / "student").eval()
     expected = []
     for ids in begun:
