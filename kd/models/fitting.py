@@ -71,6 +71,7 @@ def layout_of(
         teacher=teacher and (adapter_base(teacher.teacher) or teacher.teacher),
         teacher_dtype=teacher.teacher_dtype if teacher else "auto",
         teacher_shards=shards or None,
+        teacher_workspace=2**20 * teacher.teacher_workspace_mb if teacher else 0.0,
         zero=machine.zero,
         objective=objective,
         hidden_pairs=hidden_pairs,

@@ -23,6 +23,7 @@ class Layout:
     teacher: str | None = None
     teacher_dtype: str = "auto"
     teacher_shards: dict | None = field(default=None, hash=False)  # the ZeRO-3 JSON
+    teacher_workspace: float = 0.0  # bytes for the states of a sharded teacher
     zero: dict | None = field(default=None, hash=False)  # the student's JSON, None without it
     objective: Objective = Objective()
     hidden_pairs: int = 0

@@ -132,7 +132,10 @@ def teacher_phase(layout: Layout) -> dict[str, float]:
     dtype = config.dtype if layout.teacher_dtype == "auto" else getattr(torch, layout.teacher_dtype)
     dtype = dtype or torch.float32
     traced = activations(layout.teacher, layout, gradients=False, dtype=dtype)
-    parts = {"teacher's activations": traced.forward}
+    parts = {
+        "teacher's activations": traced.forward,
+        "teacher's hidden states, kept": teacher_states(layout),
+    }
     if getattr(config, "quantization_config", None):
         text = config.get_text_config()
         largest = text.hidden_size * getattr(text, "intermediate_size", 4 * text.hidden_size)
@@ -142,9 +145,20 @@ def teacher_phase(layout: Layout) -> dict[str, float]:
         largest = max(pieces, key=lambda piece: piece.numel)
         ahead = min(zero.get("stage3_prefetch_bucket_size", 5e7), sum(p.numel for p in pieces))
         itemsize = max((p.itemsize for p in pieces), default=2)
-        size = min(largest.bytes + ahead * itemsize, sum(p.bytes for p in pieces))
+        # What is fetched together arrives in one buffer, and is copied from there weight by weight.
+        size = min(largest.bytes + 2 * ahead * itemsize, 2 * sum(p.bytes for p in pieces))
         parts["teacher's gathered layers"] = size
     return parts
+
+
+def teacher_states(layout: Layout) -> float:
+    """A sharded teacher runs over as many micro-batches at once as its workspace holds states."""
+    text = config_of(layout.teacher).get_text_config()
+    size = (config_of(layout.teacher).dtype or torch.float32).itemsize
+    one = (2 + layout.hidden_pairs) * layout.tokens * text.hidden_size * size
+    if layout.teacher_shards is None:
+        return one
+    return max(one, min(layout.accumulation * one, layout.teacher_workspace))
 
 
 def student_phases(layout: Layout, pieces: list[Piece]) -> dict[str, dict[str, float]]:
@@ -165,13 +179,19 @@ def student_phases(layout: Layout, pieces: list[Piece]) -> dict[str, dict[str, f
         teacher = config_of(layout.teacher).get_text_config()
         width = teacher.hidden_size
         size = (config_of(layout.teacher).dtype or torch.float32).itemsize
-        forward["teacher's hidden states, kept"] = 2 * layout.tokens * width * size
+        states = teacher_states(layout)
+        forward["teacher's hidden states, kept"] = states
         if layout.hidden_pairs:
             numbers = layout.hidden_pairs * layout.tokens * (width + text.hidden_size)
             forward["hidden-state loss"] = numbers * (size + 4)
         if layout.teacher_shards is not None:
             forward["teacher's gathered head"] = teacher.vocab_size * width * size
     backward = {"activations": max(traced.kept, traced.backward), **gathered, **loss}
+    if layout.teacher and layout.teacher_shards is not None:
+        backward["teacher's hidden states, kept"] = states
+        head = forward["teacher's gathered head"]
+        if states + head <= layout.teacher_workspace:  # it stays gathered
+            backward["teacher's gathered head"] = head
     backward["gradients on their way"] = gradient_buffers(layout, pieces)
     if not gradients_stay(layout):  # they come as the activations go
         grown = gradient_bytes(layout, pieces) - backward["activations"]
