@@ -36,6 +36,7 @@ from kd.training.exit import run
 @dataclass
 class AgreementSettings:
     teacher: str = setting("", "hub name or folder of the model that is compared with")
+    teacher_name: str = setting("teacher", "its name in the results of perplexity")
     out_dir: str = setting("results", "folder of the results; agreement/NAME.json in it")
 
     def __post_init__(self) -> None:
@@ -63,8 +64,8 @@ def main() -> None:
         del model  # before the next one is loaded
         # The agreement's file last: it says that the model is done.
         measured = {name: (settings.named_models[name], "cross_entropy")}
-        if "teacher" not in settings.named_models:
-            measured["teacher"] = (agreement.teacher, "teacher_cross_entropy")
+        if agreement.teacher_name not in settings.named_models:
+            measured[agreement.teacher_name] = (agreement.teacher, "teacher_cross_entropy")
         for who, (path, column) in measured.items():
             target = Path(agreement.out_dir) / "perplexity" / f"{who}.json"
             own = describe(settings, path, rows_hash(raw), settings.tokenizer(path), rolling=False)
