@@ -189,21 +189,6 @@ class Cluster:
                 continue
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
-    def crash(self, node: str) -> None:
-        """Power loss: everything that runs on a node is killed at once."""
-        self.daemons[node].kill()
-        self.daemons[node].wait()
-        for process in self.processes():
-            try:
-                parent = process.parent()
-                if process.environ().get("SLURMD_NODENAME") != node:
-                    continue
-                process.kill()
-                if parent and parent.name() == "slurmstepd":
-                    parent.kill()
-            except psutil.NoSuchProcess:
-                continue
-
     def stop(self) -> None:
         self.run("scancel", "--user", str(os.geteuid()))
         wait_for(lambda: not self.run("squeue", "-h").strip() and not self.processes(), 30)

@@ -96,7 +96,7 @@ def distill(cluster, models: Path, output: Path, *sbatch, name: str, processes=1
 @pytest.fixture(scope="module")
 def time_limited(cluster, models, tmp_path_factory):
     """Runs beside all other tests: a real time limit takes its minutes."""
-    limit = ("--time=00:02:00", "--signal=B:USR1@60")
+    limit = ("--time=00:03:00", "--signal=B:USR1@60")
     output = tmp_path_factory.mktemp("limit") / "run"
     rates = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
     return distill(cluster, models, output, *limit, name="limit", **rates)
@@ -129,18 +129,6 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
     assert "stopped by SIGTERM after step" in run.printed()
 
 
-def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
-    run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=80, save_steps=4)
-    run.await_steps(10)
-    cluster.crash("127.0.0.2")
-    before = run.steps()
-    assert wait_for(lambda: run.restarts() == 1, 300), run.batch_log()
-    cluster.start_node("127.0.0.2")
-    assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
-    begun = int(re.search(r"going on from \S+/checkpoint-(\d+)", run.printed()).group(1))
-    assert before - begun <= 4 and (run.output / "done.json").exists()
-
-
 def examples() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "launch/slurm/README.md").read_text(), re.S)
     return [line for block in blocks for line in block.strip().splitlines()]
@@ -170,7 +158,7 @@ def test_a_mistake_is_not_requeued(cluster, models, tmp_path):
 
 def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_limited):
     run = time_limited
-    assert wait_for(lambda: "going on from" in run.printed(), 600), run.batch_log()
+    assert wait_for(lambda: "going on from" in run.printed(), 900), run.batch_log()
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
     first = run.printed().split("going on from")[0]
