@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT
-from slurm_cluster import ENDED, Cluster, install, wait_for
+from slurm_cluster import Cluster, install, wait_for
 from small import small_rows
 
 pytestmark = pytest.mark.slow
@@ -199,26 +199,6 @@ def pipeline(cluster, recipes: Path, work: Path) -> dict[str, str]:
     environment = ["env", "PROFILE=cpu", "NUM_PROCESSES=1"]
     text = cluster.run(*environment, "launch/slurm/pipeline.sh", recipes, heldout)
     return dict(line.split() for line in text.strip().splitlines())
-
-
-def test_pipeline_runs_in_order_and_the_last_element_of_an_array_requeues_itself_alone(
-    cluster, models, tmp_path
-):
-    jobs = pipeline(cluster, write_recipes(models, tmp_path), tmp_path)
-    steps = ["teacher", "merge", "answers", "students", "perplexity", "agreement", "report"]
-    assert list(jobs) == steps
-    students = jobs["students"]
-    log = LOGS / f"students-{students}_2-node0.out"
-    begun = lambda: log.exists() and log.read_text().count("'grad_norm'") > 3  # noqa: E731
-    assert wait_for(lambda: begun() or cluster.field(students, "JobState")[0] in ENDED, 900)
-    assert begun(), {name: cluster.field(job, "JobState") for name, job in jobs.items()}
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
-    states = {name: cluster.wait(job, 900) for name, job in jobs.items()}
-    assert states == {n: ["COMPLETED"] * (2 if n == "students" else 1) for n in steps}
-    first, last = (cluster.field(f"{students}_{i}", "Restarts") for i in (1, 2))
-    assert (first, last) == (["0"], ["1"]) and "stopped by SIGUSR1" in log.read_text()
-    report = (tmp_path / "runs" / "results" / "report.md").read_text()
-    assert "distill" in report and "sft" in report
 
 
 def test_pipeline_stops_where_a_step_fails(cluster, models, tmp_path):
