@@ -7,6 +7,9 @@
 # A profile sets: accelerate_config, flags (training scripts), distill_flags, generate_flags, plan_flags.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
+# DeepSpeed builds its operators at first use. One folder for all environments of a user would be built
+# anew for each in turn, and a build that was killed leaves a lock there, for which the next one waits.
+[[ -d .venv ]] && export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
 # SIGUSR1 is a warning to the run, so it must not end the launcher: both launchers hand it on.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 dry_run='' torchrun='' launcher=(accelerate launch --config_file "$accelerate_config" --main_process_port 0)

@@ -16,4 +16,4 @@ if [[ $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[test]'
     echo "$wanted" > .venv/installed
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
