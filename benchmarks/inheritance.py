@@ -8,7 +8,7 @@ experiment C. The evenly spaced ones also with DistilBERT's three terms, and in 
 distillation takes: more steps on text, fewer with three terms. A seed draws the rows and their
 order, the same for all students. Time is CPU time of one process with one thread, so that other
 work on the machine does not count. Finished runs are kept in --out_dir: run it again to go on. The
-committed figures are of 7 of the 27 runs: `even` alone, three terms from one seed, no equal times.
+committed figures are of 13 of the 27 runs: measured blocks from one seed, no equal times.
 """
 
 import json
