@@ -20,7 +20,7 @@ from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cached import signal_of
 from kd.teachers.scoring import describe, fill_cache
 from kd.training.exit import run
-from kd.training.session import prepare_scoring
+from kd.training.preparation import prepare_scoring
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from kd.recipe import (
     setting,
 )
 from kd.training.exit import run
-from kd.training.session import objectives, with_dtype
+from kd.training.preparation import objectives, with_dtype
 
 
 @dataclass

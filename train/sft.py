@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kd.recipe import DataSettings, ModelSettings, TrainingSettings, parse, setting
 from kd.training.exit import run
-from kd.training.session import show_rows, train
+from kd.training.preparation import show_rows
+from kd.training.session import train
 
 
 @dataclass

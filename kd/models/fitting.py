@@ -13,7 +13,7 @@ import torch.distributed as dist
 from kd.losses.objective import Objective
 from kd.models.layout import GIB, Layout, Plan
 from kd.models.load import adapter_base
-from kd.models.memory import offloads, plan
+from kd.models.memory import offloads, plan, scoring_plan
 from kd.models.sharding import engine_settings
 from kd.models.throughput import Rates, duration
 from kd.recipe import (
@@ -124,6 +124,32 @@ def fit(layout: Layout, given: bool) -> Plan:
         "  none of the changes known here, alone or in pairs"
     ]
     raise ValueError("the run does not fit; nothing is loaded\n" + "\n".join(lines))
+
+
+def fit_scoring(layout: Layout) -> Plan:
+    """The plan of a teacher that fills a cache, its batch as given: what is scored depends on it.
+
+    Raises ValueError with the plan and the changes that would make it fit.
+    """
+    found = scoring_plan(layout)
+    if found.fits:
+        return found
+    smaller = [
+        Change(f"--max_per_device_train_batch_size {rows}", replace(layout, micro=rows))
+        for rows in (layout.micro // 2, 1)
+        if 0 < rows < layout.micro
+    ]
+    sharded = [c for c in changes(layout, True) if c.flags.startswith("--teacher_deepspeed")]
+    fitting = [
+        f"  {change.flags}  ({planned.total / GIB:.1f} GiB)"
+        for change in [*smaller, *sharded]
+        if (planned := scoring_plan(change.layout)).fits
+    ]
+    remedies = fitting or ["  none of the changes known here"]
+    raise ValueError(
+        "the teacher does not fit; nothing is loaded\n"
+        + "\n".join([str(found), "", "what would make it fit (each planned):", *remedies])
+    )
 
 
 def largest_that_fits(layout: Layout, given: bool) -> Plan:

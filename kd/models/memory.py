@@ -35,6 +35,18 @@ def plan(layout: Layout) -> Plan:
     return Plan(layout, held, phases, host_parts(layout, student))
 
 
+def scoring_plan(layout: Layout) -> Plan:
+    """Of a teacher that fills a cache, with no student beside it.
+
+    It keeps one distribution more than a training's loss does: that of the batch it scores.
+    """
+    held = teacher_held(layout)
+    phases = {"the teacher's forward": teacher_phase(layout)}
+    phases["the choice of the top k"] = {"tiles of logits": loss_workspace(layout)}
+    held |= overhead(layout, sum(held.values()) + max(sum(p.values()) for p in phases.values()))
+    return Plan(layout, held, phases, host_parts(layout, []))
+
+
 def overhead(layout: Layout, allocated: float) -> dict[str, float]:
     if layout.device != "cuda":
         return {"PyTorch, DeepSpeed, gloo (allowance)": CPU_PROCESS}

@@ -198,3 +198,19 @@ def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_pat
     changed.chat_template = None  # a base model: it takes the cache's
     open_cache(settings, objective, model, changed)
     assert changed.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--teacher", "self", "wanted a model to score with"),
+        ("--gpu_memory_gb", "0.1", "the teacher does not fit"),
+    ],
+)
+def test_a_teacher_that_cannot_score_is_named_before_it_is_loaded(
+    models, work, tmp_path, flag, value, message
+):
+    cache = {"teacher_cache": tmp_path / "cache", "output_dir": tmp_path / "out"}
+    done = start("python", "train/cache_teacher.py", *flags(models, work, **cache), flag, value)
+    assert done.returncode == 2 and message in done.stdout, done.stdout[-3000:]
+    assert "Traceback" not in done.stdout and "scoring" not in done.stdout
