@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from kd.recipe import parse, setting
 from kd.training.checkpoint import commit
 from kd.training.exit import is_done
+from kd.training.figures import of_the_run
 from kd.training.saving import ASIDE, NAME, checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,9 +276,9 @@ def digests(output: Path) -> dict[str, str]:
 
 
 def history(output: Path) -> list[dict]:
-    """The training curve: everything that is logged at a step."""
+    """The training curve: everything that is logged at a step, but times and memory."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in log if "loss" in entry]
+    return [of_the_run(entry) for entry in log if "loss" in entry]
 
 
 def tensorboard_steps(output: Path) -> list[int]:

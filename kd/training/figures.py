@@ -14,6 +14,8 @@ from kd.models.heads import REPORTED
 from kd.training.step_times import StepTimes
 
 GIB = 2**30
+# Beginnings of the names of figures that depend on the machine, and differ where a run is repeated.
+OF_THE_MACHINE = ("seconds_", "target_tokens_per_second", "memory_", "matrix_peak_share")
 
 
 class Figures:
@@ -74,6 +76,11 @@ class Figures:
             operations = position * positions + target * tokens
             figures["matrix_peak_share"] = operations / ranks() / slowest / peak
         return figures
+
+
+def of_the_run(logged: dict[str, float]) -> dict[str, float]:
+    """What a repeated run logs again to the last bit."""
+    return {k: v for k, v in logged.items() if not k.startswith(OF_THE_MACHINE)}
 
 
 def shown_figures(teacher: bool, hidden: bool) -> list[str]:

@@ -15,6 +15,7 @@ from processes import ROOT, start
 from small import small_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd.training.figures import of_the_run
 from kd.training.stopping import STOPPED
 
 TORCHRUN = "--torchrun"
@@ -75,7 +76,7 @@ def weights(output: Path) -> list[str]:
 
 def curve(output: Path) -> list[dict]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return [of_the_run(entry) for entry in history if "loss" in entry]
 
 
 def tensorboard_steps(output: Path) -> list[int]:
