@@ -14,7 +14,7 @@ INLINE = [c for c in re.findall(r"`([^`\n]+)`", TEXT) if c.startswith("launch/")
 SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def quickstart():
     """What the commands read. tests/launch runs it from its first line, so here it only goes on."""
     if not (ROOT / "runs" / "quickstart" / "report.json").exists():
@@ -22,6 +22,7 @@ def quickstart():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickstart")
 @pytest.mark.parametrize("command", COMMANDS + INLINE)
 def test_command_of_the_readme_runs(command):
     words = shlex.split(command, comments=True)
@@ -36,6 +37,7 @@ def test_command_of_the_readme_runs(command):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickstart")
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_of_the_readme_prints_an_answer(snippet):
     assert len(succeed("python", "-c", snippet).splitlines()[-1].split()) >= 2
@@ -55,6 +57,20 @@ def test_figures_of_the_table_are_those_of_the_committed_run():
         row = next(line for line in TEXT.splitlines() if line.startswith(f"| {name},"))
         for metric in ("text_perplexity", "chat_perplexity"):
             assert f"| {results['settings'][name]['metrics'][metric]['mean']:.2f} |" in row
+
+
+def test_figures_of_the_plans_are_those_of_the_committed_plans():
+    results = ROOT / "benchmarks/results"
+    plans = json.loads((results / "plan_recipes.json").read_text())["plans"]
+    rows = TEXT.split("| run | machine |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) == len(plans)
+    for row, plan in zip(rows, plans.values(), strict=True):
+        _, _, size, at_a_time, seconds = (cell.strip() for cell in row.strip("|").split("|"))
+        assert size.split(",")[0] == f"{plan['total'] / 2**30:.1f}"
+        assert at_a_time == str(plan["rows"])
+        assert not seconds or float(seconds) == float(f"{plan['step_s']:.2g}")
+    measured = json.loads((results / "plan_cpu.json").read_text())
+    assert len(measured) == 6 and all(abs(row["ratio"] - 1) <= 0.08 for row in measured)
 
 
 def test_every_path_of_the_readme_exists():
