@@ -62,7 +62,7 @@ class Cell:
 class Recorder(DistillationTrainer):
     """Keeps the gradient of every trained tensor as it is before clipping and the update.
 
-    And, of every step, the bytes of each gather of DeepSpeed, and the teacher's passes.
+    And, of every step, the bytes of each gather of DeepSpeed up to the update, and the teacher's passes.
     """
 
     current: "Recorder | None" = None
@@ -102,6 +102,7 @@ class Recorder(DistillationTrainer):
         return loss
 
     def record(self, gradient_of):
+        Recorder.current = None  # what is gathered from here on is the optimizer's
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.found.append({n: gradient_of(p).detach().clone() for n, p in trained.items()})
 

@@ -61,6 +61,8 @@ def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
         "types": sorted({str(p.dtype) for p in sharded.parameters()}),
         "differences": [],
         "gathers": [],
+        "blocks": len(sharded.model.layers),
+        "tensors": len(list(sharded.parameters())),
     }
     for forward, length in enumerate((9 + 8 * dist.get_rank(), 24, 3)):
         ids = torch.arange(3, 3 + length)[None]
