@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, succeed
 from small import save_small, small_tokenizer
 
 
@@ -23,4 +24,13 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_small(folder / "student")
     save_small(folder / "teacher", hidden=48, seed=1, tie_word_embeddings=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def docstrings() -> Path:
+    """The quickstart's text, which small recipes read."""
+    folder = ROOT / "runs/quickstart/data"
+    if not (folder / "chat_heldout.jsonl").exists():
+        succeed("python", "-m", "kd.data.docstrings", "--out_dir", folder)
     return folder

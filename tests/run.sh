@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All tests on a fresh machine: sets up .venv by itself. Two cores: about 7 minutes; --all about 14.
+# All tests on a fresh machine: sets up .venv by itself.
 #   tests/run.sh [--all] [pytest arguments]
-# --all adds what takes minutes: the quickstart, and all commands of the README. Tests marked gpu run where there is a GPU.
+# --all adds what takes minutes: the quickstart, kills, a real SLURM, a browser, all commands of the README. Tests marked gpu run where there is a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tier='not slow'

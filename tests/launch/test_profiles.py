@@ -31,6 +31,7 @@ def settings_of(script: str) -> list[type]:
     return [v for k, v in names.items() if k.endswith("Settings") and isinstance(v, type)]
 
 
+@pytest.mark.usefixtures("docstrings")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_parses_on_every_profile(recipe, profile, monkeypatch):
