@@ -3,13 +3,11 @@
 import json
 
 import pytest
-from processes import ROOT, start, succeed
+from processes import start, succeed
 
 
 @pytest.mark.slow
-def test_a_small_comparison_goes_on_where_it_stopped(tmp_path):
-    if not (ROOT / "runs/quickstart/data/text_heldout.jsonl").exists():
-        succeed("python", "-m", "kd.data.docstrings", "--out_dir", "runs/quickstart/data")
+def test_a_small_comparison_goes_on_where_it_stopped(docstrings, tmp_path):
     call = ["python", "benchmarks/inheritance.py", "--choices", "even", "first", "--rows", "40"]
     call += ["--seeds", "0", "1", "--heldout", "8", "--out_dir", tmp_path]
     call += ["--json", tmp_path / "all.json"]

@@ -14,12 +14,6 @@ from kd.evaluation.questions import read_questions
 DATA, SMALL = ROOT / "runs" / "quickstart" / "data", ROOT / "runs" / "small"
 
 
-@pytest.fixture(scope="module")
-def docstrings():
-    if not (DATA / "chat_heldout.jsonl").exists():
-        succeed("python", "-m", "kd.data.docstrings", "--out_dir", DATA)
-
-
 def trained(recipe: str, script: str) -> None:
     """Trained before, or now; a finished process may still be aborted by gloo."""
     if not (SMALL / recipe / "done.json").exists():

@@ -20,9 +20,7 @@ def finish(*command) -> str:
 
 
 @pytest.fixture(scope="module")
-def inherited():
-    if not (DATA / "chat_heldout.jsonl").exists():
-        succeed("python", "-m", "kd.data.docstrings", "--out_dir", DATA)
+def inherited(docstrings):
     for folder in SMALL.glob("c_*"):
         shutil.rmtree(folder)
     return succeed("python", "train/inherit.py", "--config", "recipes/small/c_inherit.yaml")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from chat_server import ChatServer
-from processes import ROOT, start, succeed
+from processes import ROOT, start
 from small import save_reward_model
 from transformers import AutoTokenizer
 
@@ -15,11 +15,7 @@ SMALL = ROOT / "runs" / "small"
 D_DISTILL = "recipes/small/d_distill.yaml"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def docstrings():
-    """The rows that the small recipes name, as the quickstart makes them."""
-    if not (DATA / "chat_heldout.jsonl").exists():
-        succeed("python", "-m", "kd.data.docstrings", "--out_dir", DATA)
+pytestmark = pytest.mark.usefixtures("docstrings")
 
 
 def run(profile: str, script: str, recipe: str, *flags) -> str:
