@@ -19,9 +19,10 @@ from kd.data.packing import Collator
 from kd.evaluation.processes import RANK, own_share, total
 from kd.evaluation.rows import HeldoutRow
 from kd.losses.divergences import forward_kl, reverse_kl
-from kd.losses.fused import TILE, Head, TeacherSignal
+from kd.losses.fused import Head, TeacherSignal
 from kd.models.heads import backbone_only, head_of, target_positions
 
+TILE = 128  # tokens whose logits, and what is made of them, exist at one time
 LIKELIHOOD = ("nats",)
 AGREEMENT = (
     "cross_entropy",

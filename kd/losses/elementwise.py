@@ -20,6 +20,7 @@ BLOCK_ELEMENTS = 5 * 2**17  # 4 rows of 152 064
 # Blocks of scratch, written again and again: fresh ones cost a page fault every 4 KiB, which took
 # as long as the arithmetic.
 SCRATCH = 5
+STRETCH = 512  # ids whose highest is found at once
 
 
 def tile_figures(
@@ -72,21 +73,21 @@ def block_figures(
     """
     log_p, p, log_q, q, spare = scratch
     weight, temperature = objective.soft_weight, objective.temperature
-    _probabilities(student, log_q, q)
+    likeliest = probabilities(student, log_q, q)  # (r, 1)
     hard = -log_q.gather(-1, labels)[:, 0]
     student_entropy = -vecdot(q, log_q)
     zero = torch.zeros_like(hard)
     soft = teacher_hard = probability = agreement = teacher_entropy = zero
     gradient = None
     if teacher is not None:
-        _probabilities(teacher, log_p, p)
+        theirs = probabilities(teacher, log_p, p)  # (r, 1)
         teacher_hard = -log_p.gather(-1, labels)[:, 0]
         probability = p.gather(-1, labels)[:, 0]
         teacher_entropy = -vecdot(p, log_p)
-        agreement = (teacher.argmax(-1) == student.argmax(-1)).to(hard)
+        agreement = (theirs == likeliest)[:, 0].to(hard)
         if temperature != 1.0:
-            _probabilities(torch.div(teacher, temperature, out=spare), log_p, p)
-            _probabilities(torch.div(student, temperature, out=spare), log_q, q)
+            probabilities(torch.div(teacher, temperature, out=spare), log_p, p)
+            probabilities(torch.div(student, temperature, out=spare), log_q, q)
         closed_form, mixture = CLOSED_FORMS[objective.divergence], objective.mixture.values()
         value, gradient = closed_form(log_p, log_q, p, q, spare, *mixture)
         soft = value[:, 0] * objective.divergence_scale
@@ -98,9 +99,36 @@ def block_figures(
     return [*figures, torch.ones_like(hard)], gradient
 
 
-def _probabilities(logits: Tensor, log_p: Tensor, p: Tensor) -> None:
-    torch.log_softmax(logits, -1, out=log_p)
-    torch.softmax(logits, -1, out=p)  # cheaper than exp of the former
+def probabilities(logits: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
+    """Fills log_p and p (r, V) from logits (r, V); gives the likeliest ids, (r, 1).
+
+    One pass of softmax: its normaliser is read back from the likeliest id's probability, at least
+    1 / V, which costs half of what softmax and log_softmax cost together.
+    """
+    torch.softmax(logits, -1, out=p)
+    top = argmax(logits)
+    torch.sub(logits, logits.gather(-1, top) - p.gather(-1, top).log(), out=log_p)
+    return top
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """(r, 1) ids of the highest of logits (r, V), the first where several are.
+
+    Only the maximum is fast in PyTorch on a CPU, its place is not: the place is looked for in the
+    first stretch that has the maximum.
+    """
+    width = logits.shape[-1]
+    if logits.is_cuda or width < 2 * STRETCH:
+        return logits.argmax(-1, keepdim=True)
+    whole = width // STRETCH * STRETCH
+    stretches = logits[:, :whole].unflatten(-1, (-1, STRETCH))
+    best = stretches.amax(-1).argmax(-1, keepdim=True)  # (r, 1)
+    inside = stretches.take_along_dim(best[..., None], 1)[:, 0].argmax(-1, keepdim=True)
+    top = best * STRETCH + inside
+    if whole == width:
+        return top
+    value, place = logits[:, whole:].max(-1, keepdim=True)
+    return torch.where(value > logits.gather(-1, top), whole + place, top)
 
 
 def _weighted(soft: Tensor | None, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:

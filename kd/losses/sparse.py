@@ -100,11 +100,10 @@ def block_figures(
     """(METRICS of every token, (r,) each; (r, V) gradient of the loss), from logits (r, V)."""
     log_q, q, rest = scratch
     ids, temperature = teacher.ids, objective.temperature
-    torch.log_softmax(student, -1, out=log_q)
-    torch.softmax(student, -1, out=q)
+    likeliest = elementwise.probabilities(student, log_q, q)  # (r, 1)
     hard = -log_q.gather(-1, labels)[:, 0]
     student_entropy = -vecdot(q, log_q)
-    agreement = (student.argmax(-1) == ids[:, 0]).to(hard)
+    agreement = (likeliest == ids[:, :1])[:, 0].to(hard)
 
     torch.div(student, temperature, out=rest)
     total = rest.logsumexp(-1, keepdim=True)  # (r, 1)

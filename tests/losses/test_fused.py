@@ -43,7 +43,8 @@ def test_value_figures_and_gradients_equal_float64_autograd(dtype, tolerance, pr
     # float32 rounds logits of hundreds to 1e-5, and every probability with them.
     assume(dtype == torch.float64 or problem.magnitude <= 1.0)
     problem = problem.to(dtype)
-    with patch.object(fused, "TILE", 7), patch.object(elementwise, "BLOCK_ELEMENTS", 200):
+    sizes = {"BLOCK_ELEMENTS": 200, "STRETCH": 8}
+    with patch.object(fused, "TILE", 7), patch.multiple(elementwise, **sizes):
         loss, sums = problem.fused(objective)  # 3 rows a block: neither divides the tokens
     exact = problem.to(torch.float64)
     truth, wanted_figures = exact.expected(objective)
@@ -143,7 +144,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("soft_weight", [0.5, 1.0])
 def test_a_frozen_head_costs_three_products_a_tile_and_a_trained_one_four(divergence, soft_weight):
     objective = Objective(soft_weight, divergence, temperature=2.0)
-    n, real, width = 128, 53, 12
+    n, real, width = fused.TILE, 53, 12
     three = [(n, real), (n, real), (n, width)]
     for trained_head, wanted in ((False, three), (True, [*three, (real, width)])):
         problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
@@ -287,13 +288,31 @@ def test_a_broken_model_is_not_hidden(side):
         assert loss.isnan() and sums[METRICS.index("divergence")].isnan()
 
 
+@pytest.mark.parametrize("width", [7, 1024, 1536, 2000])
+def test_the_likeliest_id_is_the_first_of_the_highest(width):
+    logits = torch.randint(50, (64, width), generator=torch.Generator().manual_seed(0)).float()
+    logits[0] = 1.0  # all equal
+    logits[1, -1] = 99.0  # in what is left over behind the last whole stretch
+    logits[2, width // 2] = torch.nan
+    assert torch.equal(elementwise.argmax(logits), logits.argmax(-1, keepdim=True))
+
+
+def test_log_probabilities_read_from_one_softmax_are_those_of_log_softmax():
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0)) * 30
+    log_p, p = torch.empty(2, 8, 3000)
+    elementwise.probabilities(logits, log_p, p)
+    wanted = logits.double().log_softmax(-1)
+    assert torch.allclose(log_p.double(), wanted, rtol=1e-6, atol=1e-5)
+    assert torch.allclose(p.double(), wanted.exp(), rtol=1e-5, atol=1e-9)
+
+
 def test_the_tile_follows_from_the_workspace():
     """Buffers and temporaries of a tile fit, at the vocabulary of Qwen 2.5 and a GPU's 512 MiB."""
     gpu, full, half = torch.device("cuda"), torch.float32, torch.bfloat16
     vocabulary = 152_064
     found = tile_tokens(Objective(), vocabulary, full, [half, half], gpu)
     assert found == 256 and found * vocabulary * (4 + 4 + 2) < 512 * 2**20
-    assert tile_tokens(Objective(), vocabulary, full, [full, full], torch.device("cpu")) == 128
+    assert tile_tokens(Objective(), vocabulary, full, [full, full], torch.device("cpu")) == 256
     small = Objective(loss_workspace_mb=128)
     assert 1 <= tile_tokens(small, vocabulary, full, [half, half], gpu) < 64
 

@@ -162,7 +162,7 @@ def test_tile_and_block_sizes_change_no_gradient(tile, block):
 
 
 def test_a_frozen_head_costs_two_products_a_tile_and_a_trained_one_three():
-    n, real, width = 128, 53, 12
+    n, real, width = fused.TILE, 53, 12
     two = [(n, real), (n, width)]
     for trained_head, wanted in ((False, two), (True, [*two, (real, width)])):
         problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
