@@ -62,6 +62,7 @@ class BenchmarkSettings:
     tokens: int = setting(64, "a forward of a rank")
     forwards: int = setting(4, "the third and later ones are timed")
     gpu_parts: bool = setting(False, "what needs a GPU, in place of the rows of --ranks")
+    gpu_step: bool = setting(True, "with the step among them, which writes 28 GB")
     json: str | None = setting(None, "file for the rows")
     worker: str | None = setting(None, "internal: one rank's part, as JSON")
 
@@ -74,7 +75,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for row in gpu_rows(folder) if settings.gpu_parts else rank_rows(settings, folder):
+        for row in (
+            gpu_rows(folder, settings.gpu_step)
+            if settings.gpu_parts
+            else rank_rows(settings, folder)
+        ):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if settings.json:
@@ -285,7 +290,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def gpu_rows(folder: Path) -> Iterator[dict[str, Any]]:
+def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
     assert torch.cuda.is_available(), "--gpu_parts needs a GPU"
     hidden, intermediate, _, heads, pairs = SHAPES["32B"]
     shapes = [  # out, in of a block's Linears
@@ -295,6 +300,8 @@ def gpu_rows(folder: Path) -> Iterator[dict[str, Any]]:
     ]
     yield dequantization_row(shapes)
     yield forward_row(shapes, tokens=8192)
+    if not with_step:
+        return
     teacher, student = folder / "teacher", folder / "student"
     write_random(model_config(*SHAPES["32B"], 152_064), "awq", teacher)
     write_random(model_config(*SHAPES["14B"], 152_064), "nf4", student)

@@ -1,0 +1,97 @@
+"""benchmarks/gpu.sh as far as it goes without a GPU: states, limits, exit codes, and what it reaches."""
+
+import json
+import os
+import shlex
+import sys
+import time
+
+import pytest
+import torch
+from processes import ROOT, start, succeed
+
+HUNG = f"61.{os.getpid()}"
+PARTS = [
+    {"name": "fails", "command": ["bash", "-c", "echo why; exit 3"], "limit_s": 60},
+    {"name": "hangs", "command": ["bash", "-c", f"sleep {HUNG} & sleep {HUNG}"], "limit_s": 2},
+    {"name": "absent", "command": ["/no/such/command"], "limit_s": 60},
+    {
+        "name": "loss",
+        "command": ["bash", "-c", """echo '[{"ours_s": 1.25, "trl_s": null}]' > {figures}"""],
+        "limit_s": 60,
+    },
+    {"name": "late", "command": ["true"], "limit_s": 60},
+]
+
+
+def gpu_sh(out, *flags, **environment):
+    return start("benchmarks/gpu.sh", "--out", out, *flags, WHEELS="/no/wheels", **environment)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple:
+    """(exit code, folder, report) of parts of which three go wrong, and seconds it took."""
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "parts.json").write_text(json.dumps(PARTS[:4]))
+    began = time.time()
+    done = gpu_sh(folder, "--parts", folder / "parts.json", "--without_gpu")
+    assert time.time() - began < 50, done.stdout  # the sleep was not waited for
+    return done.returncode, folder, json.loads((folder / "gpu.json").read_text())
+
+
+def test_parts_that_fail_hang_or_are_absent_stop_no_other(report):
+    code, _, found = report
+    states = {part["name"]: part["state"] for part in found["parts"]}
+    assert code == 1
+    assert states.pop("absent").startswith("failed: [Errno 2]")
+    assert states == {"fails": "failed: exit code 3", "hangs": "stopped after 2 s", "loss": "ok"}
+    assert found["parts"][0]["output"] == ["why"]
+    assert found["parts"][3]["figures"] == [{"ours_s": 1.25, "trl_s": None}]
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_a_part_at_its_limit_is_ended_with_all_that_it_started(report):
+    for process in os.listdir("/proc"):
+        if process.isdigit():
+            try:
+                command = (ROOT / f"/proc/{process}/cmdline").read_text()
+            except OSError:
+                continue
+            assert command != f"sleep\0{HUNG}\0"
+
+
+def test_the_table_has_the_state_of_every_part_and_the_figures(report):
+    _, folder, _ = report
+    table = (folder / "table.txt").read_text()
+    for part in PARTS[:4]:
+        assert f"\n{part['name']} " in table
+    assert "| ours, s |" in table and "| 1.25 |" in table
+    assert "==== fails: failed: exit code 3" in (folder / "log.txt").read_text()
+
+
+def test_no_part_is_begun_after_the_last_minute(tmp_path):
+    (tmp_path / "parts.json").write_text(json.dumps(PARTS[4:]))
+    flags = ("--parts", tmp_path / "parts.json", "--without_gpu", "--minutes", 0.1)
+    assert gpu_sh(tmp_path, *flags).returncode == 1
+    (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert part["state"] == "not run: no time was left"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_every_part_says_so(tmp_path):
+    assert gpu_sh(tmp_path).returncode == 2
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {part["state"] for part in parts} == {"not run: there is no GPU"}
+    assert {"tests", "step", "loss", "teacher", "plan", "log_cost"} <= {p["name"] for p in parts}
+
+
+def test_every_test_marked_gpu_is_reached():
+    parts = succeed("python", "benchmarks/gpu.py", "--dry_run").splitlines()
+    command = next(shlex.split(line.split(": ", 1)[1]) for line in parts if line[:6] == "tests,")
+
+    def collected(*call) -> set[str]:
+        output = succeed(*call, "--collect-only", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        return {line for line in output.splitlines() if "::" in line}
+
+    every = collected(sys.executable, "-m", "pytest", "-m", "gpu", "tests")
+    assert len(every) > 60 and collected(*command, "-qq") == every
