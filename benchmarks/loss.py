@@ -1,4 +1,4 @@
-"""Time and peak memory of the distillation loss: ours, TRL's chunked kernel, naive PyTorch.
+"""Time and peak memory of the distillation loss: ours, TRL's and Liger's kernels, naive PyTorch.
 
 python benchmarks/loss.py --quick --json benchmarks/results/loss_cpu.json
 
@@ -6,7 +6,8 @@ Forward and backward to the student's hidden states, both heads frozen. All impl
 turns in one process, and must agree; the best time of each counts. `limit_s` is the time of the
 three matrix products alone, in the faster of two tilings. Memory is the peak above the inputs, on a
 CPU of a fresh process for each. TRL 1.16.0 is measured where it is installed (its kernel needs no
-other of its packages: pip install --no-deps trl==1.16.0); without it its columns are null.
+other of its packages: pip install --no-deps trl==1.16.0), Liger 0.8.5 likewise and on CUDA alone;
+without them their columns are null.
 """
 
 import gc
@@ -29,7 +30,7 @@ from kd.losses.divergences import DIVERGENCES
 from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
 from kd.recipe import parse, setting
 
-TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
+MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 WIDTHS = {"1.5B->0.5B": (1536, 896), "32B->14B": (5120, 5120)}  # teacher, student
 QUICK = [("1.5B->0.5B", 1024, "forward_kl"), ("1.5B->0.5B", 256, "jensen_shannon")]
 
@@ -138,13 +139,12 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     require_agreement(gradients)
     del inputs, part  # room for the processes that measure memory
     best = {name: min(values) for name, values in times.items()}
-    peaks = {
-        name: peak(name, cell) if name in runnable else None for name in ("ours", "trl", "naive")
-    }
-    row = asdict(cell) | {f"{name}_s": best.get(name) for name in ("ours", "trl", "naive")}
+    peaks = {name: peak(name, cell) if name in runnable else None for name in IMPLEMENTATIONS}
+    row = asdict(cell) | {f"{name}_s": best.get(name) for name in IMPLEMENTATIONS}
     row["limit_s"] = min(best[tile] for tile in limits)
     row |= {f"{name}_mib": value for name, value in peaks.items()}
     row["trl_over_ours"] = row["trl_s"] and row["trl_s"] / row["ours_s"]
+    row["liger_over_ours"] = row["liger_s"] and row["liger_s"] / row["ours_s"]
     row["naive_over_ours"] = row["naive_s"] and row["naive_s"] / row["ours_s"]
     row["ours_over_limit"] = row["ours_s"] / row["limit_s"]
     return row | {
@@ -195,9 +195,23 @@ def trl(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
         inputs.teacher_hidden,
         inputs.teacher_weight,
         None,
-        TRL_MIXTURE[cell.divergence],
+        MIXTURE[cell.divergence],
     )
     return divergence.sum()
+
+
+def liger(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    mean = LigerFusedLinearJSDFunction.apply(
+        hidden,
+        inputs.weight,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        None,
+        MIXTURE[cell.divergence],
+    )
+    return mean * len(hidden)
 
 
 def naive(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
@@ -215,13 +229,18 @@ def naive(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
 IMPLEMENTATIONS: dict[str, Callable[[Inputs, Tensor, Cell], Tensor]] = {
     "ours": ours,
     "trl": trl,
+    "liger": liger,
     "naive": naive,
 }
 
 
 def can_run(name: str, cell: Cell) -> bool:
+    if name in ("trl", "liger") and cell.divergence not in MIXTURE:
+        return False
     if name == "trl":
-        return cell.divergence in TRL_MIXTURE and importlib.util.find_spec("trl") is not None
+        return importlib.util.find_spec("trl") is not None
+    if name == "liger":
+        return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     if name == "naive":  # about eight (N, V) in float32
         needed = 8 * 4 * cell.tokens * cell.vocabulary
         return needed < available_bytes() - 4 * cell.vocabulary * (
@@ -316,9 +335,10 @@ def print_row(row: dict[str, Any]) -> None:
 
     print(
         f"{row['shape']} {row['divergence']}: ours {shown(row['ours_s'], 3)} s, "
-        f"TRL / ours {shown(row['trl_over_ours'])}, naive / ours {shown(row['naive_over_ours'])}, "
+        f"TRL / ours {shown(row['trl_over_ours'])}, Liger / ours {shown(row['liger_over_ours'])}, "
+        f"naive / ours {shown(row['naive_over_ours'])}, "
         f"ours / limit {shown(row['ours_over_limit'])}; peak MiB: ours {shown(row['ours_mib'], 0)}"
-        f", TRL {shown(row['trl_mib'], 0)}, naive {shown(row['naive_mib'], 0)}",
+        f", TRL {shown(row['trl_mib'], 0)}, Liger {shown(row['liger_mib'], 0)}, naive {shown(row['naive_mib'], 0)}",
         flush=True,
     )
 

@@ -5,7 +5,17 @@ import sys
 
 from processes import succeed
 
-WANTED = ["shape", "divergence", "ours_s", "trl_s", "naive_s", "limit_s", "ours_mib", "trl_mib"]
+WANTED = [
+    "shape",
+    "divergence",
+    "ours_s",
+    "trl_s",
+    "naive_s",
+    "limit_s",
+    "ours_mib",
+    "trl_mib",
+    "liger_s",
+]
 
 
 def test_loss_stays_within_its_workspace_at_a_real_vocabulary(tmp_path):
