@@ -15,9 +15,6 @@ import torch.distributed as dist
 from kd.training.stopping import Stopped, report_outcome
 
 DONE = "done.json"
-OUTCOME = (
-    "KD_OUTCOME"  # names a file for done, stopped or failed; launch/slurm/train.sbatch reads it
-)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 

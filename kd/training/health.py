@@ -1,9 +1,8 @@
 """Steps without a finite loss or gradient are named, skipped a few times, and then end the run."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 WORDS = 60  # characters of a row that are shown
 
@@ -35,23 +34,23 @@ class NonFinite(TrainerCallback):
             for parameter in trained:
                 parameter.grad = None
 
-    def on_step_end(self, args, state, control, **_) -> None:
-        noted, self.noted = self.noted, []
-        bad = ~torch.stack([finite for _, finite in noted])
-        count = bad.sum()
-        if dist.is_initialized():
-            dist.all_reduce(count)
+    def bad_batches(self) -> Tensor:
+        """Which micro-batches of this step, on this rank, have no finite loss."""
+        return ~torch.stack([finite for _, finite in self.noted])  # (micro-steps,)
+
+    def end_step(self, any_bad: bool, args: TrainingArguments, step: int) -> None:
+        """`any_bad`: a loss of any rank is not finite."""
+        bad, noted, self.noted = self.bad_batches(), self.noted, []
         skipped = self.gradient_left_out or self.trainer.accelerator.optimizer_step_was_skipped
-        if not count and (not skipped or args.fp16):  # a loss scale is found by such steps
+        if not any_bad and (not skipped or args.fp16):  # a loss scale is found by such steps
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        step = state.global_step
         for i in bad.nonzero().flatten().tolist():
             print(
                 f"{self.where()}step {step}: no finite loss in {self.rows(noted[i][0])}", flush=True
             )
-        if not count and args.process_index == 0:
+        if not any_bad and args.process_index == 0:
             print(f"step {step}: no finite gradient, although every loss is finite", flush=True)
         if not skipped:
             raise ValueError(self.advice(f"step {step} has no finite loss, and was not left out"))

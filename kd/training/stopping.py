@@ -12,14 +12,11 @@ from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from types import FrameType
 
-import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 STOPPED = "stopped.json"
-OUTCOME = (
-    "KD_OUTCOME"  # in the environment: a file for one word, which launch/slurm/train.sbatch reads
-)
+OUTCOME = "KD_OUTCOME"  # names a file for one word, which launch/slurm/train.sbatch reads
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -48,11 +45,9 @@ class StopsOnSignal(TrainerCallback):
     def note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def on_step_end(self, args, state, control, **_) -> None:
-        number = torch.tensor(self.received, device=args.device)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.agreed = int(number)  # the one read of a step from the device
+    def end_step(self, number: int, control: TrainerControl) -> None:
+        """`number` is the signal of any rank, 0 without one."""
+        self.agreed = number
         if self.agreed:
             control.should_save = control.should_training_stop = True
 

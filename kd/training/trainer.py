@@ -25,6 +25,7 @@ from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
+from kd.training.agreement import Agreement
 from kd.training.figures import Figures, means_over_tokens, shown_figures, summed
 from kd.training.health import NonFinite
 from kd.training.pace import Pace
@@ -66,7 +67,9 @@ class DistillationTrainer(Trainer):
         self.first_batch = True
         self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace(self.figures)
         self.non_finite = NonFinite(self, self.args.max_skipped_steps)
-        for callback in (self.watchdog, self.pace, self.non_finite, self.stop, self.times):
+        agreement = Agreement(self.non_finite, self.stop)
+        parts = (self.watchdog, self.pace, self.non_finite, self.stop, agreement, self.times)
+        for callback in parts:
             self.add_callback(callback)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -4,6 +4,7 @@ Both nodes share the host and its network; they are called 127.0.0.1 and 127.0.0
 which `scontrol show hostnames` prints can be reached. Eight GPUs a node are pretended.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -178,16 +179,20 @@ class Cluster:
         """Every living process of any job of this cluster."""
         found = []
         for process in psutil.process_iter():
-            try:
-                environment = process.environ()
-                if (
-                    environment.get("SLURM_CONF") == str(self.conf)
-                    and "SLURM_JOB_ID" in environment
-                ):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+            own = environment(process)
+            if own.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in own:
+                found.append(process)
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def crash(self, node: str) -> None:
+        """Power loss: everything that runs on a node is killed at once; start_node brings it back."""
+        own = [p for p in self.processes() if environment(p).get("SLURMD_NODENAME") == node]
+        parents = [parent for p in own if (parent := parent_of(p))]
+        steps = {p for p in parents if p.name() == "slurmstepd"}
+        for process in [psutil.Process(self.daemons[node].pid), *steps, *own]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.daemons[node].wait()
 
     def stop(self) -> None:
         self.run("scancel", "--user", str(os.geteuid()))
@@ -201,6 +206,21 @@ class Cluster:
         for process in self.processes():
             process.kill()
         shutil.rmtree(self.base, ignore_errors=True)
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    """Of a process that may just have ended."""
+    try:
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
+
+
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    try:
+        return process.parent()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def free_ports(count: int) -> list[int]:

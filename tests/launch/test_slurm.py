@@ -1,13 +1,15 @@
 """launch/slurm/ on a real cluster of two nodes: stopped in every way, and nothing is lost that was saved."""
 
 import json
+import os
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from processes import ROOT
-from slurm_cluster import Cluster, install, wait_for
+from slurm_cluster import ENDED, Cluster, environment, install, wait_for
 from small import small_rows
 
 pytestmark = pytest.mark.slow
@@ -36,10 +38,7 @@ def no_orphans(cluster, time_limited):
 
 
 def job_of(process) -> str:
-    try:
-        return process.environ()["SLURM_JOB_ID"]
-    except Exception:  # it has just ended
-        return ""
+    return environment(process).get("SLURM_JOB_ID", "")
 
 
 class Run:
@@ -69,8 +68,14 @@ class Run:
     def restarts(self) -> int:
         return int(self.cluster.field(self.job, "Restarts")[0])
 
+    def ranks(self) -> list:
+        own = [p for p in self.cluster.processes() if job_of(p) == self.job]
+        return [p for p in own if "RANK" in environment(p)]
 
-def distill(cluster, models: Path, output: Path, *sbatch, name: str, processes=1, **changes) -> Run:
+
+def distill(
+    cluster, models: Path, output: Path, *sbatch, name: str, profile="cpu", **changes
+) -> Run:
     """The student on two nodes, under ZeRO-2, its teacher sharded over both by ZeRO-3."""
     (models / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(64))))
     flags = {
@@ -86,10 +91,10 @@ def distill(cluster, models: Path, output: Path, *sbatch, name: str, processes=1
     } | changes
     spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
     script = ["launch/slurm/train.sbatch", "train/distill.py", *spelt]
-    environment = {"PROFILE": "cpu", "NUM_PROCESSES": str(processes)}
+    variables = {"PROFILE": profile, "NUM_PROCESSES": "1"}
     LOGS.mkdir(parents=True, exist_ok=True)
     log = "--output=runs/slurm/%x-%j.out"
-    job = cluster.submit("--nodes=2", "--job-name", name, log, *sbatch, *script, **environment)
+    job = cluster.submit("--nodes=2", "--job-name", name, log, *sbatch, *script, **variables)
     return Run(cluster, output, job, name)
 
 
@@ -102,16 +107,24 @@ def time_limited(cluster, models, tmp_path_factory):
     return distill(cluster, models, output, *limit, name="limit", **rates)
 
 
-def test_a_warning_ends_the_step_is_requeued_and_every_step_is_done_once(cluster, models, tmp_path):
-    """scancel --batch --signal=USR1 is what SLURM does before a time limit, without the wait."""
+def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster, models, tmp_path):
+    """scancel --batch --signal=USR1 is what SLURM does before a time limit, without the wait.
+
+    Without --batch the signal comes to the launchers and ranks alone, here before they handle it.
+    """
     run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=40, save_steps=1000)
+    assert wait_for(lambda: len(run.ranks()) == 2, 120), run.batch_log()
+    cluster.run("scancel", "--signal=TERM", run.job)
+    assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
+    assert run.steps() == 0 and "outcome: none, after a warning" in run.batch_log()
     run.await_steps(5)
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
     assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
-    assert run.restarts() == 1 and (run.output / "done.json").exists()
+    assert run.restarts() == 2 and (run.output / "done.json").exists()
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 40", run.printed()).group(1)
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
-    assert run.steps() == 40
+    assert run.steps() == 40  # each of them once
+    assert run.printed().count("rows a step: 8 = 2 processes") == 2  # one run, not one a node
     assert (LOGS / f"warned-{run.job}-node1.out").exists()  # a log for every node
 
 
@@ -156,6 +169,32 @@ def test_a_mistake_is_not_requeued(cluster, models, tmp_path):
     assert "soft_weight: 2.0; wanted 0 to 1" in run.batch_log()
 
 
+def profile(folder: Path, lines: str) -> str:
+    """PROFILE for launch/slurm/train.sbatch: a shell script in place of one of launch/."""
+    file = folder / "profile.sh"
+    file.write_text(f"#!/usr/bin/env bash\n{lines}\n")
+    file.chmod(0o755)
+    return os.path.relpath(file.with_suffix(""), ROOT / "launch")
+
+
+def test_a_failure_is_told_from_a_signal_and_the_node_that_failed_speaks(cluster, models, tmp_path):
+    """Node 1 fails by itself; node 0 is then ended by a signal, as SLURM ends a step."""
+    failing = '[[ $NODE_RANK == 0 ]] || { sleep 2; echo "device 3 fell off the bus"; exit 1; }'
+    other = profile(tmp_path, f"{failing}\nsleep 300")
+    run = distill(cluster, models, tmp_path / "run", name="failure", profile=other)
+    assert run.end() == "FAILED" and run.restarts() == 0
+    assert "device 3 fell off the bus" in run.batch_log()
+    assert (LOGS / f"failure-{run.job}.ended").read_text() == "failure 1\nsignal 0\n"
+
+
+def test_three_starts_in_a_row_that_come_to_nothing_are_enough(cluster, models, tmp_path):
+    """As with a time limit that is shorter than the models take to load."""
+    early = profile(tmp_path, "kill -TERM $PPID; exit 1")  # to the shell beside the launcher
+    run = distill(cluster, models, tmp_path / "run", name="early", profile=early)
+    assert run.end() == "FAILED" and run.restarts() == 2
+    assert "three starts without a checkpoint" in run.batch_log()
+
+
 def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_limited):
     run = time_limited
     assert wait_for(lambda: "going on from" in run.printed(), 900), run.batch_log()
@@ -171,34 +210,65 @@ def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_l
 
 
 def write_recipes(models: Path, work: Path) -> Path:
+    """A teacher that learns short answers, for only what it ends itself becomes a row."""
     folder = work / "recipes"
     folder.mkdir(parents=True)
-    (work / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(40))))
-    data = f"data:\n  - {{path: {work}/rows.jsonl}}\nglobal_batch_size: 4\nlogging_steps: 1\n"
-    prompts = [{"prompt": f"Say something about {i}."} for i in range(6)]
-    (work / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    train = data + "max_steps: 3\nsave_steps: 50\n"
-    student = f"{train}output_dir: {work}/runs"
-    (folder / "1_teacher.yaml").write_text(
-        f"model: {models}/teacher\nlora_rank: 4\n{train}output_dir: {work}/runs/teacher\n"
+    words = ["lists", "keys", "files", "trees", "heaps", "loops", "rows", "names", "bytes"]
+    asked = [{"role": "user", "content": f"What are {word}?"} for word in words]
+    told = [{"role": "assistant", "content": f"Just {word}."} for word in words]
+    rows = [{"messages": list(row)} for row in zip(asked, told, strict=True)]
+    (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (work / "prompts.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": m["content"]}) for m in asked)
     )
-    (folder / "2_answers.yaml").write_text(
-        f"model: {work}/runs/merged\nprompts:\n  - {{path: {work}/prompts.jsonl}}\n"
-        f"max_new_tokens: 4\noutput_dir: {work}/runs/answers\n"
-    )
-    teacher = f"teacher: {work}/runs/merged\n"
-    (folder / "3_b_distill.yaml").write_text(
-        f"student: {models}/student\n{teacher}{student}/distill\n".replace("steps: 3", "steps: 300")
-    )
-    (folder / "3_a_sft.yaml").write_text(f"model: {models}/student\n{student}/sft\n")
+    train = "global_batch_size: 4\nlogging_steps: 1\nsave_steps: 500\nlearning_rate: 0.02\n"
+    data = f"data:\n  - {{path: {work}/rows.jsonl}}\n"
+    answers = f"data:\n  - {{path: {work}/runs/answers/train.jsonl}}\n"
+    teacher, student = f"teacher: {work}/runs/merged\n", f"{models}/student\n{answers}{train}"
+    recipes = {
+        "1_teacher": f"model: {models}/teacher\nlora_rank: 8\n{data}{train}max_steps: 80\n"
+        f"output_dir: {work}/runs/teacher\n",
+        "2_answers": f"model: {work}/runs/merged\nprompts:\n  - {{path: {work}/prompts.jsonl}}\n"
+        f"max_new_tokens: 24\noutput_dir: {work}/runs/answers\n",
+        "3_a_sft": f"model: {student}max_steps: 3\noutput_dir: {work}/runs/sft\n",
+        "3_b_distill": f"student: {student}{teacher}max_steps: 300\noutput_dir: {work}/runs/distill\n",
+    }
+    for name, text in recipes.items():
+        (folder / f"{name}.yaml").write_text(text)
     return folder
 
 
 def pipeline(cluster, recipes: Path, work: Path) -> dict[str, str]:
     heldout = json.dumps([{"path": str(work / "rows.jsonl"), "count": 4}])
-    environment = ["env", "PROFILE=cpu", "NUM_PROCESSES=1"]
-    text = cluster.run(*environment, "launch/slurm/pipeline.sh", recipes, heldout)
+    variables = ["env", "PROFILE=cpu", "NUM_PROCESSES=1"]
+    text = cluster.run(*variables, "launch/slurm/pipeline.sh", recipes, heldout)
     return dict(line.split() for line in text.strip().splitlines())
+
+
+def test_pipeline_runs_to_its_report_and_the_last_of_an_array_requeues_itself_alone(
+    cluster, models, tmp_path
+):
+    jobs = pipeline(cluster, write_recipes(models, tmp_path), tmp_path)
+    steps = ["teacher", "merge", "answers", "students", "perplexity", "agreement", "report"]
+    assert list(jobs) == steps
+    students = jobs["students"]
+    log = LOGS / f"students-{students}_2-node0.out"
+    begun = lambda: log.exists() and log.read_text().count("'grad_norm'") > 3  # noqa: E731
+    assert wait_for(lambda: begun() or cluster.field(students, "JobState")[0] in ENDED, 600)
+    states = {name: cluster.field(job, "JobState") for name, job in jobs.items()}
+    assert begun() and set(states["report"]) == {"PENDING"}, states
+    master = cluster.field(f"{students}_2", "JobId")
+    assert master == [students]  # the last element has the id of the whole array
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
+    states = {name: cluster.wait(job, 600) for name, job in jobs.items()}
+    assert states == {n: ["COMPLETED"] * (2 if n == "students" else 1) for n in steps}
+    first, last = (cluster.field(f"{students}_{i}", "Restarts") for i in (1, 2))
+    assert (first, last) == (["0"], ["1"]) and "stopped by SIGUSR1" in log.read_text()
+    assert log.read_text().count("'grad_norm'") == 300
+    times = [[cluster.field(jobs[n], f"{edge}Time") for edge in ("Start", "End")] for n in steps]
+    assert all(max(before[1]) <= min(after[0]) for before, after in pairwise(times))
+    report = (tmp_path / "runs" / "results" / "report.md").read_text()
+    assert all(name in report for name in ("teacher", "sft", "distill")), report
 
 
 def test_pipeline_stops_where_a_step_fails(cluster, models, tmp_path):
@@ -209,3 +279,16 @@ def test_pipeline_stops_where_a_step_fails(cluster, models, tmp_path):
     assert cluster.wait(jobs["teacher"], 300) == ["FAILED"]
     for name in list(jobs)[1:]:
         assert set(cluster.wait(jobs[name], 60)) == {"CANCELLED"}, name
+
+
+def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
+    """The last test: it would take the node from the job beside the others too."""
+    run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=40, save_steps=4)
+    run.await_steps(10)
+    cluster.crash("127.0.0.2")
+    before = run.steps()
+    assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
+    cluster.start_node("127.0.0.2")
+    assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
+    begun = int(re.search(r"going on from \S+/checkpoint-(\d+)", run.printed()).group(1))
+    assert before - begun <= 4 and (run.output / "done.json").exists()
