@@ -167,6 +167,36 @@ class ObjectiveSettings:
 
 
 @dataclass
+class OnPolicySettings:
+    """Rows of a step that the student answers itself; kd/training/on_policy.py says how they count."""
+
+    student_fraction: float = setting(
+        0.0, "share of a step's rows that the student answers itself; on these the divergence alone"
+    )
+    max_new_tokens: int = setting(256, "of such an answer at most; a row keeps to max_length, too")
+    generation_temperature: float = setting(1.0, "of its sampling; 0: always the likeliest token")
+    top_p: float = setting(1.0, "it samples among the likeliest tokens of this probability")
+    top_k: int = setting(0, "it samples among so many likeliest tokens; 0: all")
+    generation_workspace_mb: int = setting(
+        2048, "MiB of a device for its keys and values; as many rows are written at once as fit"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.student_fraction <= 1.0:
+            raise ValueError(f"student_fraction: {self.student_fraction}; wanted 0 to 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: {self.top_p}; wanted more than 0, and 1 at most")
+        for key, least in (
+            ("max_new_tokens", 1),
+            ("generation_temperature", 0),
+            ("top_k", 0),
+            ("generation_workspace_mb", 1),
+        ):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+
+
+@dataclass
 class StudentSettings:
     student: str = setting("", "hub name or folder of the model to train")
 

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from kd.recipe import DataSettings, ModelSettings, ObjectiveSettings, derive_batch, parse, setting
+from kd.recipe import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OnPolicySettings,
+    derive_batch,
+    parse,
+    setting,
+)
 
 
 @dataclass
@@ -77,6 +85,10 @@ def test_wrong_flags_are_stopped_with_the_reason(argv, message):
         (ObjectiveSettings, {"skew": 1.0}, "skew: 1.0; wanted more than 0 and less than 1"),
         (ObjectiveSettings, {"jensen_shannon_weight": 0.0}, "jensen_shannon_weight: 0.0; wanted"),
         (ObjectiveSettings, {"loss_workspace_mb": 16}, "wanted 128 or more"),
+        (OnPolicySettings, {"student_fraction": 1.5}, "student_fraction: 1.5; wanted 0 to 1"),
+        (OnPolicySettings, {"top_p": 0.0}, "top_p: 0.0; wanted more than 0"),
+        (OnPolicySettings, {"max_new_tokens": 0}, "max_new_tokens: 0; wanted 1 or more"),
+        (OnPolicySettings, {"generation_temperature": -1.0}, "-1.0; wanted 0 or more"),
         (DataSettings, {}, "no source given"),
         (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
         (DataSettings, {"data": "[1]"}, "wanted a list of objects"),

@@ -7,6 +7,7 @@ from kd.recipe import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
+    OnPolicySettings,
     StudentSettings,
     TeacherSettings,
     TrainingSettings,
@@ -17,16 +18,17 @@ from kd.training.session import train
 
 
 def main() -> None:
-    student, teacher, objective, model, data, training = parse(
+    student, teacher, objective, on_policy, model, data, training = parse(
         StudentSettings,
         TeacherSettings,
         ObjectiveSettings,
+        OnPolicySettings,
         ModelSettings,
         DataSettings,
         TrainingSettings,
         description=__doc__,
     )
-    train(student.student, model, data, training, teacher, objective)
+    train(student.student, model, data, training, teacher, objective, on_policy)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from kd.recipe import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
+    OnPolicySettings,
     TeacherSettings,
     TrainingSettings,
     parse,
@@ -78,10 +79,11 @@ class PlannedTraining(TrainingSettings):
 
 
 def main() -> None:
-    settings, teacher, objective_settings, model, data, training = parse(
+    settings, teacher, objective_settings, on_policy, model, data, training = parse(
         PlanSettings,
         PlannedTeacher,
         ObjectiveSettings,
+        OnPolicySettings,
         ModelSettings,
         DataSettings,
         PlannedTraining,
@@ -107,11 +109,14 @@ def main() -> None:
         objective,
         pairs,
         machine,
+        on_policy if settings.student else None,
     )
     found = fit(layout, training.micro_batch_given)
     print(found)
     time = duration(found.layout, rates(settings, training, machine.device))
     print(time)
+    if on_policy.student_fraction:
+        print("the student's writing is in the memory, and not in the time")
     rows = settings.rows or count_rows(data)
     print(whole_run(training, time, rows))
     disk = disk_bytes(found.layout, training.save_total_limit or 1)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -74,11 +75,15 @@ def check_template(
         )
 
 
-def sampling_processors(temperature: float, top_p: float, seeds: list[int]) -> LogitsProcessorList:
-    """What makes greedy decoding draw from softmax(logits / temperature) cut at top_p."""
+def sampling_processors(
+    temperature: float, top_p: float, seeds: list[int], top_k: int = 0
+) -> LogitsProcessorList:
+    """What makes greedy decoding draw from softmax(logits / temperature) cut at top_k, then top_p."""
     if temperature == 0.0:
         return LogitsProcessorList()
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         processors.append(TopPLogitsWarper(top_p))
     processors.append(GumbelNoise(seeds))

@@ -73,9 +73,16 @@ def add_projections(model: nn.Module, objective: HiddenObjective, width: int) ->
 
 
 def hidden_loss(
-    model: nn.Module, states: list[Tensor], teacher: list[Tensor], objective: HiddenObjective
+    model: nn.Module,
+    states: list[Tensor],
+    teacher: list[Tensor],
+    objective: HiddenObjective,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """The loss summed over tokens. `states` and `teacher`: (N, H) of every pair of the map."""
+    """(2,) the loss summed over tokens: over those that are not `own`, (N,) bool, and those that are.
+
+    `states` and `teacher`: (N, H) of every pair of the map. Without `own` the second sum is 0.
+    """
     if hasattr(model, PROJECTIONS):
         maps = getattr(model, PROJECTIONS)
         states = [m(state.to(m.weight.dtype)) for m, state in zip(maps, states, strict=True)]
@@ -83,6 +90,6 @@ def hidden_loss(
     # In float32: squares of activations pass the range of float16.
     exact = torch.promote_types(states[0].dtype, torch.float32)
     pairs = zip(states, teacher, strict=True)
-    return torch.stack(
-        [loss(ours.to(exact), theirs.to(exact)).sum() for ours, theirs in pairs]
-    ).mean()
+    apart = [loss(ours.to(exact), theirs.to(exact)) for ours, theirs in pairs]  # (N,) each
+    groups = [slice(None), slice(0)] if own is None else [~own, own]
+    return torch.stack([torch.stack([x[g].sum() for x in apart]).mean() for g in groups])

@@ -20,6 +20,7 @@ from kd.recipe import (
     OWN_BASE,
     DataSettings,
     ModelSettings,
+    OnPolicySettings,
     TeacherSettings,
     TrainingSettings,
     derive_batch,
@@ -56,6 +57,7 @@ def layout_of(
     objective: Objective,
     hidden_pairs: int,
     machine: Machine,
+    on_policy: OnPolicySettings | None = None,
 ) -> Layout:
     if teacher and (teacher.teacher_cache or teacher.teacher == OWN_BASE):
         teacher = None  # a cache's batch is little, and the student's own base is there already
@@ -81,6 +83,7 @@ def layout_of(
         packing=data.packing,
         device=machine.device,
         per_machine=machine.per_machine,
+        on_policy=on_policy if on_policy and on_policy.student_fraction else None,
     )
 
 

@@ -7,7 +7,7 @@ of theirs runs; a loss built outside of that call is silently wrong under ZeRO-3
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,16 @@ from kd.losses.hidden import HiddenObjective, hidden_loss
 from kd.losses.sparse import SparseSignal
 from kd.models.blocks import layer_states
 
-REPORTED = (*METRICS, "hidden")  # sums over target tokens that a call returns
+# Sums over target tokens that a call returns: over those of the data, and, of what says something
+# of them, over those that the student has written itself.
+OWN_FIGURES = (
+    "divergence",
+    "teacher_cross_entropy",
+    "agreement",
+    "student_entropy",
+    "teacher_entropy",
+)
+REPORTED = (*METRICS, "hidden", *(f"own_{name}" for name in (*OWN_FIGURES, "hidden", "tokens")))
 
 
 @dataclass
@@ -34,6 +43,7 @@ class LossInputs:
     teacher: TeacherSignal | SparseSignal | None = None
     hidden: HiddenObjective | None = None
     teacher_layers: list[Tensor] | None = None  # (N, H of the teacher) of every pair of the map
+    own: Tensor | None = None  # (B, T) bool: written by the student itself
 
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,12 +98,10 @@ def return_loss(model: PreTrainedModel) -> None:
 
     read_head = head_reader(model)
 
-    def head_forward(hidden: Tensor, labels: Tensor, inputs: LossInputs):
+    def head_forward(hidden: Tensor, labels: Tensor, inputs: LossInputs, own: Tensor | None = None):
         if inputs.objective is None:
             return most_probable(hidden, read_head(), inputs.vocabulary)
-        return linear_distillation_loss(
-            hidden, labels, read_head(), inputs.objective, inputs.vocabulary, inputs.teacher
-        )
+        return loss_by_author(hidden, labels, read_head(), inputs, own)
 
     def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
         objective = loss_inputs.hidden
@@ -106,16 +114,43 @@ def return_loss(model: PreTrainedModel) -> None:
         positions, labels = target_positions(loss_inputs.labels)
         if loss_inputs.objective is None:
             return head(hidden[positions], labels, loss_inputs)
-        loss, metrics = head(hidden[positions], labels, loss_inputs)
-        between = metrics.new_zeros(())
+        own = None if loss_inputs.own is None else loss_inputs.own[positions]  # (N,)
+        loss, by_data, by_student = head(hidden[positions], labels, loss_inputs, own)
+        between = by_data.new_zeros(2)  # of the data, of the student's own answers
         if objective:
             chosen = [states.get(layer, hidden)[positions] for layer in ours]  # (N, H) each
-            between = hidden_loss(self, chosen, loss_inputs.teacher_layers, objective)
-            loss = loss + objective.weight * between
-        return {"loss": loss, "metrics": torch.cat([metrics, between.detach()[None]])}
+            between = hidden_loss(self, chosen, loss_inputs.teacher_layers, objective, own)
+            loss = loss + objective.weight * between.sum()
+        between = between.detach()
+        chosen = [by_student[METRICS.index(name)] for name in (*OWN_FIGURES, "tokens")]
+        metrics = [*by_data, between[0], *chosen[:-1], between[1], chosen[-1]]
+        return {"loss": loss, "metrics": torch.stack(metrics)}
 
     head.forward = head_forward
     model.forward = types.MethodType(forward, model)
+
+
+def loss_by_author(
+    hidden: Tensor, labels: Tensor, head: Head, inputs: LossInputs, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sums over the data's tokens, sums over the student's own), METRICS each.
+
+    On its `own` tokens, (N,) bool, the divergence is all: a student learns nothing from being told
+    to write what it wrote.
+    """
+    objective, vocabulary, teacher = inputs.objective, inputs.vocabulary, inputs.teacher
+    if own is None:
+        loss, sums = linear_distillation_loss(hidden, labels, head, objective, vocabulary, teacher)
+        return loss, sums, torch.zeros_like(sums)
+    found = []
+    for tokens, wanted in ((own, replace(objective, soft_weight=1.0)), (~own, objective)):
+        signal = replace(teacher, hidden=teacher.hidden[tokens])
+        parts = hidden[tokens], labels[tokens], head, wanted, vocabulary, signal
+        if found and not len(parts[1]):  # a call costs a trained head a gradient of its own
+            return found[0], torch.zeros_like(found[1]), found[1]
+        found += linear_distillation_loss(*parts)
+    own_loss, own_sums, loss, sums = found
+    return own_loss + loss, sums, own_sums
 
 
 def most_probable(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd.losses.objective import Objective
-from kd.recipe import ModelSettings
+from kd.recipe import ModelSettings, OnPolicySettings
 
 GIB = 2**30
 
@@ -33,6 +33,7 @@ class Layout:
     packing: bool = False
     device: str = "cuda"
     per_machine: int | None = None  # processes a machine; None: all of them
+    on_policy: OnPolicySettings | None = field(default=None, hash=False)  # where it writes itself
 
     @property
     def stage(self) -> int:

@@ -13,6 +13,7 @@ from kd.losses import elementwise
 from kd.losses.fused import PIECE_BYTES, tile_tokens
 from kd.models.blueprint import Piece
 from kd.models.counts import activations, config_of, student_pieces, teacher_pieces
+from kd.models.generating import row_bytes
 from kd.models.layout import GIB, Layout, Plan
 
 # Allowances that are stated, not measured: the CUDA context with cuBLAS's workspaces, NCCL's
@@ -29,6 +30,7 @@ def plan(layout: Layout) -> Plan:
     held = weights_held(layout, student) | optimizer_held(layout, student)
     held |= teacher_held(layout)
     phases = {"the teacher's forward": teacher_phase(layout)} if layout.teacher else {}
+    phases |= {"the student's writing": writing_phase(layout, student)} if layout.on_policy else {}
     phases |= student_phases(layout, student)
     phases["the optimizer's step"] = step_phase(layout, student)
     held |= overhead(layout, sum(held.values()) + max(sum(p.values()) for p in phases.values()))
@@ -182,7 +184,8 @@ def student_phases(layout: Layout, pieces: list[Piece]) -> dict[str, dict[str, f
     states = layout.tokens * text.hidden_size  # numbers of (N, H), every token a target
     head = trained_head(layout, pieces)
     loss = {
-        "gradient of the loss (float32)": 4 * states + 4 * head,
+        # Where data and own answers share a micro-batch, each part forms a gradient of the head.
+        "gradient of the loss (float32)": 4 * states + 4 * head * (2 if layout.on_policy else 1),
         "hidden states at targets": itemsize * states,
     }
     forward = {"activations": max(traced.kept, traced.forward), **gathered, **loss}
@@ -209,6 +212,22 @@ def student_phases(layout: Layout, pieces: list[Piece]) -> dict[str, dict[str, f
         grown = gradient_bytes(layout, pieces) - backward["activations"]
         backward["gradients beyond the activations' room"] = max(0.0, grown)
     return {"the loss": forward, "the backward": backward}
+
+
+def writing_phase(layout: Layout, pieces: list[Piece]) -> dict[str, float]:
+    """Own answers: keys and values of the rows that are written at once; ZeRO-3 gathers all of it."""
+    itemsize = getattr(torch, layout.half or layout.model.dtype).itemsize
+    row = row_bytes(config_of(layout.student), layout.max_length, itemsize)
+    share = layout.on_policy.student_fraction
+    rows = math.ceil(share * layout.micro * layout.accumulation * layout.processes)
+    rows = min(rows, layout.micro * layout.accumulation)  # they may all be one process's
+    size = min(rows * row, max(row, 2**20 * layout.on_policy.generation_workspace_mb))
+    whole = sum(piece.bytes for piece in pieces)
+    sharded = layout.stage == 3 and layout.processes > 1
+    return {
+        "keys, values and scores of own answers": size,
+        "student gathered to write": whole if sharded else 0.0,
+    }
 
 
 def trained_head(layout: Layout, pieces: list[Piece]) -> int:

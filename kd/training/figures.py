@@ -42,6 +42,12 @@ class Figures:
         self.sums = torch.zeros(len(REPORTED), device=self.device)
         self.tokens_read = torch.zeros((), dtype=torch.long, device=self.device)
         self.positions = 0
+        self.written = [0, 0, 0]  # answers of the student's own, their tokens, those cut
+
+    def add_written(self, answers: list[list[int]], cut: int) -> None:
+        """Take in what the student has written of a step."""
+        new = (len(answers), sum(map(len, answers)), cut)
+        self.written = [a + b for a, b in zip(self.written, new, strict=True)]
 
     def add(self, metrics: Tensor, batch: dict[str, Tensor]) -> None:
         """Take in a micro-batch and the sums that the student's call returned of it."""
@@ -52,24 +58,28 @@ class Figures:
     def read(self) -> dict[str, float]:
         """The figures since the last call, over all ranks: every rank must call it."""
         phases, step, steps = self.times.read()
-        own = torch.tensor([self.positions, *phases.values()], device=self.device)
+        own = torch.tensor([self.positions, *self.written, *phases.values()], device=self.device)
         sums = summed(torch.cat([self.sums.double(), self.tokens_read.double()[None], own]))
         slowest, memory = largest([step, memory_bytes(self.device)], self.device)
         self.own_pace = (phases["student"] + phases["loss"], self.positions)
         self.begin()
 
-        reported, (read, positions, *seconds) = (
+        reported, (read, positions, answers, written, cut, *seconds) = (
             sums[: len(REPORTED)],
             sums[len(REPORTED) :].tolist(),
         )
         figures = means_over_tokens(reported, self.shown)
         figures["padding_share"] = 1 - read / positions if positions else 0.0
         figures["memory_gib"] = memory / GIB
+        if answers:
+            figures["generated_length"] = written / answers
+            figures["generated_cut_share"] = cut / answers
         if slowest:
-            tokens = reported[REPORTED.index("tokens")].item()
+            tokens = sum(reported[REPORTED.index(x)].item() for x in ("tokens", "own_tokens"))
             figures["target_tokens_per_second"] = tokens / slowest
             for phase, total in zip(phases, seconds, strict=True):
-                figures[f"seconds_{phase}"] = total / ranks() / steps  # the mean rank's
+                if total or phase != "generation":
+                    figures[f"seconds_{phase}"] = total / ranks() / steps  # the mean rank's
             figures["seconds_step"] = slowest / steps
         if slowest and self.work:
             position, target, peak = self.work
@@ -87,13 +97,18 @@ def shown_figures(teacher: bool, hidden: bool) -> list[str]:
     """Those of REPORTED that say something of this run."""
     if not teacher:
         return ["cross_entropy", "student_entropy"]
-    return [name for name in REPORTED if name != "tokens" and (hidden or name != "hidden")]
+    shown = [name for name in REPORTED if not name.endswith("tokens")]
+    return [name for name in shown if hidden or not name.endswith("hidden")]
 
 
 def means_over_tokens(sums: Tensor, shown: list[str]) -> dict[str, float]:
-    """Sums of all ranks over target tokens, in the order of REPORTED, to means."""
+    """Sums of all ranks over target tokens, in the order of REPORTED, to means.
+
+    Those over no token at all are left out.
+    """
     values = dict(zip(REPORTED, sums.tolist(), strict=True))
-    return {name: values[name] / max(values["tokens"], 1.0) for name in shown}
+    counts = {name: values["own_tokens" if name.startswith("own_") else "tokens"] for name in shown}
+    return {name: values[name] / counts[name] for name in shown if counts[name]}
 
 
 def summed(values: Tensor) -> Tensor:

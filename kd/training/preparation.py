@@ -29,6 +29,7 @@ from kd.recipe import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
+    OnPolicySettings,
     TeacherSettings,
     TrainingSettings,
     parse_json_object,
@@ -39,6 +40,7 @@ from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
 from kd.teachers.load import base_model, check_teacher, teacher_tokenizer
 from kd.training.check import check_rows
 from kd.training.checkpoint import earlier_plan, recipe_of
+from kd.training.on_policy import check_on_policy
 from kd.training.same_run import about_run, check_same_rows, check_same_run
 from kd.training.saving import usable_checkpoint
 from kd.training.stopping import STOPPED
@@ -60,6 +62,7 @@ class Prepared:
     about: dict[str, Any]  # what the manifests of its checkpoints say of it
     checkpoint: str | None  # the one that it goes on from
     plan: Plan | None
+    max_length: int
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -73,11 +76,14 @@ def prepare(
     training: TrainingSettings,
     teacher: TeacherSettings | None,
     objective_settings: ObjectiveSettings | None,
+    on_policy: OnPolicySettings | None = None,
 ) -> Prepared:
     check_sources(data.sources)
     check_sources(data.eval_sources)
     check_attention(model.attn_implementation)
     model = with_dtype(model, training)
+    if teacher and on_policy:
+        check_on_policy(on_policy, teacher, data)
     if teacher and not teacher.teacher_cache:
         check_teacher(teacher, model)
     tokenizer, cache = shared_tokenizer(name, model, training, teacher, objective_settings)
@@ -88,7 +94,8 @@ def prepare(
     objective, hidden = Objective(), None
     if teacher and objective_settings:
         objective, hidden = objectives(objective_settings, name, base_model(teacher, name))
-    settings = [s for s in (model, data, training, teacher, objective_settings) if s]
+    parts = (model, data, training, teacher, objective_settings, on_policy)
+    settings = [part for part in parts if part]
     names = {"student" if teacher else "model": name}
     about, checkpoint = resume_point(training, recipe_of(settings, names))
     rows, eval_rows = prepare_rows(data, tokenizer, training)
@@ -104,11 +111,15 @@ def prepare(
     earlier = earlier_plan(training.output_dir) if checkpoint else None
     longest, pairs = max(rows.lengths), len(hidden.layers) if hidden else 0
     machine = present_machine(training)
-    layout = layout_of(name, longest, model, data, training, teacher, objective, pairs, machine)
+    if on_policy and on_policy.student_fraction:  # an answer may be longer than the one it replaces
+        longest = min(longest + on_policy.max_new_tokens, data.max_length)
+    layout = layout_of(
+        name, longest, model, data, training, teacher, objective, pairs, machine, on_policy
+    )
     plan = planned(layout, training, earlier)
     return Prepared(
         settings, names, model, tokenizer, cache, objective, hidden, rows, eval_rows, about,
-        checkpoint, plan,
+        checkpoint, plan, data.max_length,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from kd.data.packing import Collator, padding_share
 from kd.data.show import log_lengths, write_summary
+from kd.generation.student import Writer
 from kd.losses.hidden import add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained, parameter_counts
@@ -15,6 +16,7 @@ from kd.recipe import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
+    OnPolicySettings,
     TeacherSettings,
     TrainingSettings,
 )
@@ -23,6 +25,7 @@ from kd.teachers.live import LiveTeacher
 from kd.training.check import report_check
 from kd.training.checkpoint import write_record
 from kd.training.exit import is_done, mark_done
+from kd.training.on_policy import StudentRows
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.preparation import Prepared, prepare, say
 from kd.training.saving import open_to_umask
@@ -37,6 +40,7 @@ def train(
     training: TrainingSettings,
     teacher_settings: TeacherSettings | None = None,
     objective_settings: ObjectiveSettings | None = None,
+    on_policy: OnPolicySettings | None = None,
 ) -> None:
     """Train the model `name`, resuming where an earlier run of the same command stopped.
 
@@ -47,14 +51,16 @@ def train(
     if is_done(training.output_dir):
         say(training, f"{training.output_dir} is finished already; remove it to train anew")
         return
-    run = prepare(name, model_settings, data, training, teacher_settings, objective_settings)
+    run = prepare(
+        name, model_settings, data, training, teacher_settings, objective_settings, on_policy
+    )
     if training.process_index == 0:
         plan = run.plan and run.plan.record()
         write_record(training.output_dir, run.settings, run.names, plan)
         write_summary(training.output_dir, run.rows, run.eval_rows)
     live = None if run.cache else teacher_settings
     with names_what_to_change(training, run.model, data.max_length, live, objective_settings):
-        trainer = load_trainer(name, run, training, live)
+        trainer = load_trainer(name, run, training, live, on_policy)
         say(training, describe(trainer, training))
         result = trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.stop.leave(training.output_dir, trainer.state.global_step, trainer.state.max_steps)
@@ -66,7 +72,11 @@ def train(
 
 
 def load_trainer(
-    name: str, run: Prepared, training: TrainingSettings, live: TeacherSettings | None
+    name: str,
+    run: Prepared,
+    training: TrainingSettings,
+    live: TeacherSettings | None,
+    on_policy: OnPolicySettings | None = None,
 ) -> DistillationTrainer:
     """The run's models in a trainer; `live` is the teacher that is loaded, if one is."""
     work = matrix_work(run.plan.layout, training.device) if run.plan else None
@@ -82,6 +92,10 @@ def load_trainer(
     if run.hidden and teacher:
         set_seed(training.seed)  # how many numbers a teacher's loading draws depends on its kind
         add_projections(causal_lm(model), run.hidden, teacher.width)
+    rows = None
+    if on_policy and on_policy.student_fraction:
+        writer = Writer(causal_lm(model), on_policy, run.tokenizer)
+        rows = StudentRows(on_policy, writer, collator, run.max_length)
     trainer = DistillationTrainer(
         model=model,
         args=training,
@@ -95,6 +109,7 @@ def load_trainer(
         hidden=run.hidden,
         about=run.about,
         work=work,
+        student_rows=rows,
     )
     board = f"{training.output_dir}/tensorboard"
     write_no_step_twice(trainer, board, run.checkpoint)
@@ -137,6 +152,7 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
         f"tokens\npadding: {padding:.0%} of a micro-batch\n"
         f"objective: {trainer.objective}"
         + (f"\nhidden states: {trainer.hidden}" if trainer.hidden else "")
+        + (f"\n{trainer.student_rows}" if trainer.student_rows else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, teacher, student, loss, backward, optimizer.
+"""Where the time of a step goes: data, generation, teacher, student, loss, backward, optimizer.
 
 On CUDA by events in the stream, which nobody waits for before the figures are read.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
+PHASES = ("data", "generation", "teacher", "student", "loss", "backward", "optimizer")
 
 
 class StepTimes(TrainerCallback):

@@ -18,6 +18,8 @@ LAYOUT = {
         "agreement with the teacher (top-1)": ["train/agreement", "eval/agreement"],
         "entropy of student and teacher": ["train/student_entropy", "train/teacher_entropy"],
         "the teacher's probability of the label": ["train/teacher_label_probability"],
+        "on its own answers": ["train/own_divergence", "train/own_teacher_cross_entropy"],
+        "length of its own answers": ["train/generated_length"],
         "gradient norm": ["train/grad_norm"],
     },
     "Speed": {

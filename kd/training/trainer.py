@@ -28,6 +28,7 @@ from kd.teachers.live import LiveTeacher
 from kd.training.agreement import Agreement
 from kd.training.figures import Figures, means_over_tokens, shown_figures, summed
 from kd.training.health import NonFinite
+from kd.training.on_policy import OWN, StudentRows
 from kd.training.pace import Pace
 from kd.training.samples import Samples
 from kd.training.saving import write_checkpoint
@@ -47,6 +48,7 @@ class DistillationTrainer(Trainer):
         hidden: HiddenObjective | None = None,
         about: dict[str, Any] | None = None,
         work: tuple[float, float, float] | None = None,
+        student_rows: StudentRows | None = None,
         **kw,
     ):
         super().__init__(*args, **kw)
@@ -55,6 +57,7 @@ class DistillationTrainer(Trainer):
         self.hidden = hidden
         self.vocabulary = vocabulary
         self.teacher = teacher
+        self.student_rows = student_rows
         self.signals: Iterator = iter(())  # the teacher's, of the step's micro-batches to come
         # Without this Trainer divides by the accumulation steps, on top of the token count.
         self.model_accepts_loss_kwargs = True
@@ -77,8 +80,22 @@ class DistillationTrainer(Trainer):
         self.times.begin_step()
         with self.times.of("data"):
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.student_rows:
+            batches = self.with_student_rows(batches)
+            items = self._get_num_items_in_batch(batches, device)
         self.signals = self.signals_of(batches)
         return batches, items
+
+    def with_student_rows(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The micro-batches with some of the answers written by the student as it is now."""
+        self.watchdog.beat()
+        with self.times.of("generation"), self.accelerator.autocast():
+            batches, answers, cut = self.student_rows.put_into(
+                batches, self.args, self.state.global_step
+            )
+        self.figures.add_written(answers, cut)
+        self.watchdog.beat()
+        return batches
 
     def signals_of(self, batches: list[dict[str, Tensor]]) -> Iterator:
         """What the teacher gives each batch, in turn: contexts of (signal, states of its layers)."""
@@ -126,7 +143,13 @@ class DistillationTrainer(Trainer):
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 loss_inputs=LossInputs(
-                    batch["labels"], self.objective, self.vocabulary, teacher, self.hidden, states
+                    batch["labels"],
+                    self.objective,
+                    self.vocabulary,
+                    teacher,
+                    self.hidden,
+                    states,
+                    batch.get(OWN),
                 ),
             )
 

@@ -47,6 +47,14 @@ MISTAKES = {
         ["--teacher", "WORK/adapter", "--teacher_deepspeed", "ds_configs/teacher_zero3.json"],
         "merge it first: python train/merge.py --adapter",
     ),
+    "own answers, packed": (
+        ["--student_fraction", "0.5", "--packing", "true"],
+        "a packed row has no room for it; set packing: false",
+    ),
+    "own answers, cached teacher": (
+        ["--student_fraction", "0.5", "--teacher_cache", "WORK"],
+        "leave teacher_cache out, so that the teacher runs in the step",
+    ),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }
 
@@ -64,6 +72,11 @@ def test_a_mistake_is_named_before_anything_is_loaded(work, mistake):
     assert done.returncode == 2, done.stdout
     assert "error: " in done.stdout and message in done.stdout
     assert "Traceback" not in done.stdout and not (work / "out" / "done.json").exists()
+
+
+def test_fine_tuning_has_no_rows_of_the_students_own(work):
+    done = start("python", "train/sft.py", "--student_fraction", "0.5")
+    assert done.returncode == 2 and "unknown key student_fraction" in done.stdout, done.stdout
 
 
 def test_without_a_mistake_the_same_call_does_look_for_weights(work):

@@ -146,6 +146,25 @@ def test_experiment_d_three_students_with_the_teacher_in_the_step(student):
         assert "streaming the teacher" in printed and "'divergence'" in printed
 
 
+@pytest.mark.slow
+def test_three_stages_by_one_command_that_does_nothing_twice():
+    stages = ("f_hidden", "f_logits", "f_on_policy")
+    for name in stages:
+        shutil.rmtree(SMALL / name, ignore_errors=True)
+    whole = ("recipes/small/f_stages.sh", "--max_steps", "2")
+    job = start(*whole)
+    assert all((SMALL / name / "done.json").exists() for name in stages), job.stdout[-6000:]
+    assert "'hidden'" in job.stdout and "'own_divergence'" in job.stdout
+    for before, after in zip(stages, stages[1:], strict=False):
+        record = json.loads((SMALL / after / "run.json").read_text())
+        assert record["recipe"]["student"] == f"runs/small/{before}"
+    (SMALL / "f_on_policy" / "done.json").unlink()
+    again = start(*whole)
+    assert again.stdout.count("is finished already") == 2
+    assert "going on from runs/small/f_on_policy/checkpoint-2" in again.stdout, again.stdout
+    assert (SMALL / "f_on_policy" / "done.json").exists()
+
+
 @pytest.mark.parametrize("profile", ["2xt4", "2xa100", "h100"])
 def test_every_profile_runs_two_steps_with_counts_and_precision_replaced(profile):
     shutil.rmtree(SMALL / "d_distill_sft", ignore_errors=True)

@@ -22,7 +22,7 @@ TORCHRUN = "--torchrun"
 
 
 def command(models: Path, output: Path, *options: str) -> list[str]:
-    """QLoRA with dropout and a hidden-state loss under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
+    """QLoRA with dropout, a hidden-state loss and rows that the student answers under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
     flags = {
         "student": models / "student",
         "teacher": models / "teacher",
@@ -32,6 +32,8 @@ def command(models: Path, output: Path, *options: str) -> list[str]:
         "lora_dropout": 0.1,
         "soft_weight": 0.5,
         "hidden_weight": 0.5,
+        "student_fraction": 0.4,
+        "max_new_tokens": 8,
         "global_batch_size": 8,
         "max_per_device_train_batch_size": 2,
         "num_train_epochs": 4,

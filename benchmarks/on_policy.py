@@ -1,0 +1,301 @@
+"""On-policy distillation: its first-step loss beside TRL's GKDTrainer, and what a stage of it brings.
+
+PYTHONPATH=TRL python benchmarks/on_policy.py --json benchmarks/results/on_policy_cpu.json
+
+TRL is the folder of its package (pip install --no-deps --target TRL trl==1.16.0); without it the
+first part is null. There TRL trains one step, off-policy (lmbda 0) and on-policy (lmbda 1), and the
+very tokens of it go through our trainer. Factors that are known: TRL divides by the target tokens of
+the data also where the student wrote others, so its loss grows with their length; its label mask has
+the line break behind the end of a turn.
+In the second part the quickstart's small student, distilled on text of the data first, gets so many
+steps more: off-policy, or on its own answers. All are measured on held-out rows: by the divergence
+over the data's text, and over what the student itself writes there. Finished students stay in
+--out_dir: run it again to go on.
+"""
+
+import importlib.util
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kd.data.masks import EncodedRow, encode_rows
+from kd.data.packing import Collator
+from kd.generation.student import Writer
+from kd.losses.objective import Objective
+from kd.models.heads import REPORTED
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import (
+    ModelSettings,
+    OnPolicySettings,
+    TeacherSettings,
+    TrainingSettings,
+    parse,
+    setting,
+)
+from kd.teachers.live import LiveTeacher
+from kd.training.checkpoint import commit
+from kd.training.on_policy import StudentRows
+from kd.training.trainer import DistillationTrainer
+
+TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
+DATA, HELDOUT = (f"runs/quickstart/data/chat_{part}.jsonl" for part in ("train", "heldout"))
+BETA = {
+    "forward_kl": 0.0,
+    "jensen_shannon": 0.5,
+    "reverse_kl": 1.0,
+}  # TRL's name for the divergence
+WAYS = {
+    "off-policy, forward_kl": ["--divergence", "forward_kl"],
+    "off-policy, reverse_kl": ["--divergence", "reverse_kl"],
+    "on-policy, reverse_kl": ["--divergence", "reverse_kl", "--student_fraction", "1"],
+    "half of the rows, reverse_kl": ["--divergence", "reverse_kl", "--student_fraction", "0.5"],
+}
+
+
+@dataclass
+class OnPolicyBenchmark:
+    rows: int = setting(8, "rows of the step beside TRL's")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "of the second part"}
+    )
+    stage: bool = setting(True, "false leaves the second part out")
+    first_steps: int = setting(150, "of 16 rows, off-policy, that all students have had")
+    steps: int = setting(60, "of 16 rows, in each way")
+    new_tokens: int = setting(48, "of an answer at most")
+    heldout: int = setting(96, "held-out rows")
+    minutes: float = setting(math.inf, "start no training after so many; run again to go on")
+    out_dir: str = setting("runs/on_policy", "folder of the students")
+    json: str | None = setting(None, "file for the figures")
+
+
+def main() -> None:
+    (settings,) = parse(OnPolicyBenchmark, description=__doc__)
+    torch.set_num_threads(1)
+    figures = {
+        "beside_trl": beside_trl(settings) if importlib.util.find_spec("trl") else None,
+        "stage": stage(settings) if settings.stage else None,
+        "settings": {k: v for k, v in vars(settings).items() if k not in ("json", "minutes")},
+        "device": "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    print(json.dumps(figures, indent=1))
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def heldout_rows(count: int) -> list[dict]:
+    with open(HELDOUT, encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, count)]
+
+
+def beside_trl(settings: OnPolicyBenchmark) -> dict:
+    """{divergence: {way: TRL's loss of a step, ours of the same tokens, their factor, ...}}"""
+    rows, tokenizer = heldout_rows(settings.rows), load_tokenizer(TEACHER)
+    own, _ = encode_rows(rows, tokenizer, 256, progress=False)
+    found = {}
+    for divergence, beta in BETA.items():
+        for way, share in (("off-policy", 0.0), ("on-policy", 1.0)):
+            loss, batches = trl_step(rows, tokenizer, beta, share, settings.new_tokens)
+            targets = sum(row.targets for batch in batches for row in batch)
+            ours = our_step(batches, tokenizer, divergence, share > 0)
+            counted = sum(row.targets for row in own) + len(own)  # and the line breaks
+            factor = counted / targets  # 1 off-policy
+            found[f"{divergence}, {way}"] = {
+                "trl": loss,
+                "ours": ours,
+                "target_tokens": targets,
+                "tokens_that_trl_divides_by": counted,
+                "trl_without_that_factor": loss * factor,
+                "relative_difference": abs(loss * factor - ours) / ours,
+            }
+    return found
+
+
+def trl_step(
+    rows: list[dict], tokenizer, beta: float, share: float, new_tokens: int
+) -> tuple[float, list[list[EncodedRow]]]:
+    """(the loss that TRL logs of one step of two micro-batches, the rows of these as it made them)."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    batches: list[list[EncodedRow]] = []
+
+    class Recorder(GKDTrainer):
+        def compute_loss(self, model, inputs, *args, **kw):
+            batches.append(rows_of(*(inputs[k] for k in ("input_ids", "attention_mask", "labels"))))
+            return super().compute_loss(model, inputs, *args, **kw)
+
+    models = [AutoModelForCausalLM.from_pretrained(name).float() for name in (STUDENT, TEACHER)]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Recorder(
+            model=models[0],
+            teacher_model=models[1],
+            args=GKDConfig(
+                output_dir=folder,
+                use_cpu=True,
+                lmbda=share,
+                beta=beta,
+                temperature=1.0,
+                max_new_tokens=new_tokens,
+                max_length=256,
+                per_device_train_batch_size=len(rows) // 2,
+                gradient_accumulation_steps=2,
+                max_steps=1,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                gradient_checkpointing=False,
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+    return next(x["loss"] for x in trainer.state.log_history if "loss" in x), batches
+
+
+def rows_of(ids: Tensor, mask: Tensor, labels: Tensor) -> list[EncodedRow]:
+    return [
+        EncodedRow(i[m.bool()].tolist(), label[m.bool()].tolist())
+        for i, m, label in zip(ids, mask, labels, strict=True)
+    ]
+
+
+def make_trainer(
+    student: str,
+    tokenizer,
+    objective: Objective,
+    settings: OnPolicySettings,
+    rows: int,
+    folder: str,
+) -> DistillationTrainer:
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    teacher = TeacherSettings(teacher=TEACHER, teacher_dtype="float32")
+    collator = Collator(tokenizer.pad_token_id)
+    writer = Writer(model, settings, tokenizer)
+    return DistillationTrainer(
+        model=model,
+        args=TrainingSettings(
+            output_dir=folder,
+            global_batch_size=rows,
+            max_per_device_train_batch_size=rows,
+            use_cpu=True,
+            report_to=["none"],
+        ),
+        data_collator=collator,
+        processing_class=tokenizer,
+        objective=objective,
+        vocabulary=len(tokenizer),
+        teacher=LiveTeacher(teacher, ModelSettings(), torch.device("cpu")),
+        student_rows=StudentRows(settings, writer, collator, 256),
+    )
+
+
+def our_step(batches: list[list[EncodedRow]], tokenizer, divergence: str, own: bool) -> float:
+    """The loss of a step of the shipped student on these rows; as its own answers, where they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        objective = Objective(1.0, divergence)
+        trainer = make_trainer(STUDENT, tokenizer, objective, OnPolicySettings(0.5), 4, folder)
+        items, loss = sum(row.targets for batch in batches for row in batch), 0.0
+        made = [
+            trainer.student_rows.collated(
+                rows, range(len(rows)) if own else (), torch.device("cpu")
+            )
+            for rows in batches
+        ]
+        trainer.signals = trainer.signals_of(made)
+        for batch in made:
+            loss += trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
+    return loss
+
+
+def stage(settings: OnPolicyBenchmark) -> dict:
+    """{way: {figure: {mean, sd, values}}} of the seeds whose students are finished."""
+    started, found = time.monotonic(), {}
+    common = Path(settings.out_dir) / "first"
+    train(STUDENT, common, settings, settings.first_steps, 0, ["--learning_rate", "1e-3"])
+    found["before"] = summary([measured(common, settings)])
+    for way, flags in WAYS.items():
+        values = []
+        for seed in settings.seeds:
+            folder = Path(settings.out_dir) / f"{way.replace(',', '').replace(' ', '_')}-seed{seed}"
+            late = time.monotonic() - started > 60 * settings.minutes
+            if late and not (folder / "done.json").exists():
+                continue
+            more = ["--mixture_seed", str(seed + 1), "--learning_rate", "3e-4", *flags]
+            train(str(common), folder, settings, settings.steps, seed, more)
+            values.append(measured(folder, settings))
+        if values:
+            found[way] = summary(values)
+    return found
+
+
+def train(
+    student: str, folder: Path, settings: OnPolicyBenchmark, steps: int, seed: int, flags: list[str]
+) -> None:
+    """By the real command line; a finished one is not trained again."""
+    data = json.dumps([{"path": DATA, "count": 16 * max(steps, settings.first_steps)}])
+    command = [sys.executable, "train/distill.py", "--student", student, "--teacher", TEACHER]
+    command += ["--data", data, "--max_length", "256", "--global_batch_size", "16"]
+    command += ["--max_per_device_train_batch_size", "16", "--max_steps", str(steps)]
+    command += ["--max_new_tokens", str(settings.new_tokens), "--seed", str(seed)]
+    command += ["--use_cpu", "true", "--save_strategy", "no", "--report_to", "none"]
+    command += ["--disable_tqdm", "true", "--output_dir", str(folder), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
+    """Means over the tokens of held-out rows, and over those that the student writes in their place."""
+    tokenizer = load_tokenizer(str(folder))
+    rows, _ = encode_rows(heldout_rows(settings.heldout), tokenizer, 256, progress=False)
+    figures = {}
+    with tempfile.TemporaryDirectory() as work:
+        for divergence in ("forward_kl", "reverse_kl"):
+            drawing = OnPolicySettings(1.0, settings.new_tokens)
+            trainer = make_trainer(
+                str(folder), tokenizer, Objective(1.0, divergence), drawing, len(rows), work
+            )
+            batch = trainer.data_collator([[row] for row in rows])
+            (own,), _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+            for text, inputs in (("data", batch), ("own", own)):
+                trainer.signals = trainer.signals_of([inputs])
+                with torch.no_grad():
+                    _, out = trainer.compute_loss(trainer.model.eval(), inputs, True, 1)
+                sums = dict(zip(REPORTED, out["metrics"].tolist(), strict=True))
+                mark = "own_" if text == "own" else ""
+                tokens = sums[f"{mark}tokens"]
+                figures[f"{divergence} over {text} text"] = sums[f"{mark}divergence"] / tokens
+                teacher = sums[f"{mark}teacher_cross_entropy"] / tokens
+                figures[f"teacher's cross-entropy of {text} text"] = teacher
+            (_, length, cut), answers = trainer.figures.written, len(rows)
+            figures |= {"tokens of an answer": length / answers, "share cut": cut / answers}
+    return figures
+
+
+def summary(values: list[dict[str, float]]) -> dict[str, dict]:
+    return {
+        name: {
+            "mean": statistics.mean(found),
+            "sd": statistics.stdev(found) if len(found) > 1 else None,
+            "values": found,
+        }
+        for name in values[0]
+        for found in [[one[name] for one in values]]
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A student writes on prompts, in the middle of its training.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kd.generation.engines import sampling_processors
+from kd.models.generating import generating, row_bytes
+from kd.models.tokenizer import generation_config
+from kd.recipe import OnPolicySettings
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: list[int]
+    limit: int  # tokens of its answer at most, the end token included
+    seed: int  # its own random stream
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + self.limit
+
+
+class KnownIds(LogitsProcessor):
+    """A head has padded rows behind the tokenizer's ids; nothing is drawn from them."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.vocabulary :] = -torch.inf
+        return scores
+
+
+class Writer:
+    """The CausalLM of a student; samples its own distribution, with no penalty of its folder's."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: OnPolicySettings,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.model, self.settings, self.vocabulary = model, settings, len(tokenizer)
+        ends = generation_config(model, tokenizer).eos_token_id
+        self.ends, self.pad = set(ends), tokenizer.pad_token_id
+        # Greedy, since the noise that makes it a draw is added to the scores.
+        self.config = GenerationConfig(
+            eos_token_id=ends, pad_token_id=self.pad, do_sample=False, use_cache=True
+        )
+
+    def answers(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """The ids of each answer with its end token, where it comes before the limit.
+
+        Collective under ZeRO-3, also for a rank that has no prompt.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i].length, reverse=True)
+        found: list[list[int]] = [[] for _ in prompts]
+        with generating(self.model, self.config):
+            for places in self.batches(prompts, order):
+                batch = [prompts[i] for i in places]
+                for place, ids in zip(places, self.write(batch, device), strict=True):
+                    found[place] = ids
+        return found
+
+    def batches(self, prompts: list[Prompt], order: list[int]) -> Iterator[list[int]]:
+        """Places in batches that the workspace holds, each row as long as the first, the longest."""
+        room, itemsize = 2**20 * self.settings.generation_workspace_mb, self.model.dtype.itemsize
+        while order:
+            width = max(len(prompts[i].ids) for i in order) + max(prompts[i].limit for i in order)
+            rows = max(1, room // row_bytes(self.model.config, width, itemsize))
+            yield order[:rows]
+            order = order[rows:]
+
+    def write(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """One batch, padded on the left."""
+        width = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[i, width - len(prompt.ids) :] = 1
+        drawing, settings = [prompt.seed for prompt in prompts], self.settings
+        processors = LogitsProcessorList([KnownIds(self.vocabulary)])
+        processors += sampling_processors(
+            settings.generation_temperature, settings.top_p, drawing, settings.top_k
+        )
+        out = self.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(prompt.limit for prompt in prompts),
+            logits_processor=processors,
+            synced_gpus=False,
+        )
+        rows = zip(out[:, width:].tolist(), prompts, strict=True)
+        return [self.until_end(row[: prompt.limit]) for row, prompt in rows]
+
+    def until_end(self, ids: list[int]) -> list[int]:
+        """What is behind an end token is padding."""
+        return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids)) + 1]

@@ -1,0 +1,122 @@
+"""One start of 1 or 2 ranks, many cells: steps with rows that the student answers, through the real Trainer.
+
+torchrun --nproc-per-node 2 tests/jobs/on_policy.py WORK
+
+WORK/on_policy.json is a list of cells, see `Cell` of gradients.py. Writes WORK/<name>.pt of each.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+
+from kd.data.masks import encode_rows
+from kd.data.packing import Collator
+from kd.generation.student import Writer
+from kd.losses.fused import Objective
+from kd.models.heads import causal_lm
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import OnPolicySettings, TrainingSettings
+from kd.training.exit import leave
+from kd.training.on_policy import StudentRows
+from tests.jobs.gradients import (
+    LEARNING_RATE,
+    OBJECTIVE,
+    Cell,
+    Recorder,
+    hidden_objective,
+    load_student,
+    make_teacher,
+)
+from tests.small import small_rows
+
+ROWS, FRACTION = 16, 0.5
+LENGTHS = [40, 3]  # tokens that a rank's answers have at most
+
+
+class Keeper(Recorder):
+    """Keeps the micro-batches of every step as the student has filled them."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.filled: list[list[dict[str, torch.Tensor]]] = []
+
+    def with_student_rows(self, batches):
+        filled = super().with_student_rows(batches)
+        self.filled.append([dict(batch) for batch in filled])
+        return filled
+
+
+def steps(work: Path, cell: Cell) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    tokenizer = load_tokenizer(str(work / "student"))
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    args = TrainingSettings(
+        output_dir=str(work / "out"),
+        per_device_train_batch_size=cell.micro,
+        gradient_accumulation_steps=cell.accumulation,
+        use_cpu=True,
+        optim="sgd",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=cell.steps,
+        logging_steps=1,
+        report_to=["none"],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        gradient_checkpointing=cell.checkpointing,
+        deepspeed=None if cell.engine == "ddp" else cell.engine,
+    )
+    student = load_student(work, cell, tokenizer)
+    settings = OnPolicySettings(FRACTION, max_new_tokens=LENGTHS[args.process_index])
+    collator = Collator(tokenizer.pad_token_id)
+    writer = Writer(causal_lm(student), settings, tokenizer)
+    trainer = Keeper(
+        model=student,
+        args=args,
+        train_dataset=[[row] for row in rows],
+        data_collator=collator,
+        processing_class=tokenizer,
+        objective=Objective(**OBJECTIVE),
+        vocabulary=len(tokenizer),
+        teacher=make_teacher(work, cell, args.device, student),
+        hidden=hidden_objective(cell),
+        student_rows=StudentRows(settings, writer, collator, 512),
+    )
+    trainer.train()
+    filled = [trainer.filled] * args.world_size
+    if dist.is_initialized():
+        dist.all_gather_object(filled, trainer.filled)
+    return {
+        "gradients": trainer.found,
+        "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
+        # steps, each the micro-batches of all ranks in the order of the rows
+        "filled": [
+            [batch for micro in zip(*(rank[n] for rank in filled), strict=True) for batch in micro]
+            for n in range(cell.steps)
+        ],
+    }
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        deepspeed.init_distributed("gloo")
+    for cell in json.loads((work / "on_policy.json").read_text()):
+        found = steps(work, Cell(**cell))
+        if int(os.environ["RANK"]) == 0:
+            torch.save(found, work / f"{cell['name']}.pt")
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.barrier()
+    leave(0)

@@ -1,0 +1,401 @@
+"""Rows that the student answers itself: which, with what, and what the loss makes of them."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from jobs.gradients import OBJECTIVE, Cell, hidden_objective, load_student
+from jobs.on_policy import FRACTION, LENGTHS
+from processes import ROOT, start
+from small import save_small, small_rows
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoModelForCausalLM
+
+from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.packing import Collator
+from kd.generation.engines import sampling_processors
+from kd.generation.student import KnownIds, Prompt, Writer
+from kd.losses.fused import Objective
+from kd.models.generating import SCORES, row_bytes
+from kd.models.heads import causal_lm, return_loss
+from kd.models.layout import Layout
+from kd.models.memory import plan
+from kd.models.tokenizer import load_tokenizer
+from kd.recipe import ModelSettings, OnPolicySettings, TeacherSettings, TrainingSettings
+from kd.teachers.live import LiveTeacher
+from kd.training.figures import of_the_run
+from kd.training.on_policy import (
+    OWN,
+    StudentRows,
+    answer_starts,
+    chosen_places,
+    documents,
+)
+from kd.training.trainer import DistillationTrainer
+
+ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
+ALONE = [Cell("own 1x8x1")]
+TWO = [
+    Cell("own 2x4x1 ddp", micro=4),
+    Cell("own ddp", micro=2, accumulation=2, steps=2),
+    Cell("own zero3", ZERO3, 2, 2, steps=2),
+    Cell("own ddp lora checkpointing", "ddp", 2, 2, mode="lora", checkpointing=True),
+    Cell("own zero2 qlora", ZERO2, 2, 2, mode="qlora", student="untied", steps=2),
+    Cell("own zero3 lora", ZERO3, 2, 2, mode="lora", teacher="sharded", steps=2),
+    Cell("own zero3 qlora", ZERO3, 2, 2, mode="qlora", steps=2),
+    Cell("own zero3 untied", ZERO3, 4, student="untied", checkpointing=True, steps=2),
+    Cell("own self", "ddp", 4, mode="lora", teacher="self", steps=2),
+    Cell("own hidden", ZERO2, 4, hidden="cosine", steps=2),
+]
+
+
+@pytest.fixture(scope="module")
+def work(models):
+    """Where every cell has left its result; one start of one rank, one of two."""
+    save_small(models / "untied", tie_word_embeddings=False)
+    for ranks, cells in ((1, ALONE), (2, TWO)):
+        (models / "on_policy.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
+        job = start("torchrun", "--nproc-per-node", ranks, "tests/jobs/on_policy.py", models)
+        assert all((models / f"{c.name}.pt").exists() for c in cells), job.stdout[-6000:]
+    return models
+
+
+def rows_of(step: list[dict]) -> list[tuple[EncodedRow, bool]]:
+    """The rows of a step's micro-batches in order, each with whether it is the student's own."""
+    found = []
+    for batch in step:
+        own = batch[OWN].any(-1).tolist() if OWN in batch else [False] * len(batch["labels"])
+        found += zip(documents(batch), own, strict=True)
+    return found
+
+
+def own_answers(step: list[dict]) -> list[list[int]]:
+    return [[x for x in row.labels if x != IGNORED] for row, own in rows_of(step) if own]
+
+
+def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> torch.Tensor:
+    """From whole logits of one row after the other: the mean over target tokens of what each counts."""
+    weight, temperature = OBJECTIVE["soft_weight"], OBJECTIVE["temperature"]
+    maps = getattr(causal_lm(student), "hidden_projections", None)
+    total, tokens = 0.0, 0
+    for row, own in rows_of(step):
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        mask = labels != IGNORED
+        outputs = student(input_ids=ids, output_hidden_states=True)
+        with torch.no_grad():
+            if teacher:
+                wanted = teacher(input_ids=ids, output_hidden_states=True)
+            else:
+                with student.disable_adapter():
+                    wanted = student(input_ids=ids)
+        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, wanted))
+        p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
+        soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
+        hard = cross_entropy(ours, labels[mask], reduction="sum")
+        total = total + (soft if own else weight * soft + (1 - weight) * hard)
+        for i, (n, m) in enumerate(hidden.layers if hidden else ()):
+            a = maps[i](outputs.hidden_states[n][0, :-1][mask])
+            b = wanted.hidden_states[m][0, :-1][mask]
+            cosine = 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+            total = total + hidden.weight * cosine.sum() / len(hidden.layers)
+        tokens += int(mask.sum())
+    return total / tokens
+
+
+@pytest.mark.parametrize("cell", ALONE + TWO, ids=lambda cell: cell.name)
+def test_the_first_step_is_that_of_whole_logits_on_the_very_same_answers(work, cell):
+    """Loss and gradient of every trained tensor; the denominator is of the tokens after generation."""
+    found = torch.load(work / f"{cell.name}.pt")
+    tokenizer = load_tokenizer(str(work / "student"))
+    exact = torch.float32 if cell.mode == "qlora" else torch.float64
+    student = load_student(work, cell, tokenizer).eval()
+    student = student if cell.mode == "qlora" else student.double()
+    teacher = None
+    if cell.teacher != "self":
+        teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=exact)
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    step = found["filled"][0]
+    loss = true_loss(student, teacher, len(tokenizer), step, hidden_objective(cell))
+    wanted = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    tolerance = 2e-6 if cell in ALONE else 1e-5  # float32 rounding, as in test_gradients.py
+    assert math.isclose(found["logged"][0]["loss"], loss.item(), rel_tol=2e-6)
+    assert found["gradients"][0].keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        apart = (found["gradients"][0][name].double() - gradient.double()).norm()
+        assert apart / gradient.double().norm() < tolerance, name
+
+
+def test_half_of_the_rows_are_the_students_and_the_same_however_many_ranks(work):
+    steps = [torch.load(work / f"{cell.name}.pt")["filled"][0] for cell in ALONE + TWO]
+    chosen = []
+    for step in steps:
+        rows = rows_of(step)
+        chosen.append([i for i, (_, own) in enumerate(rows) if own])
+        assert len(rows) == 8 and len(chosen[-1]) == FRACTION * 8
+    assert all(places == chosen[0] for places in chosen)
+    prompts = [
+        [
+            [x for x, y in zip(r.input_ids, r.labels, strict=True) if y == IGNORED]
+            for r, own in s
+            if own
+        ]
+        for s in map(rows_of, steps)
+    ]
+    assert all(found == prompts[0] for found in prompts)
+
+
+def test_ranks_with_very_different_lengths_write_what_they_would_alone(work):
+    """DDP and ZeRO-3, of the weights as they are: before the first update and after it."""
+    ddp, zero3 = (torch.load(work / f"own {name}.pt")["filled"] for name in ("ddp", "zero3"))
+    for n in range(2):
+        answers = own_answers(ddp[n])
+        assert answers == own_answers(zero3[n])
+        longest = max(map(len, answers))
+        assert LENGTHS[1] < longest <= LENGTHS[0] and min(map(len, answers)) <= LENGTHS[1]
+
+
+def test_figures_of_the_students_rows_are_apart(work):
+    """Cross-entropy and the teacher's probability of the label are of the data alone."""
+    tokenizer = load_tokenizer(str(work / "student"))
+    found = torch.load(work / "own ddp.pt")
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(work / name).double()
+        for name in ("student", "teacher")
+    )
+    hard, entropy, tokens, answers = 0.0, 0.0, [0, 0], own_answers(found["filled"][0])
+    for row, own in rows_of(found["filled"][0]):
+        labels = torch.tensor(row.labels[1:])
+        mask = labels != IGNORED
+        tokens[own] += int(mask.sum())
+        with torch.no_grad():
+            ids = torch.tensor([row.input_ids])
+            ours, theirs = (
+                m(input_ids=ids).logits[0, :-1, : len(tokenizer)][mask] for m in (student, teacher)
+            )
+        if own:
+            entropy += torch.distributions.Categorical(logits=theirs).entropy().sum().item()
+        else:
+            hard += cross_entropy(ours, labels[mask], reduction="sum").item()
+    logged = found["logged"][0]
+    assert logged["cross_entropy"] == pytest.approx(hard / tokens[0], rel=1e-5)
+    assert logged["own_teacher_entropy"] == pytest.approx(entropy / tokens[1], rel=1e-5)
+    assert "own_cross_entropy" not in logged and "own_teacher_label_probability" not in logged
+    assert logged["generated_length"] == pytest.approx(tokens[1] / len(answers))
+    ends = set(Writer(student, OnPolicySettings(), tokenizer).ends)
+    cut = sum(answer[-1] not in ends for answer in answers) / len(answers)
+    assert logged["generated_cut_share"] == pytest.approx(cut)
+    assert logged["seconds_generation"] > 0
+
+
+def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, tmp_path):
+    """By the real command line; with a share it is another run, and its figures say so."""
+    (models / "own.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
+    data = json.dumps([{"path": str(models / "own.jsonl")}])
+    found, curves = {}, {}
+    for name, flags in {"off": [], "none": ["0"], "some": ["0.4"]}.items():
+        job = start(
+            *("python", "train/distill.py", "--student", models / "student"),
+            *("--teacher", models / "teacher", "--data", data, "--soft_weight", "0.5"),
+            *("--lora_rank", "4", "--lora_dropout", "0.2", "--learning_rate", "1e-2"),
+            *("--global_batch_size", "8", "--max_per_device_train_batch_size", "4"),
+            *("--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no"),
+            *("--use_cpu", "true", "--report_to", "none", "--output_dir", tmp_path / name),
+            *(["--student_fraction", *flags, "--max_new_tokens", "9"] if flags else []),
+        )
+        assert (tmp_path / name / "done.json").exists(), job.stdout[-4000:]
+        found[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        curves[name] = [of_the_run(entry) for entry in history if "loss" in entry]
+        assert ("on-policy: the student answers 40% of the rows" in job.stdout) == (name == "some")
+    assert found["off"] == found["none"] != found["some"] and curves["off"] == curves["none"]
+    own = {"own_divergence", "own_agreement", "generated_length", "generated_cut_share"}
+    assert own <= curves["some"][0].keys() and not own & curves["off"][0].keys()
+
+
+def trainer_of(student, teacher, tokenizer, rows, folder, settings, **objective):
+    collator = Collator(tokenizer.pad_token_id)
+    live = LiveTeacher(
+        TeacherSettings(teacher=str(teacher), teacher_dtype="float32"),
+        ModelSettings(),
+        torch.device("cpu"),
+    )
+    return DistillationTrainer(
+        model=student,
+        args=TrainingSettings(
+            output_dir=str(folder), global_batch_size=len(rows), use_cpu=True, report_to=["none"]
+        ),
+        train_dataset=[[row] for row in rows],
+        data_collator=collator,
+        processing_class=tokenizer,
+        objective=Objective(**objective),
+        vocabulary=len(tokenizer),
+        teacher=live,
+        student_rows=StudentRows(settings, Writer(student, settings, tokenizer), collator, 512),
+    )
+
+
+def test_the_loss_does_not_scale_with_the_generated_length(tokenizer, tmp_path):
+    """Models that give every token the same distribution have the same divergence at every token."""
+    for name, seed in (("student", 0), ("teacher", 1)):
+        save_small(tmp_path / name, tokenizer, seed=seed, tie_word_embeddings=False)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[0]
+        model.lm_head.weight.data[tokenizer.eos_token_id] = 0
+        model.save_pretrained(tmp_path / name)
+    rows, _ = encode_rows(small_rows(4), tokenizer, 512, progress=False)
+    found = {}
+    for length in (2, 40):
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+        settings = OnPolicySettings(1.0, length)
+        trainer = trainer_of(student, tmp_path / "teacher", tokenizer, rows, tmp_path, settings)
+        trainer.objective = Objective(1.0, "reverse_kl")
+        batch = trainer.data_collator([[row] for row in rows])
+        (batch,), items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        loss = trainer.compute_loss(student, batch, num_items_in_batch=items)
+        loss.backward()
+        found[length] = loss.item(), student.lm_head.weight.grad.clone(), int(items)
+    assert found[40][2] > 4 * found[2][2]
+    assert found[40][0] == pytest.approx(found[2][0], rel=1e-5) and found[2][0] > 0.1
+    apart = (found[40][1] - found[2][1]).norm() / found[2][1].norm()
+    assert apart < 1e-5
+
+
+def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
+    """Greedy, and sampled; in training mode with its loss in place, which both stay as they were."""
+    plain = AutoModelForCausalLM.from_pretrained(models / "student").eval()
+    student = AutoModelForCausalLM.from_pretrained(models / "student", attention_dropout=0.5)
+    return_loss(student)
+    student.train()
+    student.model.norm.eval()
+    forwards, config = (student.forward, student.lm_head.forward), student.generation_config
+    modes, hooks = [m.training for m in student.modules()], []
+    student.lm_head.register_forward_hook(lambda *_: hooks.append(1))
+    texts = ["What does", "Return a list of all the things that there are", "A"]
+    for temperature in (0.0, 0.7):
+        settings = OnPolicySettings(0.5, 12, temperature, top_p=0.9, top_k=20)
+        writer = Writer(student, settings, tokenizer)
+        prompts = [Prompt(tokenizer.encode(x), 12 - i, 7 + i) for i, x in enumerate(texts)]
+        global_state = torch.get_rng_state()
+        written = writer.answers(prompts, torch.device("cpu"))
+        assert torch.equal(torch.get_rng_state(), global_state)
+        for prompt, ids in zip(prompts, written, strict=True):
+            processors = [KnownIds(len(tokenizer))]
+            processors += sampling_processors(temperature, 0.9, [prompt.seed], 20)
+            alone = plain.generate(
+                torch.tensor([prompt.ids]),
+                max_new_tokens=prompt.limit,
+                do_sample=False,
+                logits_processor=processors,
+            )
+            assert ids == alone[0, len(prompt.ids) :].tolist() and len(ids) <= prompt.limit
+    assert forwards == (student.forward, student.lm_head.forward) and not hooks
+    assert [m.training for m in student.modules()] == modes and student.generation_config is config
+
+
+def test_no_padded_id_is_drawn_and_a_small_workspace_writes_row_by_row(models, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    with torch.no_grad():  # what the head's padding says is likelier than any token
+        student.model.embed_tokens.weight[len(tokenizer) :] *= 50
+    return_loss(student)
+    prompts = [Prompt(tokenizer.encode("a" * n), 30, n) for n in range(1, 9)]
+    found = []
+    for workspace in (1, 2048):
+        settings = OnPolicySettings(0.5, generation_workspace_mb=workspace)
+        writer = Writer(student, settings, tokenizer)
+        sizes = [len(places) for places in writer.batches(prompts, list(range(8)))]
+        assert sizes == [8]
+        writer.model.config.num_hidden_layers = 2000 if workspace == 1 else 2
+        sizes = [len(places) for places in writer.batches(prompts, list(range(8)))]
+        writer.model.config.num_hidden_layers = 2
+        assert (sizes == [8]) == (workspace == 2048) and sum(sizes) == 8
+        found.append(writer.answers(prompts, torch.device("cpu")))
+    assert found[0] == found[1]
+    assert all(token < len(tokenizer) for answer in found[0] for token in answer)
+
+
+def test_an_empty_answer_is_its_end_token_and_is_learnt_from(models, tokenizer, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    rows, _ = encode_rows(small_rows(4), tokenizer, 512, progress=False)
+    trainer = trainer_of(
+        student,
+        models / "teacher",
+        tokenizer,
+        rows,
+        tmp_path,
+        OnPolicySettings(1.0),
+        soft_weight=0.5,
+    )
+    end = tokenizer.eos_token_id
+    trainer.student_rows.writer.answers = lambda prompts, device: [[end] for _ in prompts]
+    batch = trainer.data_collator([[row] for row in rows])
+    (batch,), items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert int(items) == 4 and trainer.figures.written == [4, 4, 0]
+    outputs = trainer.compute_loss(student, batch, True, num_items_in_batch=items)
+    assert math.isfinite(outputs[0].item()) and outputs[0].item() > 0
+    figures = trainer.figures.read()
+    assert "cross_entropy" not in figures and figures["own_divergence"] > 0
+
+
+def test_an_answer_takes_the_place_of_one_of_a_rows_answers_and_keeps_to_max_length():
+    row = EncodedRow(list(range(10, 22)), [IGNORED] * 3 + [13, 14] + [IGNORED] * 4 + [19, 20, 21])
+    assert answer_starts(row) == [3, 9]
+    text = EncodedRow(list(range(12)), [IGNORED, *range(1, 12)])
+    assert answer_starts(text) == [6]
+    assert answer_starts(EncodedRow([5, 6], [IGNORED, 6])) == [1]
+    rows = StudentRows(OnPolicySettings(0.5, 256), None, Collator(0), 12)
+    found = {(len(p.ids), p.limit) for p in (rows.prompt(row, str(i)) for i in range(20))}
+    assert found == {(3, 9), (9, 3)}
+
+
+def test_rows_are_drawn_by_seed_and_step_and_their_share_is_right_on_average():
+    draws = [chosen_places(0.3, 8, 0, step) for step in range(400)]
+    assert sum(map(len, draws)) / 3200 == pytest.approx(0.3, abs=0.02)
+    assert {len(places) for places in draws} == {2, 3}
+    counts = [sum(place in places for places in draws) for place in range(8)]
+    assert min(counts) > 80 and max(counts) < 160
+    assert draws[:5] == [chosen_places(0.3, 8, 0, step) for step in range(5)]
+    assert draws[:5] != [chosen_places(0.3, 8, 1, step) for step in range(5)]
+    assert chosen_places(1.0, 8, 0, 3) == set(range(8))
+
+
+def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
+    """FlashAttention's batches have all rows in one."""
+    rows, _ = encode_rows(small_rows(5), tokenizer, 512, progress=False)
+    for flat in (False, True):
+        student_rows = StudentRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
+        batch = student_rows.collated(rows, [1, 4], torch.device("cpu"))
+        assert documents(batch) == rows
+        own = batch[OWN] & (batch["labels"] != IGNORED)
+        wanted = [x for i in (1, 4) for x in rows[i].labels if x != IGNORED]
+        assert batch["labels"][own].tolist() == wanted
+
+
+def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(models, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(models / "student").eval()
+    out = model.generate(
+        torch.ones(3, 9, dtype=torch.long), max_new_tokens=7, return_dict_in_generate=True
+    )
+    held = sum(x.nbytes for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
+    length = out.past_key_values.get_seq_length()
+    scores = SCORES * model.config.vocab_size
+    assert held == 3 * (row_bytes(model.config, length, 4) - scores)
+
+    layout = Layout(
+        student=str(models / "student"),
+        model=ModelSettings(dtype="float32"),
+        micro=4,
+        accumulation=2,
+        max_length=64,
+        processes=2,
+        memory=2**40,
+        zero=json.loads((ROOT / ZERO3).read_text()),
+        device="cpu",
+    )
+    assert "the student's writing" not in plan(layout).phases
+    own = dataclasses.replace(layout, on_policy=OnPolicySettings(0.25))
+    phase = plan(own).phases["the student's writing"]
+    assert phase["keys, values and scores of own answers"] == 4 * row_bytes(model.config, 64, 4)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert phase["student gathered to write"] == weights
