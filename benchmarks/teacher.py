@@ -26,21 +26,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
-from bitsandbytes.functional import quantize_4bit
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from kd.losses.fused import Objective, TeacherSignal
 from kd.models import awq, awq_writer, sharding
 from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
-from kd.models.tensor_files import INDEX
+from kd.models.random_checkpoint import GROUP, qwen_config, write_random
 from kd.recipe import parse, setting
 from kd.training.exit import leave
 
 DS_CONFIG = "ds_configs/teacher_zero3.json"
-GROUP = 128
 SHAPES = {  # hidden, intermediate, layers, heads, key and value heads; Qwen2.5's
     "32B": (5120, 27648, 64, 40, 8),
     "14B": (5120, 13824, 48, 40, 8),
@@ -88,7 +84,7 @@ def main() -> None:
 
 def rank_rows(settings: BenchmarkSettings, folder: Path) -> Iterator[dict[str, Any]]:
     heads = max(1, settings.hidden // 64)
-    config = model_config(
+    config = qwen_config(
         settings.hidden,
         settings.intermediate,
         4 if settings.quick else settings.layers,
@@ -125,91 +121,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
     }
-
-
-def model_config(
-    hidden: int, intermediate: int, layers: int, heads: int, pairs: int, vocabulary: int
-) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=pairs,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-
-
-def write_random(config: PretrainedConfig, form: str, folder: Path) -> int:
-    """Bytes of the checkpoint. Linears of one shape share their random numbers, and no more."""
-    folder.mkdir(parents=True)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    packed = {
-        name: PACKERS[form]
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name != "lm_head" and form in PACKERS
-    }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    made: dict[tuple, dict[str, Tensor]] = {}
-    tensors: dict[str, Tensor] = {}
-    places, total, count = {}, 0, 0
-    state = list(model.state_dict().items())
-    for name, tensor in state:
-        owner = name.removesuffix(".weight")
-        key = (owner in packed, "norm" in name, tuple(tensor.shape))
-        if key not in made:
-            value = torch.randn(tensor.shape, device=device).mul_(tensor.shape[-1] ** -0.5)
-            value = torch.ones_like(value) if "norm" in name else value
-            parts = packed[owner](value) if owner in packed else {"": value.bfloat16()}
-            made[key] = {part: value.cpu().contiguous() for part, value in parts.items()}
-        for part, value in made[key].items():
-            tensors[f"{owner}.{part}" if part else name] = value.clone()
-        if sum(value.nbytes for value in tensors.values()) > 2**31 or name == state[-1][0]:
-            count += 1
-            file = f"model-{count}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, file)
-            total += sum(value.nbytes for value in tensors.values())
-            tensors = {}
-    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
-    settings = config.to_dict() | {"architectures": [type(model).__name__]}
-    if form in QUANTIZATION:
-        settings["quantization_config"] = QUANTIZATION[form]
-    (folder / "config.json").write_text(json.dumps(settings, default=str))
-    return total
-
-
-def pack_awq(weight: Tensor) -> dict[str, Tensor]:
-    return dict(zip(awq_writer.PARTS, awq_writer.quantize(weight, GROUP), strict=True))
-
-
-def pack_nf4(weight: Tensor) -> dict[str, Tensor]:
-    codes, state = quantize_4bit(weight.bfloat16(), compress_statistics=True, quant_type="nf4")
-    described = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    return {"weight": codes} | described
-
-
-PACKERS = {"awq": pack_awq, "nf4": pack_nf4}
-QUANTIZATION = {
-    "awq": {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": GROUP,
-        "zero_point": True,
-        "version": "gemm",
-    },
-    "nf4": {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-    },
-}
 
 
 def start_workers(work: dict[str, Any], ranks: int, one_gpu: bool = False) -> list[dict]:
@@ -303,8 +214,8 @@ def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
     if not with_step:
         return
     teacher, student = folder / "teacher", folder / "student"
-    write_random(model_config(*SHAPES["32B"], 152_064), "awq", teacher)
-    write_random(model_config(*SHAPES["14B"], 152_064), "nf4", student)
+    write_random(qwen_config(*SHAPES["32B"], 152_064), "awq", teacher)
+    write_random(qwen_config(*SHAPES["14B"], 152_064), "nf4", student)
     work = {"part": "step", "folder": str(teacher), "student": str(student), "tokens": 1024}
     found = start_workers(work, ranks=2, one_gpu=True)
     yield {"part": "step", "cap_gb": CAP_GB, "ranks": found, **machine()}

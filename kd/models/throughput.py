@@ -84,11 +84,15 @@ def matrix_work(layout: Layout, device: torch.device) -> tuple[float, float, flo
     """
     if device.type != "cuda":
         return None
+    return (*counted_work(layout), matrix_rate("cuda", getattr(torch, layout.half or "float32")))
+
+
+def counted_work(layout: Layout) -> tuple[float, float]:
+    """(operations of a position, of a target token beside that)."""
     counts = operations(layout)
     tokens = layout.tokens * layout.accumulation
     heads = counts.pop("heads and loss")
-    rate = matrix_rate("cuda", getattr(torch, layout.half or "float32"))
-    return sum(counts.values()) / tokens, heads / tokens, rate
+    return sum(counts.values()) / tokens, heads / tokens
 
 
 def forward_operations(name: str, layout: Layout, tokens: int) -> float:
