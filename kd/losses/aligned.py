@@ -235,7 +235,7 @@ def block_figures(
     student's logits / temperature at first tokens, slope (c,): that to the log-probability of the
     others)."""
     heads = student[ours.first[some]], teacher[theirs.first[some]]
-    likeliest = [x.argmax(-1) for x in heads]
+    likeliest = [elementwise.argmax(x)[:, 0] for x in heads]
     agreement = (
         signal.student_classes.class_of[likeliest[0]]
         == signal.teacher_classes.class_of[likeliest[1]]
