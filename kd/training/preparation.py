@@ -87,10 +87,12 @@ def prepare(
     model = with_dtype(model, training)
     if teacher and on_policy:
         check_on_policy(on_policy, teacher, data)
+    if teacher and teacher.align_tokenizers:
+        check_alignable(teacher, objective_settings)
     if teacher and not teacher.teacher_cache:
         check_teacher(teacher, model)
     tokenizer, cache = shared_tokenizer(name, model, training, teacher, objective_settings)
-    other = other_tokenizer(tokenizer, training, teacher, objective_settings)
+    other = other_tokenizer(tokenizer, training, teacher)
     if data.packing:
         live = [base_model(teacher, name)] if teacher and not cache else []
         for model_name in [name, *live]:
@@ -151,12 +153,10 @@ def other_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     training: TrainingSettings,
     teacher: TeacherSettings | None,
-    objective: ObjectiveSettings | None,
 ) -> PreTrainedTokenizerBase | None:
     """That of a teacher to which rows are aligned; each model reads its own chat template."""
     if not teacher or not teacher.align_tokenizers:
         return None
-    check_alignable(teacher, objective)
     other = teacher_tokenizer(teacher.teacher)
     say(training, str(shared_vocabulary(tokenizer, other)))
     return other
