@@ -14,6 +14,7 @@ over the data's text, and over what the student itself writes there. Finished st
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -59,7 +60,6 @@ WAYS = {
     "off-policy, forward_kl": ["--divergence", "forward_kl"],
     "off-policy, reverse_kl": ["--divergence", "reverse_kl"],
     "on-policy, reverse_kl": ["--divergence", "reverse_kl", "--student_fraction", "1"],
-    "half of the rows, reverse_kl": ["--divergence", "reverse_kl", "--student_fraction", "0.5"],
 }
 
 
@@ -100,11 +100,11 @@ def heldout_rows(count: int) -> list[dict]:
         return [json.loads(line) for line in islice(file, count)]
 
 
-def beside_trl(settings: OnPolicyBenchmark) -> dict:
-    """{divergence: {way: TRL's loss of a step, ours of the same tokens, their factor, ...}}"""
+def beside_trl(settings: OnPolicyBenchmark) -> list[dict]:
+    """TRL's loss of a step, and ours of the same tokens, by divergence and by who wrote them."""
     rows, tokenizer = heldout_rows(settings.rows), load_tokenizer(TEACHER)
     own, _ = encode_rows(rows, tokenizer, 256, progress=False)
-    found = {}
+    found = []
     for divergence, beta in BETA.items():
         for way, share in (("off-policy", 0.0), ("on-policy", 1.0)):
             loss, batches = trl_step(rows, tokenizer, beta, share, settings.new_tokens)
@@ -112,7 +112,9 @@ def beside_trl(settings: OnPolicyBenchmark) -> dict:
             ours = our_step(batches, tokenizer, divergence, share > 0)
             counted = sum(row.targets for row in own) + len(own)  # and the line breaks
             factor = counted / targets  # 1 off-policy
-            found[f"{divergence}, {way}"] = {
+            row = {
+                "divergence": divergence,
+                "way": way,
                 "trl": loss,
                 "ours": ours,
                 "target_tokens": targets,
@@ -120,6 +122,7 @@ def beside_trl(settings: OnPolicyBenchmark) -> dict:
                 "trl_without_that_factor": loss * factor,
                 "relative_difference": abs(loss * factor - ours) / ours,
             }
+            found.append(row)
     return found
 
 
@@ -222,25 +225,22 @@ def our_step(batches: list[list[EncodedRow]], tokenizer, divergence: str, own: b
     return loss
 
 
-def stage(settings: OnPolicyBenchmark) -> dict:
-    """{way: {figure: {mean, sd, values}}} of the seeds whose students are finished."""
-    started, found = time.monotonic(), {}
+def stage(settings: OnPolicyBenchmark) -> list[dict]:
+    """Means over the seeds whose students are finished, by the way they were trained."""
+    started = time.monotonic()
     common = Path(settings.out_dir) / "first"
     train(STUDENT, common, settings, settings.first_steps, 0, ["--learning_rate", "1e-3"])
-    found["before"] = summary([measured(common, settings)])
-    for way, flags in WAYS.items():
-        values = []
-        for seed in settings.seeds:
-            folder = Path(settings.out_dir) / f"{way.replace(',', '').replace(' ', '_')}-seed{seed}"
-            late = time.monotonic() - started > 60 * settings.minutes
-            if late and not (folder / "done.json").exists():
-                continue
-            more = ["--mixture_seed", str(seed + 1), "--learning_rate", "3e-4", *flags]
-            train(str(common), folder, settings, settings.steps, seed, more)
-            values.append(measured(folder, settings))
-        if values:
-            found[way] = summary(values)
-    return found
+    found = [summary("none", [measured(common, settings)])]
+    values: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for seed, (way, flags) in itertools.product(settings.seeds, WAYS.items()):
+        folder = Path(settings.out_dir) / f"{way.replace(',', '').replace(' ', '_')}-seed{seed}"
+        late = time.monotonic() - started > 60 * settings.minutes
+        if late and not (folder / "done.json").exists():
+            continue
+        more = ["--mixture_seed", str(seed + 1), "--learning_rate", "3e-4", *flags]
+        train(str(common), folder, settings, settings.steps, seed, more)
+        values[way].append(measured(folder, settings))
+    return found + [summary(way, of_seeds) for way, of_seeds in values.items() if of_seeds]
 
 
 def train(
@@ -285,16 +285,9 @@ def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
     return figures
 
 
-def summary(values: list[dict[str, float]]) -> dict[str, dict]:
-    return {
-        name: {
-            "mean": statistics.mean(found),
-            "sd": statistics.stdev(found) if len(found) > 1 else None,
-            "values": found,
-        }
-        for name in values[0]
-        for found in [[one[name] for one in values]]
-    }
+def summary(way: str, values: list[dict[str, float]]) -> dict:
+    means = {name: statistics.mean(one[name] for one in values) for name in values[0]}
+    return {"stage": way, "seeds": len(values), **means, "values": values}
 
 
 if __name__ == "__main__":

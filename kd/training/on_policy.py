@@ -4,7 +4,7 @@ A chosen row keeps its prompt, up to one of its answers; the student's answer ta
 and its tokens are the row's only targets. A token of the data counts soft_weight * divergence +
 (1 - soft_weight) * cross-entropy, one of the student's the divergence alone, so the weights of every
 token sum to 1, and the loss is their mean over all target tokens of the step, counted after the
-generation. MiniLLM (Gu et al. 2023) and GKD (Agarwal et al. 2023, equation 5, lambda =
+generation. MiniLLM (Gu et al. 2023) and GKD (Agarwal et al. 2023, algorithm 1; its lambda is
 student_fraction). No gradient flows through the choice of tokens, as in GKD.
 
 All draws come from seed, step and a row's place in the global batch: there is no state to save, a run
@@ -38,11 +38,6 @@ def check_on_policy(
         raise ValueError(
             f"{share} with teacher_cache: the cache knows nothing of text that the student has yet "
             "to write; leave teacher_cache out, so that the teacher runs in the step"
-        )
-    if teacher.align_tokenizers:
-        raise ValueError(
-            f"{share} with align_tokenizers: text that is not yet written cannot be aligned; train on "
-            "the data alone (student_fraction: 0), or take a teacher with the student's tokenizer"
         )
     if data.packing:
         raise ValueError(

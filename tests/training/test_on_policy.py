@@ -399,3 +399,24 @@ def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(mode
     assert phase["keys, values and scores of own answers"] == 4 * row_bytes(model.config, 64, 4)
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert phase["student gathered to write"] == weights
+
+
+@pytest.mark.gpu
+def test_a_student_on_a_gpu_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
+    """Sampled from a stream of a row's own; float32, so that no rounding decides."""
+    device = torch.device("cuda")
+    plain, student = (
+        AutoModelForCausalLM.from_pretrained(models / "student").to(device).eval() for _ in range(2)
+    )
+    return_loss(student)
+    writer = Writer(student, OnPolicySettings(0.5), tokenizer)
+    prompts = [Prompt(tokenizer.encode("Return " * n), 20, n) for n in (1, 5, 9)]
+    for prompt, ids in zip(prompts, writer.answers(prompts, device), strict=True):
+        processors = [KnownIds(len(tokenizer)), *sampling_processors(1.0, 1.0, [prompt.seed])]
+        alone = plain.generate(
+            torch.tensor([prompt.ids], device=device),
+            max_new_tokens=20,
+            do_sample=False,
+            logits_processor=processors,
+        )
+        assert ids == alone[0, len(prompt.ids) :].tolist()
