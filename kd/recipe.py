@@ -212,6 +212,11 @@ class TeacherSettings:
     teacher: str = setting(
         "", "hub name or folder, also of a LoRA adapter; self: the student without its adapters"
     )
+    align_tokenizers: bool = setting(
+        False,
+        "a teacher with another tokenizer: texts are aligned by bytes, and distributions compared "
+        "over common classes of tokens",
+    )
     teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "auto: the type the checkpoint has"
     )

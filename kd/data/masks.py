@@ -22,6 +22,9 @@ NO_TARGET = "without a target"
 TOO_LONG = "longer than max_length"
 
 
+Whole = tuple[np.ndarray, list[Span]]  # ids (T,) of a row, and which tokens are its targets
+
+
 @dataclass(frozen=True)
 class EncodedRow:
     input_ids: list[int]
@@ -46,6 +49,9 @@ class EncodingReport:
     targets_cut: int = 0  # those that lost targets by it
     tokens: int = 0
     targets: int = 0
+    teacher_tokens: int = 0  # these three where a teacher has another tokenizer
+    aligned: int = 0  # targets in chunks of text that begin and end in both tokenisations
+    one_to_one: int = 0  # those of them that are one token for both
 
     @property
     def without_target(self) -> int:
@@ -61,6 +67,14 @@ class EncodingReport:
         return (
             f"rows: {self.read} read, {self.kept} kept, {dropped}, {self.cut} cut at max_length"
             f"{lost}; {self.tokens} tokens, {self.targets} targets"
+        ) + (f"\n{self.alignment}" if self.teacher_tokens else "")
+
+    @property
+    def alignment(self) -> str:
+        one, aligned = (x / max(self.targets, 1) for x in (self.one_to_one, self.aligned))
+        return (
+            f"alignment: {one:.1%} of the targets are one token for the teacher, too; {aligned:.1%} "
+            f"are compared with it; {self.teacher_tokens} tokens for the teacher"
         )
 
 
@@ -72,6 +86,14 @@ class CutRow:
     mask: np.ndarray
     cut: bool
     targets_cut: bool
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is written of it, by file."""
+        return {"ids": self.ids, "mask": self.mask}
+
+    def count_alignment(self, report: EncodingReport) -> None:
+        """Nothing, where a row has one tokenizer."""
 
     def encoded(self) -> EncodedRow:
         return EncodedRow(self.ids.tolist(), np.where(self.mask, self.ids, IGNORED).tolist())
@@ -114,6 +136,8 @@ def count_rows(results: list["CutRow | BadRow"], report: EncodingReport) -> list
     report.targets_cut += sum(row.targets_cut for row in kept)
     report.tokens += sum(len(row.ids) for row in kept)
     report.targets += sum(int(row.mask.sum()) for row in kept)
+    for row in kept:
+        row.count_alignment(report)
     return kept
 
 
@@ -135,29 +159,37 @@ class Encoder:
         self.find: Find | None = None  # made for the first conversation: texts need no template
 
     def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[CutRow | BadRow]:
-        """A result for each (place, row). Raises BadRow where a template refuses a conversation,
+        """A result for each (place, row)."""
+        found = zip(self.encode(rows), rows, strict=True)
+        return [
+            whole if isinstance(whole, BadRow) else self.cut(whole[0], mask_of(*whole), place)
+            for whole, (place, _) in found
+        ]
+
+    def encode(self, rows: Sequence[tuple[str, dict]]) -> list[Whole | BadRow]:
+        """Each row at its full length. Raises BadRow where a template refuses a conversation,
         or returns it where bad rows are dropped."""
         texts = [i for i, (_, row) in enumerate(rows) if "text" in row]
         chats = [i for i, (_, row) in enumerate(rows) if "text" not in row]
-        found: list[CutRow | BadRow] = [None] * len(rows)  # type: ignore[list-item]
-        for i, (ids, mask) in zip(texts, self.texts([rows[i][1] for i in texts]), strict=True):
-            found[i] = self.cut(ids, mask, rows[i][0])
+        found: list[Whole | BadRow] = [None] * len(rows)  # type: ignore[list-item]
+        for i, text in zip(texts, self.texts([rows[i][1] for i in texts]), strict=True):
+            found[i] = text
         for i, chat in zip(chats, self.chats([rows[i] for i in chats]), strict=True):
-            found[i] = chat if isinstance(chat, BadRow) else self.cut(*chat, rows[i][0])
+            found[i] = chat
         return found
 
     def texts(self, rows: list[dict]):
-        """(ids, mask) of every text; every token is a target."""
+        """Every text, all of whose tokens are targets."""
         if not rows:
             return
         eos = self.tokenizer.eos_token_id
         for ids in self.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]:
             # Where pad is eos it is still a real token here: the mask, not the id, tells padding.
             ids = np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32)
-            yield ids, np.ones(len(ids), bool)
+            yield ids, [(0, len(ids))]
 
     def chats(self, rows: list[tuple[str, dict]]):
-        """(ids, mask) of every conversation, or why there is none; True at assistant tokens."""
+        """Every conversation, whose assistant's tokens are targets, or why there is none."""
         if not rows:
             return
         rendered = [self.rendered(place, row) for place, row in rows]
@@ -172,7 +204,7 @@ class Encoder:
                 yield found
                 continue
             i, ids = next(out)
-            yield np.array(ids, np.int32), token_mask(batch, i, found[1], len(ids))
+            yield np.array(ids, np.int32), token_spans(batch, i, found[1], len(ids))
 
     def rendered(self, place: str, row: dict) -> tuple[str, list[Span]] | BadRow:
         if self.find is None:
@@ -188,12 +220,17 @@ class Encoder:
                 raise bad from error
             return bad
 
+    @property
+    def kept(self) -> slice:
+        """The tokens of a row that are left of it."""
+        left = self.on_long_row == "cut_left"
+        return slice(-self.max_length, None) if left else slice(self.max_length)
+
     def cut(self, ids: np.ndarray, mask: np.ndarray, place: str) -> CutRow | BadRow:
         long = len(ids) > self.max_length
         if long and self.on_long_row == "drop":
             return BadRow(place, TOO_LONG, f"{len(ids)} tokens")
-        left = self.on_long_row == "cut_left"
-        kept = slice(-self.max_length, None) if left else slice(self.max_length)
+        kept = self.kept
         lost = long and bool(mask.sum() > mask[kept].sum())
         ids, mask = ids[kept], mask[kept].copy()
         mask[:1] = False
@@ -209,20 +246,29 @@ def check_nothing_left_out(messages: list[dict], text: str) -> None:
             raise ValueError(f"the {message['role']} message is left out or changed")
 
 
-def token_mask(batch: BatchEncoding, row: int, spans: list[Span], length: int) -> np.ndarray:
-    """True at the tokens that hold a character of a span, (length,)."""
-    mask = np.zeros(length, bool)
+def mask_of(ids: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """True at the tokens of the spans, (T,)."""
+    mask = np.zeros(len(ids), bool)
+    for first, end in spans:
+        mask[first:end] = True
+    return mask
+
+
+def token_spans(batch: BatchEncoding, row: int, spans: list[Span], length: int) -> list[Span]:
+    """The tokens that hold a character of each span; (0, 0) where none does."""
+    found = []
     for left, right in spans:
         tokens = (batch.char_to_token(row, at) for at in range(left, right))
         first = next((token for token in tokens if token is not None), None)
         if first is None:
-            continue  # empty, or nothing of it became a token
+            found.append((0, 0))  # empty, or nothing of it became a token
+            continue
         tokens = (batch.char_to_token(row, at) for at in range(right - 1, left - 1, -1))
         last = next(token for token in tokens if token is not None)
         while last + 1 < length and shares_character(batch, row, last + 1, right):
             last += 1  # a character may be cut into several tokens
-        mask[first : last + 1] = True
-    return mask
+        found.append((first, last + 1))
+    return found
 
 
 def shares_character(batch: BatchEncoding, row: int, token: int, right: int) -> bool:

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kd.losses import elementwise, sparse
+from kd.losses import aligned, elementwise, sparse
+from kd.losses.aligned import AlignedSignal
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 from kd.losses.sparse import SparseSignal
 
@@ -33,7 +34,8 @@ def linear_distillation_loss(
 
     `hidden` (N, H) predicts `labels` (N,). N may be 0: the loss is then 0 with a gradient path.
     The gradient reaches `hidden` and, where they train, the head's weight and bias. Both
-    distributions are over the first `vocabulary` ids, those that the tokenizer has.
+    distributions are over the first `vocabulary` ids, those that the tokenizer has; a teacher with
+    another tokenizer has as many as its signal says.
     Memory beside the results: objective.loss_workspace_mb. Raises ValueError where a head has
     fewer rows than that.
     """
@@ -41,7 +43,7 @@ def linear_distillation_loss(
     _check_rows("student", head, vocabulary)
     live = isinstance(teacher, TeacherSignal)
     if live:
-        _check_rows("teacher", teacher.head, vocabulary)
+        _check_rows("teacher", teacher.head, _teacher_vocabulary(teacher, vocabulary))
     device = hidden.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)
@@ -98,6 +100,20 @@ def _check_rows(owner: str, head: Head, vocabulary: int) -> None:
             f"the {owner}'s head has {len(head.weight)} rows and the tokenizer {vocabulary} ids; "
             "wanted a row for every id: resize its embeddings to the tokenizer it was trained with"
         )
+
+
+def _teacher_vocabulary(teacher: TeacherSignal, vocabulary: int) -> int:
+    return teacher.vocabulary if isinstance(teacher, AlignedSignal) else vocabulary
+
+
+def _tiles(teacher: TeacherSignal | SparseSignal | None, n: int, tokens: int) -> Iterator[tuple]:
+    """The student's and the teacher's rows of every tile; the same, but for another tokenizer."""
+    if isinstance(teacher, AlignedSignal):
+        yield from teacher.tiles(tokens)
+        return
+    for start in range(0, n, tokens or 1):
+        tile = slice(start, min(start + tokens, n))
+        yield tile, tile
 
 
 def _product_type(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.dtype:
@@ -169,36 +185,50 @@ class _FusedLoss(torch.autograd.Function):
             kinds.append(teacher_kind)
         elif teacher is not None and hidden.is_cuda:
             kinds += [exact] * sparse.SCRATCH
-        tokens = tile_tokens(objective, vocabulary, exact, kinds, hidden.device)
-        tokens = min(tokens, len(labels))
+        other = isinstance(teacher, AlignedSignal)
+        theirs = _teacher_vocabulary(teacher, vocabulary)
+        if other and hidden.is_cuda:
+            kinds += [exact] * aligned.SCRATCH
+        tokens = tile_tokens(objective, max(vocabulary, theirs), exact, kinds, hidden.device)
+        tokens = max(tokens, aligned.LEAST_TOKENS) if other else min(tokens, len(labels))
 
         figures_of = _elementwise_pass(hidden, exact)
 
-        def buffer(dtype):
+        def buffer(dtype, vocabulary):
             return torch.empty(tokens, vocabulary, dtype=dtype, device=hidden.device)
 
-        student_buffer = buffer(exact)
-        teacher_buffer = buffer(exact) if live else None
-        gradient_buffer = student_buffer if kind == exact else buffer(kind)
+        student_buffer = buffer(exact, vocabulary)
+        teacher_buffer = buffer(exact, theirs) if live else None
+        gradient_buffer = student_buffer if kind == exact else buffer(kind, vocabulary)
         kept = [
             torch.zeros(x.shape, dtype=exact, device=hidden.device) if wanted else None
             for x, wanted in zip(inputs, trained, strict=True)
         ]
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
-        for start in range(0, len(labels), tokens or 1):
-            tile = slice(start, min(start + tokens, len(labels)))
+        for tile, rows in _tiles(teacher, len(labels), tokens):
             n = tile.stop - tile.start
             student = student_buffer[:n]  # (n, V)
             tile_hidden = hidden.detach()[tile].to(kind)  # (n, H)
             _project(tile_hidden, head.weight, student)
             teacher_logits = None
             if live:
-                teacher_logits = teacher_buffer[:n]  # (n, V)
-                _project(teacher.hidden[tile].to(teacher_kind), teacher.head.weight, teacher_logits)
+                teacher_logits = teacher_buffer[: rows.stop - rows.start]  # (n, V)
+                _project(teacher.hidden[rows].to(teacher_kind), teacher.head.weight, teacher_logits)
             gradient = gradient_buffer[:n] if any(trained) else None
             if isinstance(teacher, SparseSignal):
                 known = teacher.rows(tile, exact)
                 sums += sparse.tile_figures(student, known, labels[tile], head, objective, gradient)
+            elif other:
+                sums += aligned.tile_figures(
+                    student,
+                    teacher_logits,
+                    labels[tile],
+                    teacher,
+                    (tile, rows),
+                    head,
+                    objective,
+                    gradient,
+                )
             else:
                 sums += figures_of(
                     student,

@@ -63,8 +63,9 @@ def check_same_tokenizer(
         f"teacher and student have different tokenizers: id {first} is "
         f"{their_id.get(first, 'absent')!r} for the teacher ({len(theirs)} tokens) and "
         f"{by_id.get(first, 'absent')!r} for the student ({len(ours)} tokens). Logits can only be "
-        "compared over one vocabulary: choose a student of the teacher's family, or train it on "
-        "the teacher's text (train/generate.py, then train/sft.py)"
+        "compared over one vocabulary: set align_tokenizers: true, which aligns the texts by bytes; "
+        "or choose a student of the teacher's family, or train it on the teacher's text "
+        "(train/generate.py, then train/sft.py)"
     )
 
 
@@ -79,14 +80,19 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: EOS, and what the template puts behind an assistant turn."""
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        behind = text[text.rindex("answer") + len("answer") :]
-        ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-        ends.update(ids[:1] if ids and ids[0] in special_ids(tokenizer) else [])
-    return sorted(ends)
+    turn = turn_end(tokenizer)
+    return sorted({tokenizer.eos_token_id} | ({turn} if turn is not None else set()))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the template puts behind an assistant turn, if it is one."""
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = text[text.rindex("answer") + len("answer") :]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -39,6 +39,11 @@ def check_on_policy(
             f"{share} with teacher_cache: the cache knows nothing of text that the student has yet "
             "to write; leave teacher_cache out, so that the teacher runs in the step"
         )
+    if teacher.align_tokenizers:
+        raise ValueError(
+            f"{share} with align_tokenizers: text that is not yet written cannot be aligned; train on "
+            "the data alone (student_fraction: 0), or take a teacher with the student's tokenizer"
+        )
     if data.packing:
         raise ValueError(
             f"{share} with packing: an answer has another length than the one it replaces, and a "

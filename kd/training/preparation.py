@@ -24,6 +24,7 @@ from kd.models.inherit import inherited_pairs
 from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
+from kd.models.vocabularies import shared_vocabulary
 from kd.recipe import (
     OWN_BASE,
     DataSettings,
@@ -34,6 +35,7 @@ from kd.recipe import (
     TrainingSettings,
     parse_json_object,
 )
+from kd.teachers.aligned import check_alignable, check_alignment
 from kd.teachers.cache import TeacherCache
 from kd.teachers.cached import Documents, open_cache
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
@@ -55,6 +57,7 @@ class Prepared:
     model: ModelSettings
     tokenizer: PreTrainedTokenizerBase
     cache: TeacherCache | None
+    teacher_tokenizer: PreTrainedTokenizerBase | None  # only where it is another one
     objective: Objective
     hidden: HiddenObjective | None
     rows: TokenisedRows
@@ -84,9 +87,12 @@ def prepare(
     model = with_dtype(model, training)
     if teacher and on_policy:
         check_on_policy(on_policy, teacher, data)
+    if teacher and teacher.align_tokenizers:
+        check_alignable(teacher, objective_settings)
     if teacher and not teacher.teacher_cache:
         check_teacher(teacher, model)
     tokenizer, cache = shared_tokenizer(name, model, training, teacher, objective_settings)
+    other = other_tokenizer(tokenizer, training, teacher)
     if data.packing:
         live = [base_model(teacher, name)] if teacher and not cache else []
         for model_name in [name, *live]:
@@ -98,7 +104,7 @@ def prepare(
     settings = [part for part in parts if part]
     names = {"student" if teacher else "model": name}
     about, checkpoint = resume_point(training, recipe_of(settings, names))
-    rows, eval_rows = prepare_rows(data, tokenizer, training)
+    rows, eval_rows = prepare_rows(data, tokenizer, training, other)
     if cache:
         for part, what in ((rows, "training"), (eval_rows, "held-out")):
             if part:
@@ -118,7 +124,7 @@ def prepare(
     )
     plan = planned(layout, training, earlier)
     return Prepared(
-        settings, names, model, tokenizer, cache, objective, hidden, rows, eval_rows, about,
+        settings, names, model, tokenizer, cache, other, objective, hidden, rows, eval_rows, about,
         checkpoint, plan, data.max_length,
     )  # fmt: skip
 
@@ -137,10 +143,23 @@ def shared_tokenizer(
         say(training, f"teacher: {cache.tokens} scored tokens in {teacher.teacher_cache}, no model")
     elif teacher and teacher.teacher == OWN_BASE:
         say(training, "teacher: the student without its adapters, on every process, in its type")
-    elif teacher:
+    elif teacher and not teacher.align_tokenizers:
         say(training, share_tokenizer(tokenizer, teacher_tokenizer(teacher.teacher)))
     set_template(tokenizer, model, training)
     return tokenizer, cache
+
+
+def other_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    training: TrainingSettings,
+    teacher: TeacherSettings | None,
+) -> PreTrainedTokenizerBase | None:
+    """That of a teacher to which rows are aligned; each model reads its own chat template."""
+    if not teacher or not teacher.align_tokenizers:
+        return None
+    other = teacher_tokenizer(teacher.teacher)
+    say(training, str(shared_vocabulary(tokenizer, other)))
+    return other
 
 
 def prepare_scoring(
@@ -161,6 +180,8 @@ def prepare_scoring(
     for key in ("teacher", "teacher_cache"):
         if not getattr(teacher_settings, key):
             raise ValueError(f"{key}: not given; wanted the teacher, and the folder to fill")
+    if teacher_settings.align_tokenizers:
+        check_alignable(teacher_settings, objective_settings)
     if teacher_settings.teacher == OWN_BASE:
         raise ValueError(
             "teacher: self; wanted a model to score with: give the student's own base by its name"
@@ -299,9 +320,15 @@ def set_template(
 
 
 def prepare_rows(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, training: TrainingSettings
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    training: TrainingSettings,
+    other: PreTrainedTokenizerBase | None = None,
 ) -> tuple[TokenisedRows, TokenisedRows | None]:
-    """(training rows, held-out rows), each a list of documents a row."""
+    """(training rows, held-out rows), each a list of documents a row.
+
+    They are aligned to a teacher's `other` tokenizer where it has one.
+    """
 
     def prepare(sources: list[dict], **sizes: int | None) -> TokenisedRows:
         settings = RowSettings(
@@ -309,9 +336,12 @@ def prepare_rows(
         )
         progress = not training.disable_tqdm
         rows = tokenised_rows(
-            sources, settings, tokenizer, data.data_cache, data.data_workers, progress
+            sources, settings, tokenizer, data.data_cache, data.data_workers, progress, other
         )
         say(training, f"{rows.report}\ntokenised rows: {rows.folder}")
+        note = other and check_alignment(rows.report.aligned, rows.report.targets)
+        if note:
+            say(training, note)
         return rows
 
     rows = prepare(data.sources, mixture_rows=data.mixture_rows, train_rows=data.train_rows)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
 
+from kd.data.alignment import AlignedCollator
 from kd.data.packing import Collator, padding_share
 from kd.data.show import log_lengths, write_summary
 from kd.generation.student import Writer
@@ -12,6 +13,7 @@ from kd.losses.hidden import add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained, parameter_counts
 from kd.models.throughput import matrix_work
+from kd.models.vocabularies import shared_vocabulary
 from kd.recipe import (
     DataSettings,
     ModelSettings,
@@ -20,6 +22,7 @@ from kd.recipe import (
     TeacherSettings,
     TrainingSettings,
 )
+from kd.teachers.aligned import AlignedTeacher
 from kd.teachers.cached import CachedCollator, CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.check import report_check
@@ -89,6 +92,9 @@ def load_trainer(
         collator = CachedCollator(collator, run.cache)
     elif live:
         teacher = LiveTeacher(live, run.model, training.device, model)
+    if run.teacher_tokenizer:
+        teacher = AlignedTeacher(teacher, shared_vocabulary(run.tokenizer, run.teacher_tokenizer))
+        collator = AlignedCollator(collator, run.teacher_tokenizer.pad_token_id)
     if run.hidden and teacher:
         set_seed(training.seed)  # how many numbers a teacher's loading draws depends on its kind
         add_projections(causal_lm(model), run.hidden, teacher.width)

@@ -23,6 +23,7 @@ from kd.data.packing import GroupedByLength
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
+from kd.teachers.aligned import AlignedTeacher
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.agreement import Agreement
@@ -44,7 +45,7 @@ class DistillationTrainer(Trainer):
         *args,
         objective: Objective,
         vocabulary: int,
-        teacher: LiveTeacher | CachedTeacher | None = None,
+        teacher: LiveTeacher | CachedTeacher | AlignedTeacher | None = None,
         hidden: HiddenObjective | None = None,
         about: dict[str, Any] | None = None,
         work: tuple[float, float, float] | None = None,

@@ -62,6 +62,19 @@ def test_only_distill_gets_the_flags_of_the_teacher():
     assert dry_run("2xt4", "train/generate.py")[-2:] == ["--dtype", "float16"]  # no bfloat16 there
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_torchrun_starts_the_same_run(profile):
+    """As many processes, the same DeepSpeed JSON, the same flags."""
+    script = "train/distill.py"
+    first = dry_run(profile, script, "--seed", 1)
+    twin = dry_run(profile, "--torchrun", script, "--seed", 1)
+    config = yaml.safe_load((ROOT / first[first.index("--config_file") + 1]).read_text())
+    assert twin[:3] == ["torchrun", "--nproc-per-node", str(config["num_processes"])]
+    at = twin.index("--deepspeed")
+    assert twin[at + 1] == config["deepspeed_config"]["deepspeed_config_file"]
+    assert twin[twin.index(script) : at] + twin[at + 2 :] == first[first.index(script) :]
+
+
 @pytest.mark.parametrize("arguments", [(), ("train/missing.py",), ("--dryrun", "train/sft.py")])
 def test_a_wrong_call_of_a_profile_says_how_it_is_called(arguments):
     done = start("launch/cpu.sh", *arguments)

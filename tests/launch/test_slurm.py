@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +23,13 @@ def cluster():
     if reason:
         pytest.skip(reason)
     cluster = Cluster()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # then too the jobs end
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)

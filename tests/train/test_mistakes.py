@@ -37,7 +37,23 @@ MISTAKES = {
     ),
     "missing data": (["--data", '[{"path": "no.jsonl"}]'], "no file no.jsonl"),
     "row without fields": (["--data", '[{"path": "WORK/bad.jsonl"}]'], "bad.jsonl, line 2: fields"),
-    "other tokenizer": (["--teacher", "WORK/other"], "different tokenizers: id 320"),
+    "other tokenizer": (["--teacher", "WORK/other"], "set align_tokenizers: true"),
+    "aligned cache": (
+        ["--align_tokenizers", "true", "--teacher_cache", "WORK/cache"],
+        "align_tokenizers: true with teacher_cache",
+    ),
+    "aligned hidden states": (
+        ["--align_tokenizers", "true", "--hidden_weight", "1"],
+        "align_tokenizers: true with hidden_weight",
+    ),
+    "aligned on-policy": (
+        ["--align_tokenizers", "true", "--student_fraction", "0.5"],
+        "with align_tokenizers: text that is not yet written",
+    ),
+    "aligned to itself": (
+        ["--align_tokenizers", "true", "--teacher", "self", "--lora_rank", "2"],
+        "align_tokenizers: true with teacher: self",
+    ),
     "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
     "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
     "teacher's format": (["--teacher", "WORK/packed"], "AWQ with {'bits': 8"),

@@ -1,0 +1,386 @@
+"""The loss of a tile where the teacher has another tokenizer: over common classes of next tokens.
+
+The targets of both models are cut into chunks of the same bytes (kd.data.alignment). At the first
+token of a chunk both next-token distributions are mapped to K classes, a token each that both
+vocabularies have (kd.models.vocabularies), and a divergence is taken between the images. Where a
+chunk has several tokens, its whole text is one event more: with a the student's tokens,
+
+    P(text) = q(a_1) q(a_2 | a_1) ... q(a_n | a_1 ... a_{n-1}),    and so for the teacher's own tokens.
+
+It is taken out of the class of the first token on each side, so that the partition is {the text, its
+class without it, all other classes}; where that would leave a class empty on one side alone, the
+classes of both first tokens are taken as one instead. Each is a partition of what may come next, for
+both models, hence the divergence a true one: 0 where the images are equal. A chunk counts once,
+however many tokens it has: by the chain rule the sum over chunks of KL divergences of what each
+comes from is that of the texts, and mapping to classes lowers it at most (data processing
+inequality). Equal vocabularies have one class a token and chunks of one token: the ordinary loss.
+All log-probabilities are at the objective's temperature, token by token.
+
+n student tokens of a tile, m of the teacher, c chunks, r of a block, V vocabulary, K classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.linalg import vecdot
+
+from kd.losses import elementwise
+from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
+
+LEAST_TOKENS = 32  # of a tile on either side: the longest chunk
+SCRATCH = 8  # blocks (r, V)
+STEEPEST = 80.0  # logarithm of the largest share, so that its exponential is finite
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How the ids of one vocabulary fall into K classes."""
+
+    class_of: Tensor  # (V,)
+    main: Tensor  # (K,) the id of each class that has a partner on the other side
+    others: Tensor  # (V - K,) all other ids
+    alone: Tensor  # (V,) where its class has no other id
+
+    @staticmethod
+    def of(class_of: Tensor, main: Tensor) -> "Classes":
+        others = torch.ones_like(class_of, dtype=torch.bool)
+        others[main] = False
+        sizes = torch.bincount(class_of, minlength=len(main))
+        return Classes(class_of, main, others.nonzero()[:, 0], sizes[class_of] == 1)
+
+    def masses(self, log_p: Tensor) -> Tensor:
+        """(r, K) log-probabilities of the classes, of (r, V) of the ids."""
+        found = log_p.index_select(-1, self.main)
+        if len(self.others):
+            rest = torch.zeros_like(found)
+            rest.index_add_(-1, self.class_of[self.others], log_p[:, self.others].exp())
+            found = torch.logaddexp(found, rest.log_())
+        # Below this a class counts nothing, and its logarithm must stay finite.
+        return found.clamp_(min=torch.finfo(found.dtype).min / 4)
+
+
+@dataclass
+class AlignedSignal(TeacherSignal):
+    """What a teacher with another tokenizer gives a batch; `hidden` is at its own M targets.
+
+    Chunks are numbered from 0 over the batch in the order of targets, and lie on the host.
+    """
+
+    labels: Tensor  # (M,) the teacher's ids
+    chunks: np.ndarray  # (N,) of each student target, -1 where there is none
+    teacher_chunks: np.ndarray  # (M,)
+    student_classes: Classes = field(repr=False)
+    teacher_classes: Classes = field(repr=False)
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.teacher_classes.class_of)
+
+    def tiles(self, most: int) -> Iterator[tuple[slice, slice]]:
+        """The student's and the teacher's targets of each tile: whole chunks, `most` of either."""
+        if not len(self.chunks):
+            return
+        begins = np.ones(len(self.chunks), bool)  # where a tile may begin
+        begins[1:] = (self.chunks[1:] != self.chunks[:-1]) | (self.chunks[1:] < 0)
+        ends = np.append(np.flatnonzero(begins)[1:], len(self.chunks))
+        # The teacher's targets up to there: those of chunks up to the last one.
+        numbers = np.maximum.accumulate(self.chunks)[ends - 1]
+        behind = np.searchsorted(self.teacher_chunks, numbers, side="right")
+        start = other = 0
+        while start < len(self.chunks):
+            fitting = (ends <= start + most) & (behind <= other + most)
+            at = int(np.flatnonzero(fitting)[-1])
+            yield slice(start, int(ends[at])), slice(other, int(behind[at]))
+            start, other = int(ends[at]), int(behind[at])
+
+
+@dataclass
+class Text:
+    """The tokens of each of c chunks for one model, from the rows of a tile."""
+
+    first: Tensor  # (c,) its first row
+    count: Tensor  # (c,) of its tokens
+    token: Tensor  # (c,) its first token
+    rest: Tensor  # (c,) log-probability of its other tokens, after the first
+    not_rest: Tensor  # (c,) log(1 - exp(rest)), without cancellation
+    log_not: Tensor  # (rows,) log(1 - p) of every token behind a first one
+
+
+def tile_figures(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    signal: AlignedSignal,
+    tile: tuple[slice, slice],
+    student_head: Head,
+    objective: Objective,
+    gradient: Tensor | None,
+) -> Tensor:
+    """As elementwise.tile_figures, of the bare products student (n, V) and teacher (m, V)."""
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=student.device)
+    teacher_labels = signal.labels[tile[1]]
+    chunks, teacher_chunks = signal.chunks[tile[0]], signal.teacher_chunks[tile[1]]
+    for logits, head in ((student, student_head), (teacher, signal.head)):
+        for block in blocks(logits):
+            head.finish_(logits[block])
+    ours = text_of(student, labels, chunks, objective.temperature)
+    theirs = text_of(teacher, teacher_labels, teacher_chunks, objective.temperature)
+    kinds = partitions(ours, theirs, signal)
+    slopes = torch.zeros(len(labels), dtype=torch.float64, device=student.device)
+    first = ours.first.tolist()
+    done = 0  # chunks
+    for block in blocks(student):
+        logits = student[block]  # (r, V)
+        end = done + sum(1 for row in first[done:] if row < block.stop)
+        figures, logits_gradient = cross_entropy_figures(
+            logits, labels[block, None], objective, gradient is not None
+        )
+        if end > done:
+            some = slice(done, end)
+            soft, agreement, soft_gradient, slope = block_figures(
+                student, teacher, some, ours, theirs, kinds, signal, objective
+            )
+            figures["divergence"] = soft * objective.divergence_scale
+            figures["agreement"] = agreement * ours.count[some]
+            slopes[behind(ours, some)] = slope.repeat_interleave(ours.count[some] - 1)
+            if gradient is not None:
+                rows = ours.first[some] - block.start
+                logits_gradient.index_add_(0, rows, weighed(soft_gradient, objective))
+        if gradient is not None:
+            add_slopes(logits_gradient, logits, labels, block, slopes, ours, objective)
+            gradient[block] = student_head.unfinish_(logits_gradient, logits)
+        sums += totals(figures)
+        done = end
+    sums += teacher_totals(teacher, teacher_labels, theirs, ours)
+    return sums
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows that are passed over together: all on a GPU, on a CPU what stays in its cache."""
+    n, vocabulary = logits.shape
+    rows = n if logits.is_cuda else max(1, elementwise.BLOCK_ELEMENTS // vocabulary)
+    for start in range(0, n, rows or 1):
+        yield slice(start, min(start + rows, n))
+
+
+def text_of(logits: Tensor, labels: Tensor, chunks: np.ndarray, temperature: float) -> Text:
+    """The chunks of a tile, each of which is whole in it."""
+    rows = np.flatnonzero(chunks >= 0)
+    _, starts, counts = np.unique(chunks[rows], return_index=True, return_counts=True)
+    first, count = (
+        torch.from_numpy(x.astype(np.int64)).to(labels.device) for x in (rows[starts], counts)
+    )
+    later = rows[np.setdiff1d(np.arange(len(rows)), starts)]
+    later = torch.from_numpy(later).to(labels.device)
+    log_p = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    log_not = torch.zeros_like(log_p)
+    for block in blocks(logits):
+        mine = later[(later >= block.start) & (later < block.stop)]
+        if len(mine):
+            scaled = logits[mine] / temperature
+            total, label = scaled.logsumexp(-1), labels[mine, None]
+            log_p[mine] = (scaled.gather(-1, label)[:, 0] - total).double()
+            others = scaled.scatter_(-1, label, -torch.inf).logsumexp(-1)
+            log_not[mine] = (others - total).double()
+    width = int(counts.max(initial=1)) - 1
+    steps = torch.arange(1, width + 1, device=labels.device)
+    inside = steps < count[:, None]  # (c, width)
+    places = (first[:, None] + steps).clamp(max=max(len(labels) - 1, 0))
+    each = torch.where(inside, log_p[places], 0.0)
+    before = each.cumsum(-1) - each
+    fails = torch.where(inside, before + log_not[places], -torch.inf)  # here, and nowhere before
+    not_rest = (
+        fails.logsumexp(-1) if width else torch.full_like(count, -torch.inf, dtype=log_p.dtype)
+    )
+    return Text(first, count, labels[first], each.sum(-1), not_rest, log_not)
+
+
+@dataclass
+class Partitions:
+    """How the classes of each of c chunks are made finer, or coarser."""
+
+    apart: Tensor  # (c,) the text is an event of its own
+    together: Tensor  # (c,) the classes of both first tokens are one, since they differ
+    ours: Tensor  # (c,) the class of the student's first token
+    theirs: Tensor  # (c,)
+
+
+def partitions(ours: Text, theirs: Text, signal: AlignedSignal) -> Partitions:
+    left, classes = [], []
+    for text, known in ((ours, signal.student_classes), (theirs, signal.teacher_classes)):
+        left.append((text.count > 1) | ~known.alone[text.token])  # is anything else in its class?
+        classes.append(known.class_of[text.token])
+    single = (ours.count == 1) & (theirs.count == 1)
+    single &= signal.student_classes.main[classes[0]] == ours.token
+    single &= signal.teacher_classes.main[classes[1]] == theirs.token
+    single &= classes[0] == classes[1]
+    apart = left[0] & left[1] & ~single
+    return Partitions(apart, ~apart & (classes[0] != classes[1]), *classes)
+
+
+def block_figures(
+    student: Tensor,
+    teacher: Tensor,
+    some: slice,
+    ours: Text,
+    theirs: Text,
+    kinds: Partitions,
+    signal: AlignedSignal,
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the chunks `some`: (value (c,), agreement (c,), gradient (c, V) with respect to the
+    student's logits / temperature at first tokens, slope (c,): that to the log-probability of the
+    others)."""
+    heads = student[ours.first[some]], teacher[theirs.first[some]]
+    likeliest = [elementwise.argmax(x)[:, 0] for x in heads]
+    agreement = (
+        signal.student_classes.class_of[likeliest[0]]
+        == signal.teacher_classes.class_of[likeliest[1]]
+    ).to(student.dtype)
+    kinds = Partitions(*(x[some] for x in vars(kinds).values()))
+    rows = torch.arange(len(agreement), device=student.device)
+    images = []
+    for logits, text, known in (
+        (heads[0], ours, signal.student_classes),
+        (heads[1], theirs, signal.teacher_classes),
+    ):
+        log_p = torch.log_softmax(logits / objective.temperature, -1)
+        images.append(image(log_p, text, some, kinds, known))
+    (log_q, masses, log_text), (_, log_masses, log_teacher_text) = images
+    for log in (masses, log_masses):
+        merge(log, rows, kinds)
+    log_classes = torch.cat([masses, log_text[:, None]], -1)  # (c, K + 1)
+    log_p = torch.cat([log_masses, log_teacher_text[:, None]], -1)
+    closed_form = elementwise.CLOSED_FORMS[objective.divergence]
+    value, slopes = closed_form(
+        log_p,
+        log_classes,
+        log_p.exp(),
+        log_classes.exp(),
+        torch.empty_like(log_p),
+        *objective.mixture.values(),
+    )
+    text_slope, slopes = slopes[:, -1], slopes[:, :-1].clone()
+    at = rows[kinds.together], kinds.theirs[kinds.together]
+    into = rows[kinds.together], kinds.ours[kinds.together]
+    slopes[at], masses[at] = (
+        slopes[into],
+        masses[into],
+    )  # a token's share is that of the common class
+    class_of = signal.student_classes.class_of
+    shares = log_q.sub_(masses.index_select(-1, class_of)).exp_()
+    gradient = shares.mul_(slopes.index_select(-1, class_of))  # (c, V)
+    gradient[rows, ours.token[some]] += text_slope
+    mine = rows, kinds.ours
+    steep = (log_text.double() - masses[mine].double()).clamp(max=STEEPEST).exp()
+    slope = torch.where(kinds.apart, text_slope.double() - slopes[mine].double() * steep, 0.0)
+    return value[:, 0], agreement, gradient, slope
+
+
+def image(
+    log_p: Tensor, text: Text, some: slice, kinds: Partitions, known: Classes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((c, V) log-probabilities without the text's, (c, K) of the classes, (c,) of the text)."""
+    least = torch.finfo(log_p.dtype).min / 4
+    token = text.token[some, None]
+    first = log_p.gather(-1, token)[:, 0]
+    log_text = torch.where(kinds.apart, first + text.rest[some].to(first), least)
+    left = torch.where(kinds.apart, first + text.not_rest[some].to(first), first)
+    log_p.scatter_(-1, token, left[:, None])
+    return log_p, known.masses(log_p), log_text
+
+
+def merge(log_masses: Tensor, rows: Tensor, kinds: Partitions) -> None:
+    """Take the classes of both first tokens as one, where they are to be."""
+    into = rows[kinds.together], kinds.ours[kinds.together]
+    away = rows[kinds.together], kinds.theirs[kinds.together]
+    log_masses[into] = torch.logaddexp(log_masses[into], log_masses[away])
+    log_masses[away] = torch.finfo(log_masses.dtype).min / 4
+
+
+def behind(text: Text, some: slice) -> Tensor:
+    """The rows of these chunks' tokens behind the first."""
+    first, more = text.first[some], text.count[some] - 1
+    start = (more.cumsum(0) - more).repeat_interleave(more)
+    steps = torch.arange(len(start), device=first.device) - start
+    return first.repeat_interleave(more) + 1 + steps
+
+
+def weighed(soft: Tensor, objective: Objective) -> Tensor:
+    """The part of the loss's gradient that a gradient to logits / temperature makes, in place."""
+    scale = objective.divergence_scale / objective.temperature
+    return soft.mul_(objective.soft_weight * scale)
+
+
+def add_slopes(
+    gradient: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    block: slice,
+    slopes: Tensor,
+    text: Text,
+    objective: Objective,
+) -> None:
+    """Add the gradient of tokens behind the first: slope * (label - q), at their rows of a block."""
+    rows = slopes[block].nonzero()[:, 0]
+    if not len(rows):
+        return
+    slope = slopes[block][rows]
+    found = torch.softmax(logits[rows] / objective.temperature, -1)
+    found.mul_(-slope[:, None].to(found))
+    at_label = slope * text.log_not[block][rows].exp()  # 1 - q without cancellation
+    found.scatter_(-1, labels[block][rows, None], at_label[:, None].to(found))
+    gradient.index_add_(0, rows, weighed(found, objective))
+
+
+def cross_entropy_figures(
+    logits: Tensor, labels: Tensor, objective: Objective, with_gradient: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """(figures of every student token, gradient (r, V) of its cross-entropy's part of the loss)."""
+    log_q = torch.log_softmax(logits, -1)
+    q = log_q.exp()
+    hard = -log_q.gather(-1, labels)[:, 0]
+    figures = {"cross_entropy": hard, "student_entropy": -vecdot(q, log_q)}
+    weight = objective.soft_weight
+    if not with_gradient:
+        return figures, None
+    if weight == 1.0:
+        return figures, q.zero_()
+    gradient = q.mul_(1 - weight)
+    return figures, gradient.scatter_add_(-1, labels, torch.full_like(hard, weight - 1)[:, None])
+
+
+def totals(figures: dict[str, Tensor]) -> Tensor:
+    """(len(METRICS),) sums, in float64, of figures by name."""
+    hard = figures["cross_entropy"]
+    zero = torch.zeros((), dtype=torch.float64, device=hard.device)
+    figures = figures | {"tokens": torch.ones_like(hard)}
+    return torch.stack(
+        [figures[x].sum(dtype=torch.float64) if x in figures else zero for x in METRICS]
+    )
+
+
+def teacher_totals(teacher: Tensor, labels: Tensor, theirs: Text, ours: Text) -> Tensor:
+    """What the teacher alone says of the text, at temperature 1.
+
+    Its entropies and cross-entropies are those of its own tokens, and the probability of a label is
+    the mean one of a chunk's student tokens.
+    """
+    hard = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+    entropy = torch.zeros_like(hard)
+    for block in blocks(teacher):
+        log_p = torch.log_softmax(teacher[block], -1)
+        hard[block] = -log_p.gather(-1, labels[block, None])[:, 0].double()
+        entropy[block] = -vecdot(log_p.exp(), log_p).double()
+    ends = torch.cat([hard.new_zeros(1), hard.cumsum(0)])
+    of_chunk = ends[theirs.first + theirs.count] - ends[theirs.first]
+    probability = ours.count * (-of_chunk / ours.count).exp()
+    figures = {"teacher_cross_entropy": hard, "teacher_entropy": entropy}
+    figures |= {"teacher_label_probability": probability}
+    sums = totals(figures | {"cross_entropy": hard})
+    for name in ("cross_entropy", "tokens"):
+        sums[METRICS.index(name)] = 0.0
+    return sums

@@ -1,0 +1,81 @@
+"""Small tokenizers that cut one text in different ways: byte-level, and as SentencePiece does."""
+
+import json
+
+from small import CHATML, TEXT, small_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def sentencepiece(
+    kind: str = "bpe", vocabulary: int = 300, front: bool = True, texts: list[str] = TEXT
+) -> PreTrainedTokenizerFast:
+    """Blanks as U+2581 and single bytes for what is unknown; `front`: one more blank at the start.
+
+    As Llama 2 has it (bpe, front), Gemma (bpe, no front) and T5 or XLM (unigram).
+    """
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=vocabulary, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False,
+            initial_alphabet=["\n"],
+        )  # fmt: skip
+    steps = [normalizers.Prepend("\u2581")] if front else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    spec = json.loads(tokenizer.to_str())
+    vocab = spec["model"]["vocab"]
+    if kind == "bpe":
+        vocab |= {name: len(vocab) + i for i, name in enumerate(BYTES)}
+    else:
+        spec["model"]["byte_fallback"] = True
+        vocab += [[name, -20.0] for name in BYTES]
+    spec["pre_tokenizer"] = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="</s>",
+        chat_template=CHATML,
+    )
+
+
+def permuted(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens and merges under other ids."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab, last = spec["model"]["vocab"], len(tokenizer) - 1
+    spec["model"]["vocab"] = {token: last - i for token, i in vocab.items()}
+    for added in spec["added_tokens"]:
+        added["id"] = last - added["id"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+OTHER_TEXT = [
+    *TEXT,
+    "The list of the things that are kept in a dictionary of names, in order. " * 3,
+]
+TOKENIZERS = {
+    "byte-level": small_tokenizer(),
+    "larger byte-level": small_tokenizer(460, OTHER_TEXT, eos_token="<|endoftext|>"),
+    "Llama 2's": sentencepiece(),
+    "Gemma's": sentencepiece(front=False, vocabulary=400, texts=OTHER_TEXT),
+    "unigram": sentencepiece("unigram", vocabulary=160),
+}

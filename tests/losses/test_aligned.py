@@ -1,0 +1,180 @@
+"""The loss between two vocabularies: against float64 autograd, and as the ordinary one where equal."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from losses.oracle import Problem, distance, figures, whole_logits
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kd.losses import elementwise, fused
+from kd.losses.aligned import AlignedSignal, Classes
+from kd.losses.divergences import DIVERGENCES
+from kd.losses.objective import Head, Objective
+
+DIVERGENCE_NAMES = list(DIVERGENCES)
+
+
+def identity(vocabulary: int) -> Classes:
+    return Classes.of(torch.arange(vocabulary), torch.arange(vocabulary))
+
+
+def one_to_one(problem: Problem, order: Tensor | None = None) -> AlignedSignal:
+    """The problem's own teacher, its ids renamed by `order`: new id i is what order[i] was."""
+    count = problem.tokens
+    order = torch.arange(problem.real) if order is None else order
+    name = torch.empty_like(order)
+    name[order] = torch.arange(len(order))
+    head = problem.teacher.head
+    weight = torch.cat([head.weight[: problem.real][order], head.weight[problem.real :]])
+    bias = head.bias
+    bias = bias if bias is None else torch.cat([bias[: problem.real][order], bias[problem.real :]])
+    return AlignedSignal(
+        problem.teacher.hidden,
+        replace(head, weight=weight, bias=bias),
+        name[problem.labels],
+        np.arange(count),
+        np.arange(count),
+        identity(problem.real),
+        Classes.of(order, name),
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("permuted", [False, True], ids=["same ids", "other ids"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_with_equal_vocabularies_it_is_the_ordinary_loss(divergence, permuted, dtype):
+    problem = Problem(bias=True, softcap=5.0).to(dtype)
+    objective = Objective(0.7, divergence, 2.0, True)
+    order = torch.randperm(problem.real, generator=torch.Generator().manual_seed(1))
+    signal = one_to_one(problem, order if permuted else None)
+    wanted, sums = problem.fused(objective)
+    problem.teacher = signal
+    found, ours = problem.fused(objective)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
+    torch.testing.assert_close(ours, sums, rtol=tolerance, atol=0)
+    gradients = [torch.autograd.grad(loss, problem.trained) for loss in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        assert distance(one, other) < tolerance
+
+
+class TwoVocabularies(Problem):
+    """Other ids, other numbers of tokens and chunks of every kind, all of it random."""
+
+    def __init__(self, chunks: int = 60, theirs: int = 71, real: int = 53, common: int = 20, **kw):
+        super().__init__(tokens=1, real=real, **kw)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        draw = lambda *size, high: torch.randint(0, high, size, generator=generator)  # noqa: E731
+        sides = []
+        for size in (real, theirs):
+            main = torch.randperm(size, generator=generator)[:common]
+            class_of = draw(
+                size, high=common - 3
+            )  # so that some classes have their main token alone
+            class_of[main] = torch.arange(common)
+            sides.append(Classes.of(class_of, main))
+        self.chunk_rows, ours, others = [], [], []
+        names, other_names = [], []
+        for chunk in range(chunks):
+            if chunk % 5 == 4:  # a target in no chunk
+                ours.append(draw(1, high=real))
+                names.append(-1)
+            kind = chunk % 6
+            n, m = ((1, 1), (1, 1), (2, 1), (1, 3), (3, 2), (4, 4))[kind]
+            a, b = draw(n, high=real), draw(m, high=theirs)
+            same = int(draw(1, high=common))
+            if kind == 0 or chunk % 7 == 3:  # the first tokens are a pair
+                a[0], b[0] = sides[0].main[same], sides[1].main[same]
+            ours.append(a)
+            others.append(b)
+            names += [chunk] * n
+            other_names += [chunk] * m
+        self.labels, labels = torch.cat(ours), torch.cat(others)
+        self.tokens = len(self.labels)
+        normal = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.hidden = (self.magnitude * normal(self.tokens, self.width)).requires_grad_()
+        weight = normal(theirs + self.teacher_padding, self.teacher_width)
+        bias = normal(len(weight)) if self.bias else None
+        self.teacher = AlignedSignal(
+            self.magnitude * normal(len(labels), self.teacher_width),
+            Head(weight, bias, self.scale, self.softcap),
+            labels,
+            np.array(names),
+            np.array(other_names),
+            *sides,
+        )
+
+    def parts(self) -> list[tuple[list[int], list[int]]]:
+        """The student's and the teacher's targets of every chunk."""
+        sides = self.teacher.chunks, self.teacher.teacher_chunks
+        numbers = range(max(sides[1]) + 1)
+        return [tuple(np.flatnonzero(side == n).tolist() for side in sides) for n in numbers]
+
+    def expected(self, objective: Objective) -> tuple[Tensor, float]:
+        """(loss, divergence), chunk by chunk, in probabilities, by autograd."""
+        signal, temperature = self.teacher, objective.temperature
+        student = whole_logits(self.hidden, self.head)[:, : self.real]
+        teacher = whole_logits(signal.hidden, signal.head)[:, : signal.vocabulary]
+        total = 0.0
+        for ours, theirs in self.parts():
+            masses = []
+            sides = (
+                (student, self.labels, ours, signal.student_classes),
+                (teacher, signal.labels, theirs, signal.teacher_classes),
+            )
+            firsts = [labels[rows[0]].item() for _, labels, rows, _ in sides]
+            classes = [
+                known.class_of[i].item() for i, (*_, known) in zip(firsts, sides, strict=True)
+            ]
+            more = [
+                len(rows) > 1 or (known.class_of == known.class_of[i]).sum() > 1
+                for i, (_, _, rows, known) in zip(firsts, sides, strict=True)
+            ]
+            pair = [known.main[c].item() for c, (*_, known) in zip(classes, sides, strict=True)]
+            mapped = pair == firsts and classes[0] == classes[1] and len(ours) == len(theirs) == 1
+            apart = all(more) and not mapped
+            for logits, labels, rows, known in sides:
+                p = (logits[rows] / temperature).softmax(-1)
+                text = p[range(len(rows)), labels[rows]].prod()
+                mass = torch.stack(
+                    [p[0][known.class_of == k].sum() for k in range(len(known.main))]
+                )
+                if apart:
+                    out = torch.zeros_like(mass)
+                    out[known.class_of[labels[rows[0]]]] = 1.0
+                    mass = torch.cat([mass - out * text, text[None]])
+                elif classes[0] != classes[1]:
+                    both = mass[classes].sum()
+                    mass = torch.stack(
+                        [mass[k] for k in range(len(mass)) if k not in classes] + [both]
+                    )
+                masses.append(mass.log())
+            divergence = DIVERGENCES[objective.divergence]
+            total = total + divergence(masses[1], masses[0], **objective.mixture)
+        soft = total * objective.divergence_scale
+        hard = cross_entropy(student, self.labels, reduction="sum")
+        return objective.soft_weight * soft + (1 - objective.soft_weight) * hard, soft.item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
+def test_loss_and_gradient_are_those_of_autograd_in_float64(divergence, temperature, seed):
+    problem = TwoVocabularies(seed=seed, bias=True, softcap=6.0)
+    objective = Objective(0.6, divergence, temperature, True)
+    with (
+        patch.object(elementwise, "BLOCK_ELEMENTS", 7 * 71),
+        patch.object(fused, "tile_tokens", lambda *_: 33),
+    ):
+        found, sums = problem.fused(objective)
+    wanted, soft = problem.expected(objective)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    assert figures(sums)["divergence"] == pytest.approx(soft, rel=1e-9)
+    assert figures(sums)["tokens"] == problem.tokens
+    gradients = [torch.autograd.grad(loss, problem.trained) for loss in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        assert distance(one, other) < 1e-8
