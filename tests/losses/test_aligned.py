@@ -6,9 +6,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from losses.chunk_oracle import chunk_by_chunk
 from losses.oracle import Problem, distance, figures, whole_logits
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from kd.losses import elementwise, fused
 from kd.losses.aligned import AlignedSignal, Classes
@@ -108,56 +108,11 @@ class TwoVocabularies(Problem):
             *sides,
         )
 
-    def parts(self) -> list[tuple[list[int], list[int]]]:
-        """The student's and the teacher's targets of every chunk."""
-        sides = self.teacher.chunks, self.teacher.teacher_chunks
-        numbers = range(max(sides[1]) + 1)
-        return [tuple(np.flatnonzero(side == n).tolist() for side in sides) for n in numbers]
-
     def expected(self, objective: Objective) -> tuple[Tensor, float]:
-        """(loss, divergence), chunk by chunk, in probabilities, by autograd."""
-        signal, temperature = self.teacher, objective.temperature
+        signal = self.teacher
         student = whole_logits(self.hidden, self.head)[:, : self.real]
         teacher = whole_logits(signal.hidden, signal.head)[:, : signal.vocabulary]
-        total = 0.0
-        for ours, theirs in self.parts():
-            masses = []
-            sides = (
-                (student, self.labels, ours, signal.student_classes),
-                (teacher, signal.labels, theirs, signal.teacher_classes),
-            )
-            firsts = [labels[rows[0]].item() for _, labels, rows, _ in sides]
-            classes = [
-                known.class_of[i].item() for i, (*_, known) in zip(firsts, sides, strict=True)
-            ]
-            more = [
-                len(rows) > 1 or (known.class_of == known.class_of[i]).sum() > 1
-                for i, (_, _, rows, known) in zip(firsts, sides, strict=True)
-            ]
-            pair = [known.main[c].item() for c, (*_, known) in zip(classes, sides, strict=True)]
-            mapped = pair == firsts and classes[0] == classes[1] and len(ours) == len(theirs) == 1
-            apart = all(more) and not mapped
-            for logits, labels, rows, known in sides:
-                p = (logits[rows] / temperature).softmax(-1)
-                text = p[range(len(rows)), labels[rows]].prod()
-                mass = torch.stack(
-                    [p[0][known.class_of == k].sum() for k in range(len(known.main))]
-                )
-                if apart:
-                    out = torch.zeros_like(mass)
-                    out[known.class_of[labels[rows[0]]]] = 1.0
-                    mass = torch.cat([mass - out * text, text[None]])
-                elif classes[0] != classes[1]:
-                    both = mass[classes].sum()
-                    mass = torch.stack(
-                        [mass[k] for k in range(len(mass)) if k not in classes] + [both]
-                    )
-                masses.append(mass.log())
-            divergence = DIVERGENCES[objective.divergence]
-            total = total + divergence(masses[1], masses[0], **objective.mixture)
-        soft = total * objective.divergence_scale
-        hard = cross_entropy(student, self.labels, reduction="sum")
-        return objective.soft_weight * soft + (1 - objective.soft_weight) * hard, soft.item()
+        return chunk_by_chunk(student, self.labels, teacher, signal, objective)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,77 @@
+"""A teacher with another tokenizer by the real command line."""
+
+import json
+
+import pytest
+import torch
+from cuts import permuted
+from processes import start
+from small import TEXT, save_small, small_rows, small_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NAMES = ("loss", "divergence", "cross_entropy", "teacher_entropy", "agreement", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def work(models):
+    (models / "aligned.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
+    other = small_tokenizer(420, TEXT * 2 + ["the list of the names in order"] * 3)
+    save_small(models / "other", other, hidden=48, seed=1, tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(models / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    renamed = permuted(tokenizer)
+    names = renamed.convert_ids_to_tokens(range(len(renamed)))
+    order = torch.tensor(tokenizer.convert_tokens_to_ids(names))
+    with torch.no_grad():
+        for layer in (teacher.get_input_embeddings(), teacher.get_output_embeddings()):
+            layer.weight[: len(order)] = layer.weight[order].clone()
+    teacher.save_pretrained(models / "permuted")
+    renamed.save_pretrained(models / "permuted")
+    return models
+
+
+def run(command: list[str], work, output, **changes) -> tuple[list[list[float]], str]:
+    """(figures of every step, what was printed)."""
+    flags = {
+        "student": work / "student",
+        "data": json.dumps([{"path": str(work / "aligned.jsonl")}]),
+        "data_cache": work / "cache",
+        "lora_rank": 4,
+        "global_batch_size": 8,
+        "max_per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "max_steps": 3,
+        "soft_weight": 0.7,
+        "temperature": 2.0,
+        "use_cpu": "true",
+        "output_dir": output,
+    } | changes
+    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
+    job = start(*command, "train/distill.py", *spelt)
+    assert (output / "done.json").exists(), job.stdout[-6000:]
+    state = json.loads((output / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
+    return [[entry[name] for name in NAMES] for entry in steps], job.stdout
+
+
+def test_the_same_tokens_under_other_ids_train_as_the_ordinary_loss_does(work, tmp_path):
+    wanted, _ = run(["python"], work, tmp_path / "plain", teacher=work / "teacher")
+    found, printed = run(
+        ["python"], work, tmp_path / "ids", teacher=work / "permuted", align_tokenizers="true"
+    )
+    assert "320 tokens map one to one, of 320 of the student and 320 of the teacher" in printed
+    assert "alignment: 100.0% of the targets are one token for the teacher, too" in printed
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][0], wanted[0][0], rtol=1e-6, atol=0)
+
+
+def test_two_ranks_with_a_sharded_teacher_train_as_one_process_with_a_whole_one(work, tmp_path):
+    settings = {"teacher": work / "other", "align_tokenizers": "true"}
+    wanted, printed = run(["python"], work, tmp_path / "one", **settings)
+    assert "tokens map one to one, of 320 of the student and" in printed
+    assert "of the targets are one token for the teacher, too" in printed
+    found, printed = run(["launch/cpu.sh"], work, tmp_path / "two", **settings)
+    assert "streaming the teacher" in printed and "= 2 processes x 2 rows x 2" in printed
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    assert wanted[-1][0] < wanted[0][0]
