@@ -107,6 +107,10 @@ class Text:
     rest: Tensor  # (c,) log-probability of its other tokens, after the first
     not_rest: Tensor  # (c,) log(1 - exp(rest)), without cancellation
     log_not: Tensor  # (rows,) log(1 - p) of every token behind a first one
+    # The same on the host, so that nothing waits for the device.
+    first_rows: np.ndarray  # (c,)
+    later_rows: np.ndarray  # of all tokens behind a first one
+    later_chunks: np.ndarray  # their chunks
 
 
 def tile_figures(
@@ -130,11 +134,10 @@ def tile_figures(
     theirs = text_of(teacher, teacher_labels, teacher_chunks, objective.temperature)
     kinds = partitions(ours, theirs, signal)
     slopes = torch.zeros(len(labels), dtype=torch.float64, device=student.device)
-    first = ours.first.tolist()
     done = 0  # chunks
     for block in blocks(student):
         logits = student[block]  # (r, V)
-        end = done + sum(1 for row in first[done:] if row < block.stop)
+        end = int(np.searchsorted(ours.first_rows, block.stop))
         figures, logits_gradient = cross_entropy_figures(
             logits, labels[block, None], objective, gradient is not None
         )
@@ -145,7 +148,9 @@ def tile_figures(
             )
             figures["divergence"] = soft * objective.divergence_scale
             figures["agreement"] = agreement * ours.count[some]
-            slopes[behind(ours, some)] = slope.repeat_interleave(ours.count[some] - 1)
+            mine = (ours.later_chunks >= done) & (ours.later_chunks < end)
+            later = on_device(ours.later_rows[mine], slopes)
+            slopes[later] = slope[on_device(ours.later_chunks[mine] - done, slopes)]
             if gradient is not None:
                 rows = ours.first[some] - block.start
                 logits_gradient.index_add_(0, rows, weighed(soft_gradient, objective))
@@ -169,17 +174,18 @@ def blocks(logits: Tensor) -> Iterator[slice]:
 def text_of(logits: Tensor, labels: Tensor, chunks: np.ndarray, temperature: float) -> Text:
     """The chunks of a tile, each of which is whole in it."""
     rows = np.flatnonzero(chunks >= 0)
-    _, starts, counts = np.unique(chunks[rows], return_index=True, return_counts=True)
-    first, count = (
-        torch.from_numpy(x.astype(np.int64)).to(labels.device) for x in (rows[starts], counts)
+    _, starts, numbers, counts = np.unique(
+        chunks[rows], return_index=True, return_inverse=True, return_counts=True
     )
-    later = rows[np.setdiff1d(np.arange(len(rows)), starts)]
-    later = torch.from_numpy(later).to(labels.device)
+    first, count = (on_device(x, labels) for x in (rows[starts], counts))
+    behind = np.setdiff1d(np.arange(len(rows)), starts)
+    later = rows[behind]
     log_p = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     log_not = torch.zeros_like(log_p)
     for block in blocks(logits):
         mine = later[(later >= block.start) & (later < block.stop)]
         if len(mine):
+            mine = on_device(mine, labels)
             scaled = logits[mine] / temperature
             total, label = scaled.logsumexp(-1), labels[mine, None]
             log_p[mine] = (scaled.gather(-1, label)[:, 0] - total).double()
@@ -195,7 +201,14 @@ def text_of(logits: Tensor, labels: Tensor, chunks: np.ndarray, temperature: flo
     not_rest = (
         fails.logsumexp(-1) if width else torch.full_like(count, -torch.inf, dtype=log_p.dtype)
     )
-    return Text(first, count, labels[first], each.sum(-1), not_rest, log_not)
+    return Text(
+        first, count, labels[first], each.sum(-1), not_rest, log_not,
+        rows[starts], later, numbers[behind],
+    )  # fmt: skip
+
+
+def on_device(indices: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(indices.astype(np.int64)).to(like.device)
 
 
 @dataclass
@@ -251,7 +264,7 @@ def block_figures(
         images.append(image(log_p, text, some, kinds, known))
     (log_q, masses, log_text), (_, log_masses, log_teacher_text) = images
     for log in (masses, log_masses):
-        merge(log, rows, kinds)
+        merge(log, kinds)
     log_classes = torch.cat([masses, log_text[:, None]], -1)  # (c, K + 1)
     log_p = torch.cat([log_masses, log_teacher_text[:, None]], -1)
     closed_form = elementwise.CLOSED_FORMS[objective.divergence]
@@ -264,12 +277,9 @@ def block_figures(
         *objective.mixture.values(),
     )
     text_slope, slopes = slopes[:, -1], slopes[:, :-1].clone()
-    at = rows[kinds.together], kinds.theirs[kinds.together]
-    into = rows[kinds.together], kinds.ours[kinds.together]
-    slopes[at], masses[at] = (
-        slopes[into],
-        masses[into],
-    )  # a token's share is that of the common class
+    for found in (slopes, masses):  # a token's share is that of the common class
+        common, own = (found.gather(-1, k[:, None]) for k in (kinds.ours, kinds.theirs))
+        found.scatter_(-1, kinds.theirs[:, None], torch.where(kinds.together[:, None], common, own))
     class_of = signal.student_classes.class_of
     shares = log_q.sub_(masses.index_select(-1, class_of)).exp_()
     gradient = shares.mul_(slopes.index_select(-1, class_of))  # (c, V)
@@ -293,20 +303,13 @@ def image(
     return log_p, known.masses(log_p), log_text
 
 
-def merge(log_masses: Tensor, rows: Tensor, kinds: Partitions) -> None:
+def merge(log_masses: Tensor, kinds: Partitions) -> None:
     """Take the classes of both first tokens as one, where they are to be."""
-    into = rows[kinds.together], kinds.ours[kinds.together]
-    away = rows[kinds.together], kinds.theirs[kinds.together]
-    log_masses[into] = torch.logaddexp(log_masses[into], log_masses[away])
-    log_masses[away] = torch.finfo(log_masses.dtype).min / 4
-
-
-def behind(text: Text, some: slice) -> Tensor:
-    """The rows of these chunks' tokens behind the first."""
-    first, more = text.first[some], text.count[some] - 1
-    start = (more.cumsum(0) - more).repeat_interleave(more)
-    steps = torch.arange(len(start), device=first.device) - start
-    return first.repeat_interleave(more) + 1 + steps
+    into, away, together = (x[:, None] for x in (kinds.ours, kinds.theirs, kinds.together))
+    one, other = (log_masses.gather(-1, k) for k in (into, away))
+    log_masses.scatter_(-1, into, torch.where(together, torch.logaddexp(one, other), one))
+    least = torch.finfo(log_masses.dtype).min / 4
+    log_masses.scatter_(-1, away, torch.where(together, least, log_masses.gather(-1, away)))
 
 
 def weighed(soft: Tensor, objective: Objective) -> Tensor:
@@ -325,9 +328,11 @@ def add_slopes(
     objective: Objective,
 ) -> None:
     """Add the gradient of tokens behind the first: slope * (label - q), at their rows of a block."""
-    rows = slopes[block].nonzero()[:, 0]
-    if not len(rows):
+    later = text.later_rows
+    later = later[(later >= block.start) & (later < block.stop)] - block.start
+    if not len(later):
         return
+    rows = on_device(later, slopes)
     slope = slopes[block][rows]
     found = torch.softmax(logits[rows] / objective.temperature, -1)
     found.mul_(-slope[:, None].to(found))
