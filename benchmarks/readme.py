@@ -56,6 +56,20 @@ TABLES = {
         },
         "settings.*.metrics",
     ),
+    "step": Table(
+        {
+            "case": "name",
+            "target tokens a step": "target_tokens_a_step:.0f",
+            "ours, of them a second": "ours_tokens_s:.1f",
+            "ours / TRL": "ours_over_trl:.2f",
+            "ours / naive": "ours_over_naive:.2f",
+            "MiB: ours": "ours_mib:.0f",
+            "TRL": "trl_mib:.0f",
+            "naive": "naive_mib:.0f",
+            "of the matrix rate": "matrix_peak_share:.0%",
+        },
+        note="TRL's column is its GKDTrainer's, or for sft_ its SFTTrainer's.",
+    ),
     "loss": Table(
         {
             "widths": "shape",

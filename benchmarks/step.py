@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,7 @@ ON_GPU = {"rows": 16, "micro": 4, "max_length": 2048, "checkpointing": True}
 CPU_CASES = [
     Case("distil_lora", "0.5B/4", "1.5B/4"),
     Case("distil_full", "0.5B/4", "1.5B/4", "jensen_shannon", lora_rank=0),
+    Case("distil_accumulated", "0.5B/4", "1.5B/4", rows=8, micro=2),
     Case("distil_packed", "0.5B/4", "1.5B/4", packing=True),
     Case("sft_lora", "0.5B/4", None, packing=True),
     Case("sft_full", "0.5B/4", None, lora_rank=0, packing=True),
@@ -139,6 +139,11 @@ class BenchmarkSettings:
     )
     steps: int = setting(4, "steps of a process, the first of which is not timed")
     turns: int = setting(2, "processes of each implementation")
+    implementations: list[str] = field(
+        default_factory=lambda: list(IMPLEMENTATIONS),
+        metadata={"help": f"of {', '.join(IMPLEMENTATIONS)}; ours is always measured"},
+    )
+    label: str = setting("", "put behind the cases' names: of a measurement before a change, say")
     json: str | None = setting(None, "file for the rows")
     worker: str | None = setting(None, "internal: what one process measures, as JSON")
 
@@ -154,7 +159,9 @@ def main() -> None:
         print(json.dumps(measured(Case(**work.pop("case")), **work)))
         return
     for case in chosen_cases(settings):
-        row = measure(case, settings.steps, 1 if settings.quick else settings.turns)
+        turns = 1 if settings.quick else settings.turns
+        row = measure(case, settings.steps, turns, settings.implementations)
+        row["name"] += settings.label
         print_row(row)
         if settings.json:
             write_row(Path(settings.json), row)
@@ -171,23 +178,25 @@ def chosen_cases(settings: BenchmarkSettings) -> list[Case]:
     return [known[name] for name in settings.cases]
 
 
-def measure(case: Case, steps: int, turns: int) -> dict[str, Any]:
+def measure(case: Case, steps: int, turns: int, wanted: list[str]) -> dict[str, Any]:
     """One row: the fastest turn of each implementation, and where our step spends its time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(case, folder, steps)
         found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
-        not_run: dict[str, str] = {}
+        left_out = {"naive", "trl"} - set(wanted)
+        not_run: dict[str, str] = dict.fromkeys(sorted(left_out), "not asked for")
+        if "trl" in wanted and importlib.util.find_spec("trl") is None:
+            not_run["trl"] = "TRL is not installed"
         for _ in range(turns):
             for implementation in IMPLEMENTATIONS:
-                if implementation == "trl" and importlib.util.find_spec("trl") is None:
-                    not_run["trl"] = "TRL is not installed"
-                elif implementation not in not_run:
-                    result = in_process(case, implementation, folder, steps)
-                    if isinstance(result, str):
-                        not_run[implementation] = result
-                    else:
-                        found[implementation].append(result)
+                if implementation in not_run:
+                    continue
+                result = in_process(case, implementation, folder, steps)
+                if isinstance(result, str):
+                    not_run[implementation] = result
+                else:
+                    found[implementation].append(result)
     assert found["ours"], not_run
     require_agreement(case, found)
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in found.items() if runs}
@@ -410,7 +419,7 @@ def naive(case, folder, run: Prepared, training, teacher, watch: "Watch") -> Non
     whole = load_whole(teacher, run.model, training.device) if teacher else None
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, training.learning_rate, weight_decay=0.0, fused=True)
-    collate = watch.counting(Collator(run.tokenizer.pad_token_id))
+    collate = Collator(run.tokenizer.pad_token_id)
     batches = iter(DataLoader(run.rows, case.micro, collate_fn=collate))
     half = getattr(torch, run.plan.layout.half or "float32")
     student.train()
@@ -419,6 +428,7 @@ def naive(case, folder, run: Prepared, training, teacher, watch: "Watch") -> Non
         count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in step_batches)
         for batch in step_batches:
             batch = {name: value.to(training.device) for name, value in batch.items()}
+            watch.count(batch)
             inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
             with torch.autocast(training.device.type, half, enabled=half != torch.float32):
                 logits = student(**inputs, use_cache=False).logits  # (B, T, V)
@@ -456,33 +466,28 @@ class Watch(TrainerCallback):
 
     def __init__(self, device: torch.device, accumulation: int, steps: int):
         self.device, self.accumulation, self.steps = device, accumulation, steps
-        self.counts: list[tuple[int, int]] = []  # (targets, positions) of every micro-batch
+        self.counts: list[tuple[Tensor, int]] = []  # (targets, positions) of every micro-batch
         self.losses: list[Tensor] = []  # of every micro-batch
         self.found: dict[str, Any] = {}
         self.times: StepTimes | None = None
         self.profile: profile | None = None
 
     def train(self, trainer: Trainer) -> None:
-        step = trainer.training_step
+        compute_loss = trainer.compute_loss
 
-        def noted_step(*args, **kw):
-            loss = step(*args, **kw)
+        def noted_loss(model, inputs, *args, **kw):
+            self.count(inputs)
+            loss = compute_loss(model, inputs, *args, **kw)
             self.losses.append(loss.detach().clone())
             return loss
 
-        trainer.training_step = noted_step
-        trainer.data_collator = self.counting(trainer.data_collator)
+        trainer.compute_loss = noted_loss
         trainer.add_callback(self)  # the last one: a step's other callbacks are timed, too
         trainer.train()
 
-    def counting(self, collate: Callable) -> Callable:
-        def counted(rows) -> dict[str, Tensor]:
-            batch = collate(rows)
-            targets = int((batch["labels"][:, 1:] != IGNORED).sum())
-            self.counts.append((targets, batch["input_ids"].numel()))
-            return batch
-
-        return counted
+    def count(self, batch: dict[str, Tensor]) -> None:
+        targets = (batch["labels"][:, 1:] != IGNORED).sum()
+        self.counts.append((targets, batch["input_ids"].numel()))
 
     def on_step_end(self, args, state, control, **_) -> None:
         self.step_done(state.global_step)
@@ -515,7 +520,7 @@ class Watch(TrainerCallback):
         timed = self.counts[WARM_UP * self.accumulation : self.steps * self.accumulation]
         losses = torch.stack(self.losses[: self.steps * self.accumulation])
         return self.found | {
-            "targets": sum(targets for targets, _ in timed),
+            "targets": sum(int(targets) for targets, _ in timed),
             "positions": sum(positions for _, positions in timed),
             "losses": losses.view(self.steps, self.accumulation).sum(1).tolist(),
         }

@@ -11,11 +11,14 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kd.data.masks import IGNORED, EncodedRow
 
+KEYS = {"input_ids", "position_ids", "labels", "tokens"}  # of a batch
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -78,7 +81,7 @@ class Collator:
         self.multiple = pad_to_multiple_of
         self.flat = flat
 
-    def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, Tensor]:
         if self.flat:
             rows = [[document for documents in rows for document in documents]]
         longest = max(sum(map(len, documents)) for documents in rows)
@@ -96,6 +99,42 @@ class Collator:
             positions[i, end:] = torch.arange(end - start, end - start + width - end)
         tokens = torch.tensor([sum(map(len, documents)) for documents in rows])
         return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens}
+
+
+def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches of one collator below each other, padded on the right to the longest."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    filled: dict[str, list[Tensor]] = {"input_ids": [], "position_ids": [], "labels": []}
+    for batch in batches:
+        more = longest - batch["input_ids"].shape[1]
+        filled["input_ids"].append(pad(batch["input_ids"], (0, more)))
+        filled["labels"].append(pad(batch["labels"], (0, more), value=IGNORED))
+        # Goes on counting, as the collator's own padding does: a restart would be a document.
+        on = torch.arange(1, more + 1, device=batch["position_ids"].device)
+        positions = batch["position_ids"]
+        filled["position_ids"].append(torch.cat([positions, positions[:, -1:] + on], 1))
+    return {name: torch.cat(parts) for name, parts in filled.items()}
+
+
+def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]:
+    """The rows of a step's micro-batches shared out among them anew, the longest first.
+
+    Rows of about one length pad each other least. Loss and gradient of a step are sums over its
+    rows, wherever they stand. Batches stay as they are where nothing would be gained, and where
+    they carry more than a Collator gives them.
+    """
+    if len(batches) < 2 or any(batch.keys() != KEYS for batch in batches):
+        return batches
+    tokens = torch.cat([batch["tokens"] for batch in batches])
+    lengths, order = (part.tolist() for part in tokens.sort(descending=True, stable=True))
+    wide, shared, start = side_by_side(batches) | {"tokens": tokens}, [], 0
+    for size in (len(batch["tokens"]) for batch in batches):
+        width = -(-lengths[start] // multiple) * multiple
+        rows = order[start : start + size]
+        shared.append({k: v[rows, :width] if v.ndim > 1 else v[rows] for k, v in wide.items()})
+        start += size
+    before, after = (sum(b["input_ids"].numel() for b in parts) for parts in (batches, shared))
+    return shared if after < before else batches
 
 
 class GroupedByLength(LengthGroupedSampler):
@@ -124,11 +163,19 @@ def spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:
         start += len(row)
 
 
-def padding_share(lengths: Sequence[int], batch: int, grouped: bool = False) -> float:
-    """Share of padding when rows of these lengths are batched in a random order, or by length."""
-    lengths = list(lengths)
+def padding_share(
+    lengths: Sequence[int], batch: int, grouped: bool = False, accumulation: int = 1
+) -> float:
+    """Share of padding when rows of these lengths are batched in a random order, or by length.
+
+    The rows of a step are shared out among its micro-batches `by_length` in either case.
+    """
+    lengths, step = list(lengths), batch * accumulation
     random.Random(0).shuffle(lengths)
     if grouped:
         lengths.sort()
-    groups = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+    groups = []
+    for start in range(0, len(lengths), step):
+        rows = sorted(lengths[start : start + step], reverse=True)
+        groups += [rows[i : i + batch] for i in range(0, len(rows), batch)]
     return 1 - sum(lengths) / sum(max(group) * len(group) for group in groups)

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import pad
 
-from kd.data.masks import IGNORED
+from kd.data.packing import side_by_side
 from kd.losses.fused import TeacherSignal
 from kd.models.blocks import in_pieces, layer_states
 from kd.models.heads import causal_lm, head_reader, target_positions
@@ -163,18 +162,3 @@ def groups(shapes: list[list[int]], most: int) -> Iterator[tuple[int, int, int]]
             start, rows, longest = i, 0, 0
         rows, longest = rows + count, max(longest, length)
     yield start, len(shapes), rows * longest
-
-
-def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches of one collator below each other, padded on the right to the longest."""
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    filled: dict[str, list[Tensor]] = {"input_ids": [], "position_ids": [], "labels": []}
-    for batch in batches:
-        more = longest - batch["input_ids"].shape[1]
-        filled["input_ids"].append(pad(batch["input_ids"], (0, more)))
-        filled["labels"].append(pad(batch["labels"], (0, more), value=IGNORED))
-        # Goes on counting, as the collator's own padding does: a restart would be a document.
-        on = torch.arange(1, more + 1, device=batch["position_ids"].device)
-        positions = batch["position_ids"]
-        filled["position_ids"].append(torch.cat([positions, positions[:, -1:] + on], 1))
-    return {name: torch.cat(parts) for name, parts in filled.items()}

@@ -150,7 +150,7 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
     targets = sum(rows.targets) / len(rows)
     grouped = training.train_sampling_strategy == "group_by_length"
     flat = trainer.data_collator.flat  # then there is none
-    padding = 0.0 if flat else padding_share(rows.lengths, micro, grouped)
+    padding = 0.0 if flat else padding_share(rows.lengths, micro, grouped, steps)
     return (
         f"parameters: {trained:,} trained of {total:,}\n"
         f"rows a step: {training.global_batch_size} = {training.world_size} processes x {micro} "

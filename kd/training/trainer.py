@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import GroupedByLength
+from kd.data.packing import GroupedByLength, by_length
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
@@ -81,9 +81,11 @@ class DistillationTrainer(Trainer):
         self.times.begin_step()
         with self.times.of("data"):
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.student_rows:
+        if self.student_rows:  # chosen by their places, so before those change
             batches = self.with_student_rows(batches)
             items = self._get_num_items_in_batch(batches, device)
+        with self.times.of("data"):
+            batches = by_length(batches)
         self.signals = self.signals_of(batches)
         return batches, items
 

@@ -1,5 +1,7 @@
 """Packed documents do not see each other, padding is seen by none, and nothing is lost."""
 
+import random
+
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -9,7 +11,14 @@ from small import small_model, small_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, EncodedRow, encode_rows
-from kd.data.packing import Collator, GroupedByLength, check_packing, pack, padding_share
+from kd.data.packing import (
+    Collator,
+    GroupedByLength,
+    by_length,
+    check_packing,
+    pack,
+    padding_share,
+)
 from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.load import check_attention
@@ -53,6 +62,74 @@ def test_first_token_of_every_packed_document_is_no_target():
 def test_padding_share_counts_what_is_thrown_away():
     lengths = [10, 4, 5, 4]  # (4, 4) and (5, 10) side by side
     assert padding_share(lengths, 2, grouped=True) == 1 - 23 / 28
+
+
+def micro_batches(lengths: list[int], size: int) -> list[dict]:
+    rows = [[document(length, 5 + i)] for i, length in enumerate(lengths)]
+    return [Collator(0)(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def rows_of(batches: list[dict]) -> list[tuple]:
+    """Ids, labels and positions of every row without its padding, in an order of their own."""
+    return sorted(
+        tuple(tuple(batch[key][i, :length].tolist()) for key in ("input_ids", "labels", "position_ids"))
+        for batch in batches
+        for i, length in enumerate(batch["tokens"].tolist())
+    )  # fmt: skip
+
+
+@given(st.lists(st.integers(2, 60), min_size=2, max_size=24), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_rows_shared_out_by_length_are_the_same_rows_in_fewer_positions(lengths, size):
+    batches = micro_batches(lengths, size)
+    shared = by_length(batches)
+    assert rows_of(shared) == rows_of(batches)
+    assert [len(b["tokens"]) for b in shared] == [len(b["tokens"]) for b in batches]
+    before, after = (sum(b["input_ids"].numel() for b in part) for part in (batches, shared))
+    assert after < before or shared is batches
+    for batch in shared:
+        padding = torch.arange(batch["labels"].shape[1]) >= batch["tokens"][:, None]
+        assert (batch["labels"][padding] == IGNORED).all()
+        assert batch["labels"].shape[1] < batch["tokens"].max() + 8
+
+
+def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenizer):
+    batches = micro_batches([40, 5, 9, 33, 6, 31, 12], 2)
+    shared = by_length(batches)
+    assert sum(b["input_ids"].numel() for b in shared) < 0.8 * sum(
+        b["input_ids"].numel() for b in batches
+    )
+    found = []
+    for part in (batches, shared):
+        model, total = small_model(tokenizer), 0.0
+        return_loss(model)
+        for batch in part:
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+            loss_inputs = LossInputs(batch["labels"], Objective(), len(tokenizer))
+            loss = model(**inputs, loss_inputs=loss_inputs)["loss"]
+            loss.backward()
+            total += loss.item()
+        found.append((total, [parameter.grad for parameter in model.parameters()]))
+    (loss, gradients), (wanted, wanted_gradients) = found
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for gradient, other in zip(gradients, wanted_gradients, strict=True):
+        assert (gradient - other).norm() <= 1e-6 * other.norm()
+
+
+def test_batches_with_more_than_rows_stay_as_they_are():
+    """A cache's targets stand in the order of the batch's rows."""
+    batches = [batch | {"cached": torch.zeros(3)} for batch in micro_batches([40, 5, 9, 33], 2)]
+    assert by_length(batches) is batches
+
+
+def test_padding_share_is_that_of_rows_shared_out_within_a_step():
+    lengths = [50, 3, 8, 41, 5, 12, 47, 9]
+    shuffled = list(lengths)
+    random.Random(0).shuffle(shuffled)
+    shared = by_length([Collator(0, 1)([[document(n)] for n in shuffled[i : i + 2]]) for i in range(0, 8, 2)], 1)  # fmt: skip
+    positions = sum(batch["input_ids"].numel() for batch in shared)
+    assert padding_share(lengths, 2, accumulation=4) == pytest.approx(1 - sum(lengths) / positions)
+    assert padding_share(lengths, 2, accumulation=4) < padding_share(lengths, 2)
 
 
 def test_rows_grouped_by_length_are_all_there_in_an_order_of_seed_and_epoch():

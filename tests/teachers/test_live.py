@@ -9,11 +9,11 @@ from small import save_small, small_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, EncodedRow, encode_rows
-from kd.data.packing import Collator, pack
+from kd.data.packing import Collator, pack, side_by_side
 from kd.models.blocks import in_pieces
 from kd.models.load import load_trained
 from kd.recipe import ModelSettings, TeacherSettings
-from kd.teachers.live import LiveTeacher, groups, side_by_side
+from kd.teachers.live import LiveTeacher, groups
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "olmo2")
