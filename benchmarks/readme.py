@@ -68,6 +68,7 @@ TABLES = {
             "naive": "naive_mib:.0f",
             "of the matrix rate": "matrix_peak_share:.0%",
         },
+        command="OMP_NUM_THREADS=2 python benchmarks/step.py --steps 3 --json benchmarks/results/step_cpu.json",
         note="TRL's column is its GKDTrainer's, or for sft_ its SFTTrainer's.",
     ),
     "loss": Table(

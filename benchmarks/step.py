@@ -128,7 +128,9 @@ TINY_CASES = [
 
 @dataclass
 class BenchmarkSettings:
-    quick: bool = setting(False, "the first case alone, in one turn: two minutes on two cores")
+    quick: bool = setting(
+        False, "the first case alone, in one turn: about three minutes on two cores"
+    )
     cases: list[str] = field(
         default_factory=list,
         metadata={
