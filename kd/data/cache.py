@@ -102,6 +102,11 @@ class TokenisedRows(Sequence):
         return self.per_row(self.document_lengths)
 
     @property
+    def longest(self) -> int:
+        """Tokens that any model reads of one row, at most."""
+        return max(self.lengths)
+
+    @property
     def targets(self) -> list[int]:
         """Target tokens of each row."""
         starts = np.concatenate([[0], self.ends[:-1]])
@@ -123,6 +128,11 @@ class AlignedRows(TokenisedRows):
             np.memmap(folder / name, np.int32, "r") for name in ("chunks", "teacher_chunks")
         )
         self.teacher_ends = np.fromfile(folder / "teacher_ends", np.int64)
+
+    @property
+    def longest(self) -> int:
+        teachers = self.per_row(np.diff(self.teacher_ends, prepend=0))
+        return max(super().longest, *teachers)
 
     def document(self, i: int) -> AlignedRow:
         row, part = super().document(i), between(self.teacher_ends, i)

@@ -10,11 +10,13 @@ chunk has several tokens, its whole text is one event more: with a the student's
 It is taken out of the class of the first token on each side, so that the partition is {the text, its
 class without it, all other classes}; where that would leave a class empty on one side alone, the
 classes of both first tokens are taken as one instead. Each is a partition of what may come next, for
-both models, hence the divergence a true one: 0 where the images are equal. A chunk counts once,
-however many tokens it has: by the chain rule the sum over chunks of KL divergences of what each
-comes from is that of the texts, and mapping to classes lowers it at most (data processing
-inequality). Equal vocabularies have one class a token and chunks of one token: the ordinary loss.
-All log-probabilities are at the objective's temperature, token by token.
+both models, hence the divergence a true one, 0 where the images are equal. A chunk counts once, however
+many tokens it has: the KL divergence of two texts is the sum over their pieces (chain rule), and
+mapping what may come next to fewer events never raises it (data processing inequality). Targets in
+no chunk have cross-entropy alone; the loss is divided by all targets of the student, as ever. Equal
+vocabularies have one class a token and chunks of one token: the ordinary loss. All log-probabilities
+in the divergence are at the objective's temperature, token by token. Agreement is that of the likeliest
+tokens' classes at the first token of a chunk, counted for all of its student tokens.
 
 n student tokens of a tile, m of the teacher, c chunks, r of a block, V vocabulary, K classes.
 """
@@ -32,7 +34,6 @@ from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 
 LEAST_TOKENS = 32  # of a tile on either side: the longest chunk
 SCRATCH = 8  # blocks (r, V)
-STEEPEST = 80.0  # logarithm of the largest share, so that its exponential is finite
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,13 @@ class Classes:
         """(r, K) log-probabilities of the classes, of (r, V) of the ids."""
         found = log_p.index_select(-1, self.main)
         if len(self.others):
+            others, classes = log_p[:, self.others], self.class_of[self.others]
+            peak = torch.full_like(found, -torch.inf)  # of each class, so that no sum underflows
+            peak.scatter_reduce_(-1, classes.expand_as(others), others, "amax")
+            peak.clamp_(min=torch.finfo(found.dtype).min / 4)
             rest = torch.zeros_like(found)
-            rest.index_add_(-1, self.class_of[self.others], log_p[:, self.others].exp())
-            found = torch.logaddexp(found, rest.log_())
+            rest.index_add_(-1, classes, others.sub_(peak.index_select(-1, classes)).exp_())
+            found = torch.logaddexp(found, rest.log_().add_(peak))
         # Below this a class counts nothing, and its logarithm must stay finite.
         return found.clamp_(min=torch.finfo(found.dtype).min / 4)
 
@@ -133,7 +138,7 @@ def tile_figures(
     ours = text_of(student, labels, chunks, objective.temperature)
     theirs = text_of(teacher, teacher_labels, teacher_chunks, objective.temperature)
     kinds = partitions(ours, theirs, signal)
-    slopes = torch.zeros(len(labels), dtype=torch.float64, device=student.device)
+    slopes = torch.zeros(len(labels), 3, dtype=torch.float64, device=student.device)
     done = 0  # chunks
     for block in blocks(student):
         logits = student[block]  # (r, V)
@@ -245,8 +250,8 @@ def block_figures(
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the chunks `some`: (value (c,), agreement (c,), gradient (c, V) with respect to the
-    student's logits / temperature at first tokens, slope (c,): that to the log-probability of the
-    others)."""
+    student's logits / temperature at first tokens, slope (c, 3)). That to the log-probability of the
+    other tokens is slope[0] - slope[1] exp(slope[2])."""
     heads = student[ours.first[some]], teacher[theirs.first[some]]
     likeliest = [elementwise.argmax(x)[:, 0] for x in heads]
     agreement = (
@@ -285,8 +290,9 @@ def block_figures(
     gradient = shares.mul_(slopes.index_select(-1, class_of))  # (c, V)
     gradient[rows, ours.token[some]] += text_slope
     mine = rows, kinds.ours
-    steep = (log_text.double() - masses[mine].double()).clamp(max=STEEPEST).exp()
-    slope = torch.where(kinds.apart, text_slope.double() - slopes[mine].double() * steep, 0.0)
+    ratio = log_text.double() - masses[mine].double()
+    slope = torch.stack([text_slope.double(), slopes[mine].double(), ratio], -1)
+    slope = torch.where(kinds.apart[:, None], slope, 0.0)
     return value[:, 0], agreement, gradient, slope
 
 
@@ -327,17 +333,24 @@ def add_slopes(
     text: Text,
     objective: Objective,
 ) -> None:
-    """Add the gradient of tokens behind the first: slope * (label - q), at their rows of a block."""
+    """Add the gradient of tokens behind the first, label - q times the slope, at rows of a block.
+
+    A slope may be too large for its type where q is all but 1, and label - q then as small: the two
+    are multiplied as logarithms, whose sum is at most 0.
+    """
     later = text.later_rows
     later = later[(later >= block.start) & (later < block.stop)] - block.start
     if not len(later):
         return
     rows = on_device(later, slopes)
-    slope = slopes[block][rows]
-    found = torch.softmax(logits[rows] / objective.temperature, -1)
-    found.mul_(-slope[:, None].to(found))
-    at_label = slope * text.log_not[block][rows].exp()  # 1 - q without cancellation
-    found.scatter_(-1, labels[block][rows, None], at_label[:, None].to(found))
+    of_text, of_class, ratio = slopes[block][rows].to(logits).unbind(-1)
+    of_text, of_class, ratio = of_text[:, None], of_class[:, None], ratio[:, None]
+    log_q = torch.log_softmax(logits[rows] / objective.temperature, -1)
+    log_not = text.log_not[block][rows, None].to(logits)
+    at_label = of_text * log_not.exp() - of_class * (ratio + log_not).clamp_(max=0).exp()
+    found = (log_q + ratio).clamp_(max=0).exp_().mul_(of_class)
+    found.sub_(log_q.exp_().mul_(of_text))
+    found.scatter_(-1, labels[block][rows, None], at_label)
     gradient.index_add_(0, rows, weighed(found, objective))
 
 

@@ -63,8 +63,8 @@ def check_same_tokenizer(
         f"teacher and student have different tokenizers: id {first} is "
         f"{their_id.get(first, 'absent')!r} for the teacher ({len(theirs)} tokens) and "
         f"{by_id.get(first, 'absent')!r} for the student ({len(ours)} tokens). Logits can only be "
-        "compared over one vocabulary: set align_tokenizers: true, which aligns the texts by bytes; "
-        "or choose a student of the teacher's family, or train it on the teacher's text "
+        "compared over one vocabulary: for train/distill.py set align_tokenizers: true, which aligns "
+        "the texts by bytes; or choose a student of the teacher's family, or train it on the teacher's text "
         "(train/generate.py, then train/sft.py)"
     )
 

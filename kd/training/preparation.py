@@ -115,7 +115,7 @@ def prepare(
     if training.check:
         rows = rows.subset(check_rows(rows.lengths, training.global_batch_size))
     earlier = earlier_plan(training.output_dir) if checkpoint else None
-    longest, pairs = max(rows.lengths), len(hidden.layers) if hidden else 0
+    longest, pairs = rows.longest, len(hidden.layers) if hidden else 0
     machine = present_machine(training)
     if on_policy and on_policy.student_fraction:  # an answer may be longer than the one it replaces
         longest = min(longest + on_policy.max_new_tokens, data.max_length)

@@ -242,6 +242,7 @@ def test_cached_rows_are_those_of_the_encoder_and_belong_to_the_teachers_tokeniz
     report = cached.report
     assert report.aligned == sum(int((row.chunks >= 0).sum()) for row in found) > 0
     assert report.one_to_one == sum(row.one_to_one for row in found) > 0
+    assert cached.longest == max(len(x) for row in found for x in (row.ids, row.teacher_ids))
     packed = cached.packed(300)
     assert isinstance(packed, AlignedRows) and sum(map(len, packed)) == 7 > len(packed)
     folders = {

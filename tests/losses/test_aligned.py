@@ -9,11 +9,12 @@ import torch
 from losses.chunk_oracle import chunk_by_chunk
 from losses.oracle import Problem, distance, figures, whole_logits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.losses import elementwise, fused
 from kd.losses.aligned import AlignedSignal, Classes
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.objective import Head, Objective
+from kd.losses.objective import METRICS, Head, Objective
 
 DIVERGENCE_NAMES = list(DIVERGENCES)
 
@@ -62,6 +63,21 @@ def test_with_equal_vocabularies_it_is_the_ordinary_loss(divergence, permuted, d
         assert distance(one, other) < tolerance
 
 
+class NothingWhole(TorchDispatchMode):
+    """Fails where a tensor of more than `most` numbers is made."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.largest = most, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+            assert result.numel() <= self.most, (function, result.shape)
+        return result
+
+
 class TwoVocabularies(Problem):
     """Other ids, other numbers of tokens and chunks of every kind, all of it random."""
 
@@ -108,6 +124,16 @@ class TwoVocabularies(Problem):
             *sides,
         )
 
+    def to_float32(self) -> "TwoVocabularies":
+        self.hidden = self.hidden.detach().float().requires_grad_()
+        self.head, self.teacher.head = (
+            self.head.to(torch.float32),
+            self.teacher.head.to(torch.float32),
+        )
+        self.head = replace(self.head, weight=self.head.weight.detach().requires_grad_())
+        self.teacher.hidden = self.teacher.hidden.float()
+        return self
+
     def expected(self, objective: Objective) -> tuple[Tensor, float]:
         signal = self.teacher
         student = whole_logits(self.hidden, self.head)[:, : self.real]
@@ -133,3 +159,44 @@ def test_loss_and_gradient_are_those_of_autograd_in_float64(divergence, temperat
     gradients = [torch.autograd.grad(loss, problem.trained) for loss in (found, wanted)]
     for one, other in zip(*gradients, strict=True):
         assert distance(one, other) < 1e-8
+
+
+def test_no_tensor_is_larger_than_a_tile_of_the_larger_vocabulary():
+    problem, tile = TwoVocabularies(chunks=200), 100
+    assert problem.tokens * problem.real > 3 * tile * 71
+    with patch.object(fused, "tile_tokens", lambda *_: tile), NothingWhole(tile * 71) as seen:
+        loss, _ = problem.fused(Objective(0.5))
+        loss.backward()
+    assert seen.largest == tile * 71  # the teacher's logits; hidden states are smaller here
+
+
+def test_tiles_hold_whole_chunks_and_every_target_once():
+    signal = TwoVocabularies(chunks=200).teacher
+    for most in (32, 50, 1000):
+        tiles = list(signal.tiles(most))
+        for side, chunks in ((0, signal.chunks), (1, signal.teacher_chunks)):
+            rows = [i for tile in tiles for i in range(tile[side].start, tile[side].stop)]
+            assert rows == list(range(len(chunks)))
+            assert max(tile[side].stop - tile[side].start for tile in tiles) <= most
+        for ours, theirs in tiles:
+            numbers = signal.chunks[ours]
+            assert set(numbers[numbers >= 0]) == set(signal.teacher_chunks[theirs])
+
+
+@pytest.mark.parametrize("magnitude", [30.0, 300.0])
+@pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
+def test_very_sure_models_keep_the_loss_and_its_gradient_finite(divergence, magnitude):
+    problem = TwoVocabularies(magnitude=magnitude).to_float32()
+    loss, _ = problem.fused(Objective(0.5, divergence))
+    gradients = torch.autograd.grad(loss, problem.trained)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_broken_model_is_not_hidden():
+    for side in ("student", "teacher"):
+        problem = TwoVocabularies()
+        broken = problem.hidden if side == "student" else problem.teacher.hidden
+        broken.detach()[-1, 0] = torch.nan
+        for name in DIVERGENCES:
+            loss, sums = problem.fused(Objective(1.0, name))
+            assert loss.isnan() and sums[METRICS.index("divergence")].isnan()

@@ -1,11 +1,13 @@
 """A teacher with another tokenizer by the real command line."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from cuts import permuted
-from processes import start
+from processes import ROOT, start, succeed
 from small import TEXT, save_small, small_rows, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,3 +77,16 @@ def test_two_ranks_with_a_sharded_teacher_train_as_one_process_with_a_whole_one(
     assert "streaming the teacher" in printed and "= 2 processes x 2 rows x 2" in printed
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
     assert wanted[-1][0] < wanted[0][0]
+
+
+@pytest.mark.slow
+def test_the_small_recipe_runs_as_its_header_says(docstrings):
+    for name in ("g_start", "g_distill"):
+        shutil.rmtree(ROOT / "runs/small" / name, ignore_errors=True)
+    succeed("python", "benchmarks/other_tokenizer.py", "--start", "runs/small/g_start")
+    recipe = "recipes/small/g_distill.yaml"
+    job = start("launch/cpu.sh", "train/distill.py", "--config", recipe)
+    assert "saved to runs/small/g_distill" in job.stdout, job.stdout[-6000:]
+    assert "of 2048 of the student and 4096 of the teacher" in job.stdout
+    told = re.search(r"([\d.]+)% are compared with it", job.stdout)
+    assert float(told.group(1)) > 95.0

@@ -1,0 +1,263 @@
+"""A teacher with another tokenizer: its loss beside TRL's GOLD, and what it brings a student.
+
+PYTHONPATH=TRL python benchmarks/other_tokenizer.py --json benchmarks/results/other_tokenizer_cpu.json
+
+TRL is the folder of its package (pip install --no-deps --target TRL trl==1.16.0); without it the
+first part is null. There both losses are taken of the quickstart's two models, whose tokenizer is
+one, so that every token maps: GOLD's "bayesian" merge is then our divergence, row by row, but that
+it raises probabilities to 1e-8; "observed", its default, takes the logits one position late. In the
+second part a student with a tokenizer of its own (--start makes it: random weights, half as many
+ids) learns from the quickstart's text, with the teacher's distributions or without, on the same
+rows; bits per byte of held-out text can be compared between tokenizers. Finished students stay in
+--out_dir: run it again to go on.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from kd.data.alignment import AlignedCollator, AlignedEncoder
+from kd.data.masks import IGNORED, EncodedRow, Encoder, encode_rows
+from kd.data.packing import Collator
+from kd.losses.objective import Objective
+from kd.models.heads import LossInputs, return_loss
+from kd.models.tokenizer import load_tokenizer
+from kd.models.vocabularies import shared_vocabulary
+from kd.recipe import ModelSettings, TeacherSettings, parse, setting
+from kd.teachers.aligned import AlignedTeacher
+from kd.teachers.live import LiveTeacher
+from kd.training.checkpoint import commit
+
+TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
+DATA = "runs/quickstart/data"
+BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
+WAYS = {
+    "text alone": 0.0,
+    "text and teacher": 0.5,
+    "teacher alone": 1.0,
+}  # soft_weight
+
+
+@dataclass
+class OtherTokenizerBenchmark:
+    start: str | None = setting(None, "only make the student with a tokenizer of its own, here")
+    rows: int = setting(8, "held-out rows of the comparison with TRL")
+    steps: int = setting(300, "of 16 rows of 256 tokens, in each way; 0: no students")
+    heldout: int = setting(200, "held-out texts, and as many conversations")
+    vocabulary: int = setting(2048, "ids of the student; the teacher has 4 096")
+    out_dir: str = setting("runs/other_tokenizer", "folder of the students")
+    json: str | None = setting(None, "file for the figures")
+
+
+def main() -> None:
+    (settings,) = parse(OtherTokenizerBenchmark, description=__doc__)
+    torch.set_num_threads(1)
+    if settings.start:
+        make_student(Path(settings.start), settings.vocabulary)
+        return
+    figures = {
+        "beside_trl": beside_trl(settings.rows) if importlib.util.find_spec("trl") else None,
+        "students": students(settings) if settings.steps else None,
+        "settings": {k: v for k, v in vars(settings).items() if k not in ("json", "start")},
+        "device": "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    print(json.dumps(figures, indent=1))
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def read(name: str, count: int | None = None) -> list[dict]:
+    with open(f"{DATA}/{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, count)]
+
+
+def make_student(folder: Path, vocabulary: int) -> None:
+    """A byte-level BPE tokenizer of the quickstart's text, and a small model of random weights."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|turn|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["text"] for row in read("text_train", 4000)), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        chat_template="{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}",
+    )
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def beside_trl(count: int) -> dict:
+    """{divergence: TRL's mean loss of a row in both ways to merge tokens, ours, their difference}"""
+    tokenizer = load_tokenizer(TEACHER)
+    encoder = AlignedEncoder(
+        Encoder(tokenizer, 256), Encoder(tokenizer, 256), shared_vocabulary(tokenizer, tokenizer)
+    )
+    rows = [row.encoded() for row in encoder([("", row) for row in read("chat_heldout", count)])]
+    found = {}
+    for divergence, beta in BETA.items():
+        trl = {way: gold_losses(rows, tokenizer, beta, way) for way in ("bayesian", "observed")}
+        ours = our_losses(rows, tokenizer, divergence)
+        apart = [abs(a - b) / b for a, b in zip(trl["bayesian"], ours, strict=True)]
+        found[divergence] = {
+            "trl_bayesian": sum(trl["bayesian"]) / len(rows),
+            "trl_observed": sum(trl["observed"]) / len(rows),
+            "ours": sum(ours) / len(rows),
+            "relative_difference_to_bayesian_at_most": max(apart),
+        }
+    return found
+
+
+def whole_logits(name: str, row: EncodedRow, vocabulary: int) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([row.input_ids])).logits[..., :vocabulary]
+
+
+def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> list[float]:
+    """TRL's loss of every row alone."""
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    config = SimpleNamespace(
+        uld_crossentropy_weight=0.0,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        use_extended_uld=True,
+        uld_token_merge_strategy=merge,
+        uld_use_hybrid_loss=True,
+        uld_hybrid_matched_weight=None,  # by the share of the vocabulary that maps: here 1
+        uld_hybrid_unmatched_weight=None,
+        beta=beta,
+    )
+    loss, found = ULDLoss(config, tokenizer, tokenizer), []
+    for row in rows:
+        labels, ids = (torch.tensor([x]) for x in (row.labels, row.input_ids))
+        ends = torch.arange(1, len(row) + 1)
+        offsets = torch.stack([ends - 1, ends], -1)[None]  # one byte a token: only meetings count
+        logits = [whole_logits(name, row, len(tokenizer)) for name in (STUDENT, TEACHER)]
+        found.append(loss(*logits, labels, labels, ids, ids, offsets, offsets).item())
+    return found
+
+
+def our_losses(rows: list[EncodedRow], tokenizer, divergence: str) -> list[float]:
+    student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    return_loss(student)
+    settings = TeacherSettings(teacher=TEACHER, teacher_dtype="float32")
+    live = LiveTeacher(settings, ModelSettings(), torch.device("cpu"))
+    teacher = AlignedTeacher(live, shared_vocabulary(tokenizer, tokenizer))
+    collate, found = AlignedCollator(Collator(0), 0), []
+    batches = [collate([[row]]) for row in rows]
+    for context, batch, row in zip(teacher.signals(batches), batches, rows, strict=True):
+        with context as (signal, _), torch.no_grad():
+            objective = Objective(1.0, divergence)
+            inputs = LossInputs(batch["labels"], objective, len(tokenizer), signal)
+            out = student(batch["input_ids"], batch["position_ids"], inputs)
+        found.append(out["loss"].item() / row.targets)
+    return found
+
+
+def students(settings: OtherTokenizerBenchmark) -> list[dict]:
+    """Bits per byte of held-out texts and conversations after training in each way."""
+    start, found = Path(settings.out_dir) / "start", []
+    if not (start / "config.json").exists():
+        make_student(start, settings.vocabulary)
+    for way, weight in WAYS.items():
+        folder = Path(settings.out_dir) / way.replace(" ", "_")
+        printed = train(start, folder, weight, settings)
+        (folder / "printed.txt").write_text(printed) if printed else None
+        told = (folder / "printed.txt").read_text().splitlines()
+        found.append(
+            {"way": way, "soft_weight": weight}
+            | {part: bits_per_byte(folder, part, settings.heldout) for part in ("text", "chat")}
+            | {"alignment": next((x for x in told if x.startswith("alignment:")), None)}
+        )
+    return found
+
+
+def train(start: Path, folder: Path, weight: float, settings: OtherTokenizerBenchmark) -> str:
+    """By the real command line; "" where it is finished already."""
+    if (folder / "done.json").exists():
+        return ""
+    sources = [
+        {"path": f"{DATA}/text_train.jsonl", "count": 6000},
+        {"path": f"{DATA}/chat_train.jsonl", "count": 2000},
+    ]
+    script = ["train/sft.py", "--model", str(start)]
+    if weight:
+        script = ["train/distill.py", "--student", str(start), "--teacher", TEACHER]
+        script += ["--align_tokenizers", "true", "--soft_weight", str(weight)]
+    command = [sys.executable, *script, "--data", json.dumps(sources), "--max_length", "256"]
+    command += [
+        "--packing",
+        "true",
+        "--global_batch_size",
+        "16",
+        "--max_steps",
+        str(settings.steps),
+    ]
+    command += ["--max_per_device_train_batch_size", "16", "--learning_rate", "2e-3"]
+    command += ["--lr_scheduler_type", "cosine", "--warmup_steps", "0.05", "--use_cpu", "true"]
+    command += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
+    command += ["--output_dir", str(folder)]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+@torch.no_grad()
+def bits_per_byte(folder: Path, part: str, count: int) -> float:
+    """Of the targets' bytes: all of a text, the answers of a conversation."""
+    tokenizer = load_tokenizer(str(folder))
+    rows, _ = encode_rows(read(f"{part}_heldout", count), tokenizer, 512, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nats, size = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1, : len(tokenizer)]
+        labels = torch.tensor(row.labels[1:])
+        nats += torch.nn.functional.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="sum"
+        ).item()
+        size += len(tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True).encode())
+    return nats / size / torch.log(torch.tensor(2.0)).item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""The benchmark by its command line, without TRL where that is not installed."""
+
+import json
+
+import pytest
+from processes import succeed
+
+
+@pytest.mark.slow
+def test_every_way_gives_bits_per_byte(docstrings, tmp_path):
+    call = ["python", "benchmarks/other_tokenizer.py", "--steps", "2", "--rows", "2"]
+    call += ["--heldout", "3", "--out_dir", tmp_path, "--json", tmp_path / "all.json"]
+    succeed(*call)
+    found = json.loads((tmp_path / "all.json").read_text())["students"]
+    assert [way["soft_weight"] for way in found] == [0.0, 0.5, 1.0]
+    assert all(1.0 < way[part] < 10.0 for way in found for part in ("text", "chat"))
+    assert found[0]["alignment"] is None and "one token for the teacher" in found[1]["alignment"]
