@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from kd.models.blueprint import Piece, build
-from kd.models.counts import config_of, student_pieces, teacher_pieces
+from kd.models.counts import config_of, remembered, student_pieces, teacher_pieces
 from kd.models.layout import Layout, line
-from kd.models.memory import STATES, family
+from kd.models.memory import STATES, family, zero_setting
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,19 @@ def counted_work(layout: Layout) -> tuple[float, float]:
 
 def forward_operations(name: str, layout: Layout, tokens: int) -> float:
     """The backbone's Linears, and causal attention's two products."""
-    config = config_of(name)
-    model = build(config, torch.float32)
-    head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    text = config.get_text_config()
+    numbers = remembered(("linears", name), lambda: numbers_of_linears(name))
+    text = config_of(name).get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 2 * layout.max_length * text.num_attention_heads * width * text.num_hidden_layers
-    return tokens * (2 * sum(m.weight.numel() for m in linears) + attention)
+    return tokens * (2 * numbers + attention)
+
+
+def numbers_of_linears(name: str) -> int:
+    """Of the backbone."""
+    model = build(config_of(name), torch.float32)
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return sum(linear.weight.numel() for linear in linears)
 
 
 def unpacked_bytes(layout: Layout) -> float:
@@ -125,18 +130,56 @@ def optimizer_bytes(layout: Layout) -> float:
 
 
 def sent_bytes(layout: Layout) -> dict[str, float]:
-    """Of one process in one step, on a ring."""
+    """Of one process in one step, on a ring; benchmarks/scale.py counts what real runs send."""
     share, steps = (layout.processes - 1) / layout.processes, layout.accumulation
     pieces = student_pieces(layout)
     trained = sum(piece.bytes for piece in pieces if piece.trained)
-    sent = {"gradients": share * trained * (steps if layout.stage >= 2 else 1)}
-    sent["updated weights"] = share * trained
+    # ZeRO-2 reduces whole buckets on every rank, though each keeps a part, and in every micro-batch.
+    times = {0: 2, 1: 2, 2: 2 * steps, 3: steps}[layout.stage]
+    sent = {"gradients": share * times * trained}
+    if layout.stage in (1, 2):
+        sent["updated weights"] = share * trained
     if layout.stage == 3:
-        passes = steps * (3 if layout.checkpointing else 2)
-        sent["student's shards"] = share * passes * shared(pieces)
+        sent["student's shards"] = share * steps * gathered_bytes(layout, pieces)
     if layout.teacher and layout.teacher_shards is not None:
-        sent["teacher's shards"] = share * steps * shared(teacher_pieces(layout))
+        sent["teacher's shards"] = share * gathered_of_teacher(layout)
     return sent
+
+
+def gathered_bytes(layout: Layout, pieces: list[Piece]) -> float:
+    """Of a micro-batch under ZeRO-3, as benchmarks/scale.py counted it of DeepSpeed 0.19.
+
+    Every block comes for the forward and for the backward; beside adapters a checkpointed block
+    comes for its second forward, too, which of a trained one stays (if two blocks have no more than
+    stage3_max_reuse_distance numbers). The head stays from its forward to its backward, and so does
+    what lies within that distance of the turn; frozen embeddings have no backward.
+    """
+    lora = layout.model.lora_rank > 0
+    text = config_of(layout.student).get_text_config()
+    table = text.vocab_size * text.hidden_size
+    small = zero_setting(layout, "stage3_param_persistence_threshold", 10)
+    sharded = [piece for piece in pieces if not piece.replicated and piece.numel > small]
+    blocks = [piece for piece in sharded if piece.numel != table]
+    reuse = layout.zero["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
+    near = max(0.0, reuse / (3 if layout.checkpointing else 2) - table)
+    stays = min(1.0, near / sum(piece.numel for piece in blocks))
+    passes = 3 if lora and layout.checkpointing else 2
+    tables = 1 + (1 if lora or stays == 1.0 else 2)  # the head's, the embeddings'
+    itemsize = next(piece.itemsize for piece in sharded if piece.numel == table)
+    return (passes - stays) * sum(p.bytes for p in blocks) + tables * table * itemsize
+
+
+def gathered_of_teacher(layout: Layout) -> float:
+    """Of a step: its blocks once for as many micro-batches as its workspace holds, and its head."""
+    config = config_of(layout.teacher)
+    width, size = config.get_text_config().hidden_size, (config.dtype or torch.float32).itemsize
+    states = (2 + layout.hidden_pairs) * layout.tokens * width * size
+    at_once = min(layout.accumulation, max(1, layout.teacher_workspace // states))
+    passes = -(-layout.accumulation // at_once)
+    head = config.get_text_config().vocab_size * width * size
+    keeps_head = at_once * states + head <= layout.teacher_workspace
+    heads = passes if keeps_head else layout.accumulation
+    return passes * (shared(teacher_pieces(layout)) - head) + heads * head
 
 
 def shared(pieces: list[Piece]) -> float:

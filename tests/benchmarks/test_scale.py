@@ -1,0 +1,45 @@
+"""The formula of what processes send, beside what two of them do send; and the committed table."""
+
+import json
+import sys
+
+from processes import ROOT, succeed
+
+LAYOUTS = ["LoRA, ZeRO-2, sharded teacher", "LoRA, ZeRO-3, checkpointing, sharded teacher"]
+LAYOUTS += ["full, DDP", "full, ZeRO-3, checkpointing"]
+
+
+def test_the_formula_is_within_five_percent_of_what_two_processes_send(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "student: data/quickstart/student\nteacher: data/quickstart/teacher\nmax_length: 64\n"
+        "global_batch_size: 16\ndata: []\n"
+    )
+    file = tmp_path / "scale.json"
+    flags = ["--ranks", 2, "--layouts", *LAYOUTS, "--recipes", tmp_path / "recipe.yaml"]
+    succeed(sys.executable, "benchmarks/scale.py", *flags, "--json", file)
+    report = json.loads(file.read_text())
+    assert [row["layout"] for row in report["counted"]] == LAYOUTS
+    for row in report["counted"]:
+        assert row["counted_bytes"] > 1e6 and abs(row["formula_over_counted"] - 1) < 0.05, row
+    modelled = {row["layout"]: row for row in report["modelled"]}
+    assert len(modelled) == 6
+    for row in modelled.values():  # more GPUs have fewer rows each, and no fewer bytes to send
+        assert row["rows a GPU, 8 GPUs"] == 2 and row["rows a GPU, 1024 GPUs"] == 1
+        assert row["computation s, 8 GPUs"] > 1.9 * row["computation s, 1024 GPUs"] > 0
+    sharded = modelled["DDP, teacher sharded"]["GB sent, 64 GPUs"]
+    assert sharded > modelled["DDP, teacher whole"]["GB sent, 64 GPUs"]
+    assert "| full, DDP | 2 |" in file.with_suffix(".md").read_text()
+
+
+def test_the_committed_counts_are_within_five_percent_of_the_formula_on_2_and_4_ranks():
+    report = json.loads((ROOT / "benchmarks/results/scale.json").read_text())
+    ranks = {
+        row["ranks"]: [r for r in report["counted"] if r["ranks"] == row["ranks"]]
+        for row in report["counted"]
+    }
+    assert set(ranks) == {1, 2, 4} and len(ranks[2]) == len(ranks[4]) >= 10
+    assert all(row["counted_bytes"] == row["formula_bytes"] == 0 for row in ranks[1])
+    for row in ranks[2] + ranks[4]:
+        assert abs(row["formula_over_counted"] - 1) < 0.05, row
+    recipes = {row["recipe"] for row in report["modelled"]}
+    assert len(recipes) >= 9 and all((ROOT / recipe).exists() for recipe in recipes)
