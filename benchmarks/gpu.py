@@ -96,12 +96,15 @@ def known_parts() -> list[Part]:
         Part("loss", benchmark("loss", *loss), 60),
         Part("teacher kernels", benchmark("teacher", "--gpu_parts", "--gpu_step", "false"), 40),
         Part("training", ["bash", "-c", TRAINING], 80),
-        Part("plan", benchmark("plan"), 90),
+        Part("plan", benchmark("plan", *PLANNED), 90),
         Part("log_cost", benchmark("log_cost"), 40),
         Part("teacher", benchmark("teacher", "--gpu_parts"), 240),
     ]
 
 
+PLANNED = ["--student", "1024", "12", "--teacher", "1280", "16", "--length", "1024", "--micro", "4"]
+PLANNED += ["--layouts", "full, ZeRO-2, bf16, teacher sharded"]
+PLANNED += ["QLoRA, ZeRO-2, bf16, teacher sharded", "LoRA, DDP, checkpointing"]
 PYTEST = ["-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
 # A profile as it is, on small models: the one road on which launcher, DeepSpeed, NF4 and NCCL meet.
 TRAINING = (

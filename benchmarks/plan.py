@@ -1,8 +1,8 @@
-"""The plan of memory beside what real runs take: two processes on a CPU, layout after layout.
+"""The plan of memory beside what real runs take: two processes on a CPU, or one GPU, layout after layout.
 
 python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 
-Measured: the peak of RssAnon (anonymous memory: no mapped file, no library) of the heavier rank
+Measured on a GPU: the most that PyTorch has allocated. On a CPU: the peak of RssAnon (anonymous memory: no mapped file, no library) of the heavier rank
 from before the student is loaded to the end of training, above its value before. Planned: what
 run.json says, without the allowance for the libraries. Blocks of the allocator go back to the
 system when they are freed (MALLOC_MMAP_THRESHOLD_), or its caches would be measured.
@@ -39,6 +39,7 @@ from kd.training.exit import leave
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
+CUDA = torch.cuda.is_available()
 ZERO2, ZERO3 = (
     ("--deepspeed", "ds_configs/student_zero2.json"),
     (
@@ -133,11 +134,14 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     flags = [part.replace("TEACHER", str(work / "teacher")) for part in LAYOUTS[name]]
     flags += ["--data", json.dumps([{"path": str(work / "rows.jsonl")}])]
-    flags += ["--max_length", str(settings.length), "--global_batch_size", str(2 * settings.micro)]
+    ranks = 1 if CUDA else 2
+    rows = ranks * settings.micro
+    flags += ["--max_length", str(settings.length), "--global_batch_size", str(rows)]
     flags += ["--per_device_train_batch_size", str(settings.micro), "--max_steps", "2"]
-    flags += ["--use_cpu", "true", "--save_strategy", "no", "--report_to", "none"]
+    flags += ["--save_strategy", "no", "--report_to", "none"]
+    flags += [] if CUDA else ["--use_cpu", "true"]
     flags += ["--output_dir", str(out), "--disable_tqdm", "true"]
-    command = ["torchrun", "--nproc-per-node", "2", __file__]
+    command = ["torchrun", "--nproc-per-node", str(ranks), __file__]
     command += ["--rank_of", json.dumps([str(work / "student"), *flags])]
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
@@ -149,7 +153,7 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
         stderr=subprocess.STDOUT,
     )
     files = sorted(out.glob("peak-*.json"))
-    if len(files) != 2:
+    if len(files) != ranks:
         raise RuntimeError(done.stdout[-4000:])
     peaks = [json.loads(file.read_text()) for file in files]
     plan = json.loads((out / "run.json").read_text())["plan"]
@@ -163,18 +167,21 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
         "worst": plan["worst"],
         "parts_mib": {part: size / 2**20 for part, size in plan["bytes"].items()},
         "ranks_mib": [peak / 2**20 for peak in peaks],
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "torch": torch.__version__,
     }
 
 
 def be_a_rank(flags: list[str]) -> None:
     student, *flags = flags
-    deepspeed.init_distributed("gloo")  # before DeepSpeed asks how many ranks there are
+    deepspeed.init_distributed(
+        "nccl" if CUDA else "gloo"
+    )  # before DeepSpeed asks how many ranks there are
     kinds = [ModelSettings, DataSettings, TrainingSettings]
     teacher = "--teacher" in flags
     kinds += [TeacherSettings, ObjectiveSettings] if teacher else []
     model, data, training, *more = parse(*kinds, argv=flags)
-    peak = Peak()
+    peak = GpuPeak() if CUDA else Peak()
     load, run = session.load_trained, DistillationTrainer.train
     session.load_trained = lambda *args: (peak.start(), load(*args))[1]
 
@@ -210,6 +217,17 @@ class Peak:
     def stop(self) -> None:
         self.running = False
         self.thread.join()
+
+
+class GpuPeak:
+    """The most that PyTorch's allocator gave out between start and stop."""
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+
+    def stop(self) -> None:
+        self.most = torch.cuda.max_memory_allocated()
 
 
 def anonymous_bytes() -> int:

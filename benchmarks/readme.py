@@ -23,6 +23,7 @@ ORDER = [  # by what a reader asks for first; others follow in the order of thei
     *("quickstart", "step", "loss", "teacher", "plan", "scale", "cache", "data", "on_policy"),
     *("inheritance", "recovery", "log_cost"),
 ]
+UNITS = {"gib": 2**30, "mb": 1e6}  # in place of a format
 HEAD = """\
 # Benchmarks
 
@@ -117,6 +118,16 @@ TABLES = {
         "plans",
         command="each plan's own, in its file",
         note="Modelled from configurations; nothing of it was run on a GPU.",
+    ),
+    "scale": Table(
+        {
+            "layout": "layout",
+            "ranks": "ranks",
+            "MB a rank sends in a step": "counted_bytes:mb",
+            "formula / counted": "formula_over_counted:.3f",
+        },
+        "counted",
+        note="What the formula says of the recipes on 8, 64 and 1 024 GPUs: [scale.md](results/scale.md).",
     ),
     "cache": Table(
         {
@@ -315,8 +326,8 @@ def value_at(row: Any, path: str) -> Any:
 def written(value: Any, form: str) -> str:
     if value is None or isinstance(value, dict):
         return ""
-    if form == "gib":
-        return f"{value / 2**30:.1f}"
+    if form in UNITS:
+        return f"{value / UNITS[form]:.1f}"
     if form:
         return format(value, form)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -25,9 +25,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 ROOTS = [  # by worth: without the first nothing of kd runs; what else is required no GPU part needs
     *("transformers", "accelerate", "peft", "bitsandbytes", "pytest", "hypothesis"),
-    *("deepspeed", "trl", "tensorboard"),
+    *("deepspeed", "trl", "liger-kernel", "tensorboard"),
 ]
-BOUNDS = ["pytest>=9,<10", "hypothesis>=6.150,<7", "trl==1.16.0"]  # beside requirements.txt
+BOUNDS = [  # beside requirements.txt
+    *("pytest>=9,<10", "hypothesis>=6.150,<7", "trl==1.16.0", "liger-kernel==0.8.5"),
+]
 IMAGE = {"torch", "triton", "numpy", "setuptools", "jinja2", "markupsafe", "sympy"}
 UNUSED = {  # dependencies that these parts never import, by the package that asks for them
     "huggingface-hub": {"hf-xet"},

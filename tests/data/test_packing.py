@@ -274,3 +274,28 @@ def test_padded_packed_flat_and_one_by_one_give_the_same_loss_and_gradients(toke
     for name, gradient in gradients.items():
         error = (ours[name] - gradient).norm() / gradient.norm()
         assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+@torch.no_grad()
+def test_packed_documents_stay_apart_on_a_gpu(tokenizer, attention):
+    """To the bit, by the kernels that are there; and they get what they get alone."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    model = small_model(tokenizer, hidden=64).to("cuda", torch.bfloat16).eval()
+    model.set_attn_implementation(attention)
+    collate = Collator(0, flat=attention == "flash_attention_2")
+
+    def logits(*documents) -> torch.Tensor:
+        batch = collate([list(documents)])
+        inputs = {k: v.cuda() for k, v in batch.items() if torch.is_tensor(v) and k != "labels"}
+        inputs.pop("tokens", None)
+        length = sum(map(len, documents))
+        return model(**inputs, use_cache=False).logits[0, :length].float()
+
+    first, other, second = document(40, 5), document(40, 50), document(60, 9)
+    packed, changed = logits(first, second), logits(other, second)
+    assert torch.equal(packed[40:], changed[40:]) and not torch.equal(packed[:40], changed[:40])
+    alone = logits(second)
+    assert (packed[40:] - alone).norm() < 2e-2 * alone.norm()

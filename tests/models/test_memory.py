@@ -1,5 +1,6 @@
 """Parts of the plan against real models, real tensors and formulas; the choice of a micro-batch."""
 
+import gc
 import json
 from dataclasses import replace
 
@@ -310,6 +311,8 @@ def test_a_model_whose_shapes_depend_on_numbers_is_said_to_have_no_plan(layout):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path):
     """Two steps of Qwen2.5-0.5B's shapes under a whole teacher of 1.5B's, by the fused loss."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()  # what tests before this one have left
     rows, length, vocabulary = 4, 1024, 151_936
     names = {"student": "Qwen/Qwen2.5-0.5B", "teacher": "Qwen/Qwen2.5-1.5B-Instruct"}
     folders = {role: save_config(tmp_path / role, name) for role, name in names.items()}
@@ -357,4 +360,4 @@ def test_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path
         optimizer.step()
         optimizer.zero_grad()
     planned = sum(size for part, size in plan(layout).parts.items() if "allowance" not in part)
-    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
