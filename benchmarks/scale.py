@@ -12,8 +12,8 @@ Modelled, not measured: seconds at 8, 64 and 1 024 GPUs for every recipe, of ful
 global batch; where that has fewer rows than there are GPUs, each has one and the batch grows. A ring
 runs at its slowest link, computation at --efficiency of --tflops, and nothing overlaps: a ratio
 below 1 says that communication could hide behind computation, not that it does. No latency: that
-of many small gathers on a thousand GPUs comes on top. Memory is train/plan.py's matter. Configurations
-come from the hub, or from folders named in --models. What a table says goes to a .md beside the JSON.
+of many small gathers on a thousand GPUs comes on top. Not counted: what an on-policy student writes;
+whether it fits (train/plan.py). Configurations come from the hub, or from folders named in --models.
 """
 
 import json
@@ -126,14 +126,19 @@ def main() -> None:
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores for all processes, gloo",
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "configurations_from_folders": [pair.split("=")[0] for pair in settings.models],
         "counted": counted_rows(settings),
         "assumed": {
             name: getattr(settings, name)
             for name in ("tflops", "memory_gb_s", "efficiency", "machine_gpus", "gpus", "fabrics")
         },
     }
-    rows = [row for recipe in settings.recipes for row in at_scale(recipe, settings)]
-    report["modelled"] = rows
+    report |= {"modelled": [], "left_out": {}}
+    for recipe in settings.recipes:
+        try:
+            report["modelled"] += at_scale(recipe, settings)
+        except ValueError as error:  # no configuration of its models is at hand
+            report["left_out"][recipe] = str(error)
     text = markdown(report)
     print(text)
     if settings.json:
@@ -326,7 +331,7 @@ def tensors(argument: Any) -> list[torch.Tensor]:
 
 def recipes_with_models() -> list[str]:
     """Trainings of the published experiments."""
-    files = sorted((ROOT / "recipes").glob("[a-e]_*/*.yaml"))
+    files = sorted((ROOT / "recipes").glob("[a-z]_*/*.yaml"))
     keys = {file: yaml.safe_load(file.read_text()) for file in files}
     trained = [f for f in files if {"model", "student"} & keys[f].keys() and "data" in keys[f]]
     return [str(file.relative_to(ROOT)) for file in trained]
@@ -435,7 +440,10 @@ def markdown(report: dict[str, Any]) -> str:
         "`overtakes`: the least number of GPUs, a power of two up to 1 024, at which communication takes longer.",
         "",
     ]
-    return "\n".join(lines + modelled_table(report["modelled"], about["fabrics"])) + "\n"
+    if report["modelled"]:
+        lines += modelled_table(report["modelled"], about["fabrics"])
+    lines += [f"\nLeft out: {recipe}: {why}" for recipe, why in report["left_out"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def modelled_table(rows: list[dict[str, Any]], fabrics: list[str]) -> list[str]:

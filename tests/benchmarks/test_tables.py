@@ -39,3 +39,30 @@ def test_an_unknown_benchmark_is_shown_by_its_plain_values(tmp_path):
     file.write_text(json.dumps({"machine": {}, "commit": None, "parts": parts}))
     output = succeed("python", "benchmarks/readme.py", "--gpu", file)
     assert "| kind | seconds |" in output and "| x | 1.235 |" in output and "| y |  |" in output
+
+
+def values_of(data) -> list[float]:
+    if isinstance(data, dict | list):
+        parts = data.values() if isinstance(data, dict) else data
+        return [value for part in parts for value in values_of(part)]
+    return [float(data)] if isinstance(data, int | float) else []
+
+
+def said(number: str, values: list[float]) -> bool:
+    """Whether a value, as it is or as a percentage (of something, or more than it), rounds to it."""
+    places = len(number.split(".")[1])
+    ways = (value for v in values for value in (v, 100 * v, 100 * (v - 1)))
+    return any(f"{value:.{places}f}" == number for value in ways)
+
+
+def test_every_decimal_beside_a_link_to_results_stands_in_them():
+    checked = 0
+    for paragraph in (ROOT / "README.md").read_text().split("\n\n"):
+        files = re.findall(r"benchmarks/results/([\w/]+)\.(?:json|md)", paragraph)
+        values = [
+            v for f in files for v in values_of(json.loads((RESULTS / f"{f}.json").read_text()))
+        ]
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", paragraph) if files else []:
+            assert said(number, values), f"{number} is in none of {files}: {paragraph}"
+            checked += 1
+    assert checked >= 6
