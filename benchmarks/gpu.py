@@ -98,10 +98,12 @@ def known_parts() -> list[Part]:
         Part("training", ["bash", "-c", TRAINING], 80),
         Part("plan", benchmark("plan", *PLANNED), 90),
         Part("log_cost", benchmark("log_cost"), 40),
+        Part("step, larger", benchmark("step", *LARGER, "--turns", "1"), 150),
         Part("teacher", benchmark("teacher", "--gpu_parts"), 240),
     ]
 
 
+LARGER = ["--cases", "distil_1.5b_qlora", "sft_0.5b_lora"]
 PLANNED = ["--student", "1024", "12", "--teacher", "1280", "16", "--length", "1024", "--micro", "4"]
 PLANNED += ["--layouts", "full, ZeRO-2, bf16, teacher sharded"]
 PLANNED += ["QLoRA, ZeRO-2, bf16, teacher sharded", "LoRA, DDP, checkpointing"]

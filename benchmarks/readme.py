@@ -10,6 +10,7 @@ benchmarks/gpu.sh are shown alike. `--gpu FILE` prints the tables of such a repo
 import argparse
 import ast
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ TABLES = {
             "type": "dtype",
             "ours, s": "ours_s:.3g",
             "TRL / ours": "trl_over_ours:.2f",
+            "Liger / ours": "liger_over_ours:.2f",
             "naive / ours": "naive_over_ours:.2f",
             "ours / products alone": "ours_over_limit:.2f",
             "MiB: ours": "ours_mib:.0f",
@@ -284,8 +286,9 @@ def commit(data: Any, file: Path) -> str:
 
 
 def tables(name: str, data: Any) -> list[str]:
-    if name in TABLES:
-        shown = known(TABLES[name], data)
+    table = TABLES.get(name) or TABLES.get(re.split(r"[ ,]", name)[0])  # a part: "step, larger"
+    if table:
+        shown = known(table, data)
         if any(cell for column in shown.values() for cell in column):
             return markdown(shown)
     lines: list[str] = []

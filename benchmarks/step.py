@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.profiler import profile
@@ -379,7 +378,7 @@ def trl_distil(case, folder, run: Prepared, training, teacher, watch: "Watch") -
     del whole.forward  # it shall return logits again
     mixture = {"lmbda": 0.0, "seq_kd": False, "beta": TRL_MIXTURE[case.divergence]}
     args = GKDConfig(**shared(case, training), **mixture, temperature=1.0)
-    rows = Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
+    rows = rows_for_trl(folder)
     watch.train(
         GKDTrainer(student, whole, args, train_dataset=rows, processing_class=run.tokenizer)
     )
@@ -391,8 +390,14 @@ def trl_sft(case, folder, run: Prepared, training, teacher, watch: "Watch") -> N
 
     student = load_trained(f"{folder}/student", run.model, run.tokenizer)
     args = SFTConfig(**shared(case, training), packing=True, assistant_only_loss=True)
-    rows = Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
+    rows = rows_for_trl(folder)
     watch.train(SFTTrainer(student, args, train_dataset=rows, processing_class=run.tokenizer))
+
+
+def rows_for_trl(folder: str):
+    from datasets import Dataset  # TRL needs it, ours does not
+
+    return Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
 
 
 def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:

@@ -95,3 +95,10 @@ def test_every_test_marked_gpu_is_reached():
 
     every = collected(sys.executable, "-m", "pytest", "-m", "gpu", "tests")
     assert len(every) > 60 and collected(*command, "-qq") == every
+
+
+def test_every_part_calls_something_that_exists():
+    for line in succeed("python", "benchmarks/gpu.py", "--dry_run").splitlines():
+        words = shlex.split(line.split(": ", 1)[1])
+        paths = [word for part in words for word in part.split() if word.endswith((".py", ".sh"))]
+        assert paths and all((ROOT / path).exists() for path in paths), line
