@@ -33,6 +33,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.data.masks import EncodedRow
 from kd.data.packing import Collator
@@ -200,6 +201,8 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
     """What a step sends, by torch.distributed's calls and by the formula."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # of the layout before this one
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     student_json, teacher_json = json_files(work, cell)
     training = TrainingSettings(
         output_dir=str(work / "out"),
