@@ -159,14 +159,14 @@ def gathered_bytes(layout: Layout, pieces: list[Piece]) -> float:
     table = text.vocab_size * text.hidden_size
     small = zero_setting(layout, "stage3_param_persistence_threshold", 10)
     sharded = [piece for piece in pieces if not piece.replicated and piece.numel > small]
+    tables = [piece.itemsize for piece in sharded if piece.numel == table]
     blocks = [piece for piece in sharded if piece.numel != table]
     reuse = layout.zero["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
     near = max(0.0, reuse / (3 if layout.checkpointing else 2) - table)
-    stays = min(1.0, near / sum(piece.numel for piece in blocks))
+    stays = min(1.0, near / max(1, sum(piece.numel for piece in blocks)))
     passes = 3 if lora and layout.checkpointing else 2
-    tables = 1 + (1 if lora or stays == 1.0 else 2)  # the head's, the embeddings'
-    itemsize = next(piece.itemsize for piece in sharded if piece.numel == table)
-    return (passes - stays) * sum(p.bytes for p in blocks) + tables * table * itemsize
+    times = 1 + (1 if lora or stays == 1.0 else 2)  # the head's, the embeddings'
+    return (passes - stays) * sum(p.bytes for p in blocks) + times * table * max(tables, default=0)
 
 
 def gathered_of_teacher(layout: Layout) -> float:
