@@ -16,7 +16,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +57,9 @@ class OtherTokenizerBenchmark:
     start: str | None = setting(None, "only make the student with a tokenizer of its own, here")
     rows: int = setting(8, "held-out rows of the comparison with TRL")
     steps: int = setting(300, "of 16 rows of 256 tokens, in each way; 0: no students")
+    ways: list[str] = field(
+        default_factory=lambda: list(WAYS), metadata={"help": "in which students are trained"}
+    )
     heldout: int = setting(200, "held-out texts, and as many conversations")
     vocabulary: int = setting(2048, "ids of the student; the teacher has 4 096")
     out_dir: str = setting("runs/other_tokenizer", "folder of the students")
@@ -201,8 +204,8 @@ def students(settings: OtherTokenizerBenchmark) -> list[dict]:
     start, found = Path(settings.out_dir) / "start", []
     if not (start / "config.json").exists():
         make_student(start, settings.vocabulary)
-    for way, weight in WAYS.items():
-        folder = Path(settings.out_dir) / way.replace(" ", "_")
+    for way in settings.ways:
+        folder, weight = Path(settings.out_dir) / way.replace(" ", "_"), WAYS[way]
         printed = train(start, folder, weight, settings)
         (folder / "printed.txt").write_text(printed) if printed else None
         told = (folder / "printed.txt").read_text().splitlines()
