@@ -3,7 +3,7 @@
 PYTHONPATH=TRL python benchmarks/other_tokenizer.py --json benchmarks/results/other_tokenizer_cpu.json
 
 TRL is the folder of its package (pip install --no-deps --target TRL trl==1.16.0); without it the
-first part is null. There both losses are taken of the quickstart's two models, whose tokenizer is
+first part is left out. There both losses are taken of the quickstart's two models, whose tokenizer is
 one, so that every token maps: GOLD's "bayesian" merge is then our divergence, row by row, but that
 it raises probabilities to 1e-8; "observed", its default, takes the logits one position late. In the
 second part a student with a tokenizer of its own (--start makes it: random weights, half as many
@@ -73,9 +73,10 @@ def main() -> None:
         make_student(Path(settings.start), settings.vocabulary)
         return
     figures = {
-        "beside_trl": beside_trl(settings.rows) if importlib.util.find_spec("trl") else None,
-        "students": students(settings) if settings.steps else None,
+        **({"beside_trl": beside_trl(settings.rows)} if importlib.util.find_spec("trl") else {}),
+        **({"students": students(settings)} if settings.steps else {}),
         "settings": {k: v for k, v in vars(settings).items() if k not in ("json", "start")},
+        "command": " ".join(["python", *sys.argv]),
         "device": "cpu",
         "torch": torch.__version__,
         "commit": commit(),
@@ -127,24 +128,27 @@ def make_student(folder: Path, vocabulary: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def beside_trl(count: int) -> dict:
-    """{divergence: TRL's mean loss of a row in both ways to merge tokens, ours, their difference}"""
+def beside_trl(count: int) -> list[dict]:
+    """Of each divergence TRL's mean loss of a row in both ways to merge tokens, ours, the difference."""
     tokenizer = load_tokenizer(TEACHER)
     encoder = AlignedEncoder(
         Encoder(tokenizer, 256), Encoder(tokenizer, 256), shared_vocabulary(tokenizer, tokenizer)
     )
     rows = [row.encoded() for row in encoder([("", row) for row in read("chat_heldout", count)])]
-    found = {}
+    found = []
     for divergence, beta in BETA.items():
         trl = {way: gold_losses(rows, tokenizer, beta, way) for way in ("bayesian", "observed")}
         ours = our_losses(rows, tokenizer, divergence)
         apart = [abs(a - b) / b for a, b in zip(trl["bayesian"], ours, strict=True)]
-        found[divergence] = {
-            "trl_bayesian": sum(trl["bayesian"]) / len(rows),
-            "trl_observed": sum(trl["observed"]) / len(rows),
-            "ours": sum(ours) / len(rows),
-            "relative_difference_to_bayesian_at_most": max(apart),
-        }
+        found.append(
+            {
+                "divergence": divergence,
+                "trl_bayesian": sum(trl["bayesian"]) / len(rows),
+                "trl_observed": sum(trl["observed"]) / len(rows),
+                "ours": sum(ours) / len(rows),
+                "relative_difference_to_bayesian_at_most": max(apart),
+            }
+        )
     return found
 
 
