@@ -70,7 +70,7 @@ def main() -> None:
     left_out += [name for name in bounds if name not in {*taken, *have, *left_out}]
     print(f"left out in all: {', '.join(left_out)}")
     for file, missing in files_that_need(left_out).items():
-        print(f"not run without {', '.join(missing)}: {file}")
+        print(f"not run, or not in full, without {', '.join(missing)}: {file}")
 
 
 def arguments() -> argparse.Namespace:
