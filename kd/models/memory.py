@@ -33,6 +33,8 @@ def plan(layout: Layout) -> Plan:
     phases |= {"the student's writing": writing_phase(layout, student)} if layout.on_policy else {}
     phases |= student_phases(layout, student)
     phases["the optimizer's step"] = step_phase(layout, student)
+    if layout.stage == 0 and layout.processes > 1:
+        phases["DDP's start"] = {"weights on their way to all": ddp_broadcast(student)}
     held |= overhead(layout, sum(held.values()) + max(sum(p.values()) for p in phases.values()))
     return Plan(layout, held, phases, host_parts(layout, student))
 
@@ -108,6 +110,11 @@ def optimizer_held(layout: Layout, pieces: list[Piece]) -> dict[str, float]:
         "DDP's buckets": buckets,
         "gradients": gradient_bytes(layout, pieces) if gradients_stay(layout) else 0,
     }
+
+
+def ddp_broadcast(pieces: list[Piece]) -> float:
+    """DDP starts with a broadcast of all weights, frozen ones too: at most two buckets at a time."""
+    return min(sum(piece.bytes for piece in pieces), 2 * 250 * 2**20)
 
 
 def gradient_bytes(layout: Layout, pieces: list[Piece]) -> float:
