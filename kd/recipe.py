@@ -180,6 +180,11 @@ class OnPolicySettings:
     generation_workspace_mb: int = setting(
         2048, "MiB of a device for its keys and values; as many rows are written at once as fit"
     )
+    generation_engine: Literal["generate", "continuous"] = setting(
+        "generate",
+        "of Transformers: generate, in batches that last as long as their longest row; or continuous "
+        "batching, where a row that ends makes room for the next (best with flash_attention_2)",
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.student_fraction <= 1.0:

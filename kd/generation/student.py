@@ -3,23 +3,28 @@
 B rows, T tokens, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
 
 from kd.generation.engines import sampling_processors
 from kd.models.generating import generating, row_bytes
 from kd.models.tokenizer import generation_config
 from kd.recipe import OnPolicySettings
+
+BATCH_TOKENS = 8192  # of a forward of continuous batching at most: prompts are read in such pieces
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Writer:
         order = sorted(range(len(prompts)), key=lambda i: prompts[i].length, reverse=True)
         found: list[list[int]] = [[] for _ in prompts]
         with generating(self.model, self.config):
+            if self.settings.generation_engine == "continuous":
+                return self.write_continuously(prompts, device) if prompts else []
             for places in self.batches(prompts, order):
                 batch = [prompts[i] for i in places]
                 for place, ids in zip(places, self.write(batch, device), strict=True):
@@ -106,6 +113,63 @@ class Writer:
         )
         rows = zip(out[:, width:].tolist(), prompts, strict=True)
         return [self.until_end(row[: prompt.limit]) for row, prompt in rows]
+
+    def write_continuously(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """All prompts by Transformers' continuous batching.
+
+        Its draws come from one stream, so an answer depends on what else is written; equal calls
+        give equal answers. Raises RuntimeError where it leaves a prompt without one.
+        """
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        # It seeds the one stream of the process, which is the training's.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            found = self.model.generate_batch(
+                [prompt.ids for prompt in prompts],
+                self.drawing(),
+                self.room(prompts),
+                max_new_tokens=max(prompt.limit for prompt in prompts),
+                warmup=False,
+            )
+        answers = list(found.values())  # in the order of the prompts
+        errors = {answer.error for answer in answers if answer.error}
+        if errors or len(answers) != len(prompts):
+            raise RuntimeError(
+                f"continuous batching answered {len(answers)} of {len(prompts)} prompts "
+                f"({'; '.join(sorted(errors)) or 'its thread ended'}); a larger "
+                "generation_workspace_mb may help, or generation_engine: generate"
+            )
+        rows = zip(answers, prompts, strict=True)
+        return [self.until_end(answer.generated_tokens[: p.limit]) for answer, p in rows]
+
+    def drawing(self) -> GenerationConfig:
+        """The settings of a draw, and no id behind the tokenizer's."""
+        settings = self.settings
+        draws = {"do_sample": False}
+        if settings.generation_temperature:
+            draws = {
+                "do_sample": True,
+                "temperature": float(settings.generation_temperature),
+                "top_k": settings.top_k,
+                "top_p": settings.top_p,
+            }
+        padded = range(self.vocabulary, self.model.get_output_embeddings().out_features)
+        return GenerationConfig(
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.pad,
+            suppress_tokens=list(padded) or None,
+            **draws,
+        )
+
+    def room(self, prompts: list[Prompt]) -> ContinuousBatchingConfig:
+        """The workspace, as a share of what is free; attention stays that of the training."""
+        _, total, reserved, allocated = get_device_and_memory_breakdown()
+        free = total - max(reserved, allocated)
+        return ContinuousBatchingConfig(
+            max_memory_percent=min(0.9, 2**20 * self.settings.generation_workspace_mb / free),
+            max_batch_tokens=min(BATCH_TOKENS, sum(len(prompt.ids) for prompt in prompts)),
+            auto_switch_to_flash=False,
+            seed=prompts[0].seed % 2**31,
+        )
 
     def until_end(self, ids: list[int]) -> list[int]:
         """What is behind an end token is padding."""

@@ -75,7 +75,9 @@ def steps(work: Path, cell: Cell) -> dict:
         deepspeed=None if cell.engine == "ddp" else cell.engine,
     )
     student = load_student(work, cell, tokenizer)
-    settings = OnPolicySettings(FRACTION, max_new_tokens=LENGTHS[args.process_index])
+    engine = "continuous" if "continuous" in cell.name else "generate"
+    length = LENGTHS[args.process_index]
+    settings = OnPolicySettings(FRACTION, max_new_tokens=length, generation_engine=engine)
     collator = Collator(tokenizer.pad_token_id)
     writer = Writer(causal_lm(student), settings, tokenizer)
     trainer = Keeper(

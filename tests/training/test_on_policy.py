@@ -48,6 +48,7 @@ TWO = [
     Cell("own zero3 untied", ZERO3, 4, student="untied", checkpointing=True, steps=2),
     Cell("own self", "ddp", 4, mode="lora", teacher="self", steps=2),
     Cell("own hidden", ZERO2, 4, hidden="cosine", steps=2),
+    Cell("own zero3 continuous", ZERO3, 2, 2, steps=2),
 ]
 
 
@@ -294,6 +295,47 @@ def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
     assert [m.training for m in student.modules()] == modes and student.generation_config is config
 
 
+def test_continuous_batching_writes_what_generate_writes(models, tokenizer):
+    """The same likeliest tokens; draws that are equal for equal seeds, and leave the run's own stream."""
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    with torch.no_grad():  # what the head's padding says is likelier than any token
+        student.model.embed_tokens.weight[len(tokenizer) :] *= 50
+    return_loss(student)
+    texts = ["What does", "Return a list of all the things that there are", "A", "What is"]
+    prompts = [Prompt(tokenizer.encode(x), 14 - i, 7 + i) for i, x in enumerate(texts)]
+
+    def written(engine: str, prompts: list[Prompt], **settings) -> list[list[int]]:
+        chosen = OnPolicySettings(0.5, generation_engine=engine, **settings)
+        return Writer(student, chosen, tokenizer).answers(prompts, torch.device("cpu"))
+
+    likeliest = [written(x, prompts, generation_temperature=0) for x in ("generate", "continuous")]
+    assert likeliest[0] == likeliest[1]
+    before = torch.get_rng_state()
+    drawn = [written("continuous", prompts, top_k=50, top_p=0.9) for _ in range(2)]
+    assert drawn[0] == drawn[1] != likeliest[0] and torch.equal(torch.get_rng_state(), before)
+    other = [dataclasses.replace(prompt, seed=prompt.seed + 1) for prompt in prompts]
+    assert written("continuous", other, top_k=50, top_p=0.9) != drawn[0]
+    assert all(token < len(tokenizer) for answer in drawn[0] for token in answer)
+    student.generate_batch = lambda *_, **__: {}  # what it gives where its thread has ended
+    with pytest.raises(RuntimeError, match="answered 0 of 4 prompts"):
+        written("continuous", prompts)
+
+
+def test_draws_of_continuous_batching_follow_the_students_distribution(models, tokenizer):
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    ids, many = tokenizer.encode("What does"), 4000
+    with torch.no_grad():
+        logits = student(torch.tensor([ids])).logits[0, -1, : len(tokenizer)]
+    return_loss(student)
+    settings = OnPolicySettings(0.5, 1, 0.5, generation_engine="continuous")
+    prompts = [Prompt(ids, 1, seed) for seed in range(many)]
+    answers = Writer(student, settings, tokenizer).answers(prompts, torch.device("cpu"))
+    likely = (logits / 0.5).softmax(-1).topk(8)
+    for token, p in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
+        count = sum(answer == [token] for answer in answers)
+        assert abs(count - many * p) < 5 * math.sqrt(many * p * (1 - p))
+
+
 def test_no_padded_id_is_drawn_and_a_small_workspace_writes_row_by_row(models, tokenizer):
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     with torch.no_grad():  # what the head's padding says is likelier than any token
@@ -420,3 +462,16 @@ def test_a_student_on_a_gpu_writes_what_it_writes_as_it_was_loaded(models, token
             logits_processor=processors,
         )
         assert ids == alone[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.gpu
+def test_continuous_batching_on_a_gpu_writes_what_generate_writes(models, tokenizer):
+    device = torch.device("cuda")
+    student = AutoModelForCausalLM.from_pretrained(models / "student").to(device)
+    return_loss(student)
+    prompts = [Prompt(tokenizer.encode("Return " * n), 20, n) for n in (1, 5, 9)]
+    found = []
+    for engine in ("generate", "continuous"):
+        chosen = OnPolicySettings(0.5, generation_engine=engine, generation_temperature=0)
+        found.append(Writer(student, chosen, tokenizer).answers(prompts, device))
+    assert found[0] == found[1]
