@@ -115,8 +115,6 @@ def main() -> None:
     print(found)
     time = duration(found.layout, rates(settings, training, machine.device))
     print(time)
-    if on_policy.student_fraction:
-        print("the student's writing is in the memory, and not in the time")
     rows = settings.rows or count_rows(data)
     print(whole_run(training, time, rows))
     disk = disk_bytes(found.layout, training.save_total_limit or 1)

@@ -223,18 +223,26 @@ def student_phases(layout: Layout, pieces: list[Piece]) -> dict[str, dict[str, f
 
 def writing_phase(layout: Layout, pieces: list[Piece]) -> dict[str, float]:
     """Own answers: keys and values of the rows that are written at once; ZeRO-3 gathers all of it."""
-    itemsize = getattr(torch, layout.half or layout.model.dtype).itemsize
-    row = row_bytes(config_of(layout.student), layout.max_length, itemsize)
-    share = layout.on_policy.student_fraction
-    rows = math.ceil(share * layout.micro * layout.accumulation * layout.processes)
-    rows = min(rows, layout.micro * layout.accumulation)  # they may all be one process's
-    size = min(rows * row, max(row, 2**20 * layout.on_policy.generation_workspace_mb))
+    row = own_row_bytes(layout)
+    size = min(own_rows(layout) * row, max(row, 2**20 * layout.on_policy.generation_workspace_mb))
     whole = sum(piece.bytes for piece in pieces)
     sharded = layout.stage == 3 and layout.processes > 1
     return {
         "keys, values and scores of own answers": size,
         "student gathered to write": whole if sharded else 0.0,
     }
+
+
+def own_rows(layout: Layout) -> int:
+    """Rows that a process writes in a step, where all chosen ones are its own."""
+    mine = layout.micro * layout.accumulation
+    return min(mine, math.ceil(layout.on_policy.student_fraction * mine * layout.processes))
+
+
+def own_row_bytes(layout: Layout) -> int:
+    """Keys, values and scores of a row that the student writes."""
+    itemsize = getattr(torch, layout.half or layout.model.dtype).itemsize
+    return row_bytes(config_of(layout.student), layout.max_length, itemsize)
 
 
 def trained_head(layout: Layout, pieces: list[Piece]) -> int:

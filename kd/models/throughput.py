@@ -4,6 +4,7 @@ Nothing overlaps in this count, and a step reaches `efficiency` of the matrix ra
 B rows, T tokens, N target tokens, H hidden, V vocabulary, P numbers in the backbone's Linears.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import nn
 from kd.models.blueprint import Piece, build
 from kd.models.counts import config_of, remembered, student_pieces, teacher_pieces
 from kd.models.layout import Layout, line
-from kd.models.memory import STATES, family, zero_setting
+from kd.models.memory import STATES, family, own_row_bytes, own_rows, zero_setting
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def duration(layout: Layout, rates: Rates) -> Duration:
     seconds["unpacking weights, the optimizer"] = moved / (1e9 * rates.memory_gb_s)
     sent = sum(sent_bytes(layout).values())
     seconds["between processes"] = sent / (1e9 * rates.link_gb_s)
+    if layout.on_policy:
+        name = f"the student's writing (each answer {layout.on_policy.max_new_tokens} tokens long)"
+        seconds[name] = writing_bytes(layout) / (1e9 * rates.memory_gb_s)
     return Duration(seconds, layout.processes * layout.tokens * layout.accumulation)
 
 
@@ -123,6 +127,17 @@ def unpacked_bytes(layout: Layout) -> float:
     return moved
 
 
+def writing_bytes(layout: Layout) -> float:
+    """Every token of own answers reads all weights once, for the rows that are written at once."""
+    room = 2**20 * layout.on_policy.generation_workspace_mb
+    batches = math.ceil(own_rows(layout) / max(1, room // own_row_bytes(layout)))
+    weights = sum(
+        piece.bytes * (9 if layout.model.quantization == "nf4" and not piece.trained else 1)
+        for piece in student_pieces(layout)
+    )
+    return batches * min(layout.on_policy.max_new_tokens, layout.max_length) * weights
+
+
 def optimizer_bytes(layout: Layout) -> float:
     trained = sum(piece.numel for piece in student_pieces(layout) if piece.trained)
     states = STATES[family(layout.optimizer)]
@@ -143,6 +158,8 @@ def sent_bytes(layout: Layout) -> dict[str, float]:
         sent["student's shards"] = share * steps * gathered_bytes(layout, pieces)
     if layout.teacher and layout.teacher_shards is not None:
         sent["teacher's shards"] = share * gathered_of_teacher(layout)
+    if layout.on_policy and layout.stage == 3:
+        sent["student gathered to write"] = share * shared(pieces)
     return sent
 
 

@@ -22,6 +22,7 @@ from kd.models.generating import SCORES, row_bytes
 from kd.models.heads import causal_lm, return_loss
 from kd.models.layout import Layout
 from kd.models.memory import plan
+from kd.models.throughput import Rates, duration, sent_bytes
 from kd.models.tokenizer import load_tokenizer
 from kd.recipe import ModelSettings, OnPolicySettings, TeacherSettings, TrainingSettings
 from kd.teachers.live import LiveTeacher
@@ -441,6 +442,12 @@ def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(mode
     assert phase["keys, values and scores of own answers"] == 4 * row_bytes(model.config, 64, 4)
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert phase["student gathered to write"] == weights
+    # Four rows of a process at once, 256 tokens at most and here 64: so often all weights are read.
+    rates = Rates(tflops=1, memory_gb_s=1, link_gb_s=1)
+    (written,) = duration(own, rates).seconds.keys() - duration(layout, rates).seconds.keys()
+    assert "the student's writing" in written
+    assert duration(own, rates).seconds[written] == pytest.approx(64 * weights / 1e9)
+    assert sent_bytes(own)["student gathered to write"] == weights / 2
 
 
 @pytest.mark.gpu
