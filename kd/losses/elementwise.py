@@ -37,22 +37,43 @@ def tile_figures(
     `student` and `teacher` (n, V) are the heads' bare products, and are overwritten; the gradient
     is that of the loss with respect to the student's product, and may lie in `student` itself.
     """
+
+    def figures_of(block: slice, logits: Tensor, labels: Tensor, scratch: Tensor):
+        teacher_logits = None if teacher is None else teacher_head.finish_(teacher[block])  # (r, V)
+        with_gradient = gradient is not None
+        return block_figures(logits, teacher_logits, labels, objective, with_gradient, scratch)
+
+    return in_blocks(
+        figures_of, block_rows(student), SCRATCH, student, labels, student_head, gradient
+    )
+
+
+def block_rows(logits: Tensor) -> int:
+    """Rows of a block of logits (n, V), for a processor's cache."""
+    return min(len(logits), max(1, BLOCK_ELEMENTS // logits.shape[1]))
+
+
+def in_blocks(
+    figures_of: Callable[[slice, Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor | None]],
+    rows: int,
+    scratch_blocks: int,
+    student: Tensor,
+    labels: Tensor,
+    student_head: Head,
+    gradient: Tensor | None,
+) -> Tensor:
+    """As tile_figures, `rows` at a time: `figures_of` gives what block_figures gives.
+
+    It is called with the block, its logits (r, V), its labels (r, 1) and scratch_blocks of (r, V).
+    """
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=student.device)
     n, vocabulary = student.shape
-    rows = min(n, max(1, BLOCK_ELEMENTS // vocabulary))
-    scratch = student.new_empty(SCRATCH, rows, vocabulary)
+    scratch = student.new_empty(scratch_blocks, rows, vocabulary)
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         logits = student_head.finish_(student[block])  # (r, V)
-        teacher_logits = None if teacher is None else teacher_head.finish_(teacher[block])  # (r, V)
-        figures, logits_gradient = block_figures(
-            logits,
-            teacher_logits,
-            labels[block, None],
-            objective,
-            gradient is not None,
-            scratch[:, : block.stop - block.start],
-        )
+        part = scratch[:, : block.stop - block.start]
+        figures, logits_gradient = figures_of(block, logits, labels[block, None], part)
         sums += torch.stack(figures).sum(-1, dtype=torch.float64)
         if gradient is not None:
             gradient[block] = student_head.unfinish_(logits_gradient, logits)
@@ -94,7 +115,7 @@ def block_figures(
     if with_gradient:
         if weight < 1.0 and teacher is not None and temperature != 1.0:
             torch.softmax(student, -1, out=q)
-        gradient = _weighted(gradient, q, labels, objective)
+        gradient = weighted(gradient, q, labels, objective)
     figures = [hard, soft, teacher_hard, probability, agreement, student_entropy, teacher_entropy]
     return [*figures, torch.ones_like(hard)], gradient
 
@@ -131,7 +152,7 @@ def argmax(logits: Tensor) -> Tensor:
     return torch.where(value > logits.gather(-1, top), whole + place, top)
 
 
-def _weighted(soft: Tensor | None, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+def weighted(soft: Tensor | None, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:
     """The loss's gradient (r, V) of the divergence's and, by q, the cross-entropy's; in place."""
     weight = objective.soft_weight
     if weight == 0.0:

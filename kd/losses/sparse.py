@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from kd.losses import elementwise
-from kd.losses.objective import METRICS, Head, Objective
+from kd.losses.objective import Head, Objective
 
 SCRATCH = 3  # blocks (r, V)
 
@@ -68,25 +68,13 @@ def tile_figures(
     gradient: Tensor | None,
 ) -> Tensor:
     """As elementwise.tile_figures, of the student's product (n, V) and the teacher's `rows`."""
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=student.device)
-    n, vocabulary = student.shape
-    rows = n if student.is_cuda else min(n, max(1, elementwise.BLOCK_ELEMENTS // vocabulary))
-    scratch = student.new_empty(SCRATCH, rows, vocabulary)
-    for start in range(0, n, rows):
-        block = slice(start, min(start + rows, n))
-        logits = student_head.finish_(student[block])  # (r, V)
-        figures, logits_gradient = block_figures(
-            logits,
-            teacher.rows(block, student.dtype),
-            labels[block, None],
-            objective,
-            gradient is not None,
-            scratch[:, : block.stop - block.start],
-        )
-        sums += torch.stack(figures).sum(-1, dtype=torch.float64)
-        if gradient is not None:
-            gradient[block] = student_head.unfinish_(logits_gradient, logits)
-    return sums
+
+    def figures_of(block: slice, logits: Tensor, labels: Tensor, scratch: Tensor):
+        known, with_gradient = teacher.rows(block, student.dtype), gradient is not None
+        return block_figures(logits, known, labels, objective, with_gradient, scratch)
+
+    rows = len(student) if student.is_cuda else elementwise.block_rows(student)
+    return elementwise.in_blocks(figures_of, rows, SCRATCH, student, labels, student_head, gradient)
 
 
 def block_figures(
@@ -130,18 +118,7 @@ def block_figures(
             rest.sub_(tail).exp_().mul_(class_gradient[:, -1:])
             class_gradient = class_gradient[:, :-1]
         rest.scatter_(-1, ids, class_gradient)
-        gradient = _with_cross_entropy(rest, q, labels, objective)
+        gradient = elementwise.weighted(rest, q, labels, objective)
     teacher_hard = -teacher.label_log_probability
     figures = [hard, soft, teacher_hard, (-teacher_hard).exp(), agreement, student_entropy]
     return [*figures, teacher.entropy, torch.ones_like(hard)], gradient
-
-
-def _with_cross_entropy(soft: Tensor, q: Tensor, labels: Tensor, objective: Objective) -> Tensor:
-    """The loss's gradient (r, V) of the divergence's and, by q, the cross-entropy's; in place."""
-    weight = objective.soft_weight
-    factor = weight * objective.divergence_scale / objective.temperature
-    gradient = soft.mul_(factor) if weight > 0.0 else soft.zero_()
-    if weight < 1.0:
-        gradient.add_(q, alpha=1 - weight)
-        gradient.scatter_add_(-1, labels, torch.full_like(labels, weight - 1, dtype=q.dtype))
-    return gradient

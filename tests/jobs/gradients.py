@@ -153,14 +153,8 @@ def make_teacher(work: Path, cell: Cell, device: torch.device, student) -> LiveT
     return teacher
 
 
-def gradients(work: Path, cell: Cell) -> dict:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    tokenizer = load_tokenizer(str(work / "student"))
-    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
-    if cell.blank:
-        rows += [EncodedRow(row.input_ids, [IGNORED] * len(row)) for row in rows]
-    args = TrainingSettings(
+def training_settings(work: Path, cell: Cell) -> TrainingSettings:
+    return TrainingSettings(
         output_dir=str(work / "out"),
         per_device_train_batch_size=cell.micro,
         gradient_accumulation_steps=cell.accumulation,
@@ -177,6 +171,16 @@ def gradients(work: Path, cell: Cell) -> dict:
         gradient_checkpointing=cell.checkpointing,
         deepspeed=None if cell.engine == "ddp" else cell.engine,
     )
+
+
+def gradients(work: Path, cell: Cell) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    tokenizer = load_tokenizer(str(work / "student"))
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    if cell.blank:
+        rows += [EncodedRow(row.input_ids, [IGNORED] * len(row)) for row in rows]
+    args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     trainer = Recorder(
         model=student,

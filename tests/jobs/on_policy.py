@@ -21,17 +21,17 @@ from kd.generation.student import Writer
 from kd.losses.fused import Objective
 from kd.models.heads import causal_lm
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import OnPolicySettings, TrainingSettings
+from kd.recipe import OnPolicySettings
 from kd.training.exit import leave
 from kd.training.on_policy import StudentRows
 from tests.jobs.gradients import (
-    LEARNING_RATE,
     OBJECTIVE,
     Cell,
     Recorder,
     hidden_objective,
     load_student,
     make_teacher,
+    training_settings,
 )
 from tests.small import small_rows
 
@@ -57,23 +57,7 @@ def steps(work: Path, cell: Cell) -> dict:
     GradientState._reset_state()
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
-    args = TrainingSettings(
-        output_dir=str(work / "out"),
-        per_device_train_batch_size=cell.micro,
-        gradient_accumulation_steps=cell.accumulation,
-        use_cpu=True,
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_steps=cell.steps,
-        logging_steps=1,
-        report_to=["none"],
-        save_strategy="no",
-        disable_tqdm=True,
-        max_grad_norm=0.0,
-        gradient_checkpointing=cell.checkpointing,
-        deepspeed=None if cell.engine == "ddp" else cell.engine,
-    )
+    args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     engine = "continuous" if "continuous" in cell.name else "generate"
     length = LENGTHS[args.process_index]
