@@ -235,6 +235,15 @@ def test_one_plan_does_not_change_the_next(layout):
         duration(layout, Rates(1, 1, 1))
 
 
+def test_ddp_starts_with_a_copy_of_all_weights_frozen_ones_too(layout):
+    lora = replace(layout, zero=None, model=ModelSettings(dtype="float32", lora_rank=4))
+    weights = sum(piece.bytes for piece in memory.student_pieces(lora))
+    (copied,) = plan(replace(lora, processes=2)).phases["DDP's start"].values()
+    assert copied == weights < 2 * 250 * 2**20
+    assert "DDP's start" not in plan(replace(lora, processes=1)).phases
+    assert "DDP's start" not in plan(replace(lora, processes=2, zero=ZERO2)).phases
+
+
 def test_more_processes_share_a_sharded_teacher(layout, tokenizer, tmp_path):
     name = str(save_small(tmp_path / "model", tokenizer, hidden=512))
     sharded = replace(layout, teacher=name, teacher_shards=TEACHER_ZERO3)
