@@ -18,7 +18,8 @@ from kd.data.masks import encode_rows
 from kd.data.sources import load_rows
 from kd.losses.objective import Objective
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, TeacherSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.cache import record_type
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cached import signal_of

@@ -33,7 +33,8 @@ from kd.data.masks import CHUNK
 from kd.data.packing import Collator
 from kd.data.workers import SMALL
 from kd.losses.fused import Objective
-from kd.recipe import TrainingSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 MODEL = "data/quickstart/student"

@@ -20,8 +20,10 @@ from kd.data.masks import EncodedRow
 from kd.data.packing import Collator
 from kd.losses.objective import Objective
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
+from kd.training.settings import TrainingSettings
 from kd.training.tensorboard import write_no_step_twice
 from kd.training.trainer import DistillationTrainer
 

@@ -36,17 +36,12 @@ from kd.generation.student import Writer
 from kd.losses.objective import Objective
 from kd.models.heads import REPORTED
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import (
-    ModelSettings,
-    OnPolicySettings,
-    TeacherSettings,
-    TrainingSettings,
-    parse,
-    setting,
-)
+from kd.recipe import parse, setting
+from kd.settings import ModelSettings, OnPolicySettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoint import commit
 from kd.training.on_policy import StudentRows
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"

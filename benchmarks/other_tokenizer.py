@@ -37,7 +37,8 @@ from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.tokenizer import load_tokenizer
 from kd.models.vocabularies import shared_vocabulary
-from kd.recipe import ModelSettings, TeacherSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.aligned import AlignedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoint import commit

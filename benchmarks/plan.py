@@ -25,17 +25,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from kd.recipe import (
-    DataSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    TeacherSettings,
-    TrainingSettings,
-    parse,
-    setting,
-)
+from kd.recipe import parse, setting
+from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.training import session
 from kd.training.exit import leave
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -42,10 +42,12 @@ from kd.models.layout import Layout
 from kd.models.load import load_trained
 from kd.models.throughput import Rates, duration, sent_bytes
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoint import commit
 from kd.training.exit import leave
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -41,20 +41,14 @@ from kd.models.heads import head_of, target_positions
 from kd.models.load import load_trained
 from kd.models.random_checkpoint import qwen_config, write_random
 from kd.models.throughput import counted_work, matrix_rate
-from kd.recipe import (
-    DataSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    TeacherSettings,
-    TrainingSettings,
-    parse,
-    setting,
-)
+from kd.recipe import parse, setting
+from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.load import load_whole
 from kd.training.checkpoint import commit
 from kd.training.figures import memory_bytes
 from kd.training.preparation import Prepared, prepare
 from kd.training.session import load_trainer
+from kd.training.settings import TrainingSettings
 from kd.training.step_times import StepTimes
 
 TOKENIZER = Path(__file__).parents[1] / "data/quickstart/student/tokenizer.json"

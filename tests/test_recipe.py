@@ -4,15 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from kd.recipe import (
-    DataSettings,
-    ModelSettings,
-    ObjectiveSettings,
-    OnPolicySettings,
-    derive_batch,
-    parse,
-    setting,
-)
+from kd.recipe import parse, setting
+from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, OnPolicySettings
+from kd.training.settings import derive_batch
 
 
 @dataclass

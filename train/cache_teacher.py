@@ -7,20 +7,20 @@ of the training; run train/distill.py with the same --teacher_cache afterwards. 
 by the same command.
 """
 
-from kd.recipe import (
+from kd.recipe import parse
+from kd.settings import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     StudentSettings,
     TeacherSettings,
-    TrainingSettings,
-    parse,
 )
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cached import signal_of
 from kd.teachers.scoring import describe, fill_cache
 from kd.training.exit import run
 from kd.training.preparation import prepare_scoring
+from kd.training.settings import TrainingSettings
 
 
 def main() -> None:

@@ -3,18 +3,18 @@
 launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 """
 
-from kd.recipe import (
+from kd.recipe import parse
+from kd.settings import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     OnPolicySettings,
     StudentSettings,
     TeacherSettings,
-    TrainingSettings,
-    parse,
 )
 from kd.training.exit import run
 from kd.training.session import train
+from kd.training.settings import TrainingSettings
 
 
 def main() -> None:

@@ -24,19 +24,17 @@ from kd.models.throughput import (
     duration,
     measure,
 )
-from kd.recipe import (
+from kd.recipe import parse, require_file, setting
+from kd.settings import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
-    TrainingSettings,
-    parse,
-    require_file,
-    setting,
 )
 from kd.training.exit import run
 from kd.training.preparation import objectives, with_dtype
+from kd.training.settings import TrainingSettings
 
 
 @dataclass

@@ -5,10 +5,12 @@ launch/cpu.sh train/sft.py --config recipes/tiny/sft.yaml
 
 from dataclasses import dataclass
 
-from kd.recipe import DataSettings, ModelSettings, TrainingSettings, parse, setting
+from kd.recipe import parse, setting
+from kd.settings import DataSettings, ModelSettings
 from kd.training.exit import run
 from kd.training.preparation import show_rows
 from kd.training.session import train
+from kd.training.settings import TrainingSettings
 
 
 @dataclass

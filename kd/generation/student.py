@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.utils import get_device_and_mem
 from kd.generation.engines import sampling_processors
 from kd.models.generating import generating, row_bytes
 from kd.models.tokenizer import generation_config
-from kd.recipe import OnPolicySettings
+from kd.settings import OnPolicySettings
 
 BATCH_TOKENS = 8192  # of a forward of continuous batching at most: prompts are read in such pieces
 

@@ -21,7 +21,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from kd.models.load import four_bit, lora_config
 from kd.models.sharding import without_zero_init
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # numbers with one scale; scales with one scale of their own
 NF4_CODES, ABSMAX_CODES = 16, 256  # entries of the tables, float32; the second one is shared

@@ -16,15 +16,8 @@ from kd.models.load import adapter_base
 from kd.models.memory import offloads, plan, scoring_plan
 from kd.models.sharding import engine_settings
 from kd.models.throughput import Rates, duration
-from kd.recipe import (
-    OWN_BASE,
-    DataSettings,
-    ModelSettings,
-    OnPolicySettings,
-    TeacherSettings,
-    TrainingSettings,
-    derive_batch,
-)
+from kd.settings import OWN_BASE, DataSettings, ModelSettings, OnPolicySettings, TeacherSettings
+from kd.training.settings import TrainingSettings, derive_batch
 
 ZERO3, SHARDED = "ds_configs/student_zero3.json", "ds_configs/teacher_zero3.json"
 OFFLOADED = "ds_configs/teacher_zero3_offload.json"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd.losses.objective import Objective
-from kd.recipe import ModelSettings, OnPolicySettings
+from kd.settings import ModelSettings, OnPolicySettings
 
 GIB = 2**30
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from kd.models.tokenizer import generation_config, template_tokens, untrained_tokens
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 
 def check_attention(implementation: str) -> None:

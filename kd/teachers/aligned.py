@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd.losses.aligned import AlignedSignal, Classes
 from kd.models.vocabularies import SharedVocabulary, Side
-from kd.recipe import OWN_BASE, ObjectiveSettings, TeacherSettings
+from kd.settings import OWN_BASE, ObjectiveSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 
 LEAST_ALIGNED, ENOUGH = 0.1, 0.8  # of the target tokens

@@ -18,7 +18,7 @@ from kd.losses.sparse import SparseSignal
 from kd.models.heads import backbone_only, head_of, target_positions
 from kd.models.load import load_trained
 from kd.models.sharding import without_zero_init
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 
 @dataclass

@@ -13,7 +13,7 @@ from kd.data.cache import TokenisedRows
 from kd.data.masks import EncodedRow
 from kd.data.packing import Collator
 from kd.losses.sparse import SparseSignal
-from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.cache import SCALARS, TeacherCache, check_manifest, unpack_ids
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, rows_manifest, teacher_manifest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.cache import FORMAT
 
 NO_HIDDEN_STATES = (

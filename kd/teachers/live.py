@@ -18,7 +18,7 @@ from kd.losses.fused import TeacherSignal
 from kd.models.blocks import in_pieces, layer_states
 from kd.models.heads import causal_lm, head_reader, target_positions
 from kd.models.sharding import load_sharded
-from kd.recipe import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings import OWN_BASE, ModelSettings, TeacherSettings
 from kd.teachers.load import base_of_student, load_whole
 
 Signal = tuple[TeacherSignal, list[Tensor]]  # and the (N, H) states of every layer asked for

@@ -17,7 +17,7 @@ from kd.models.quantized import check_teacher as check_format
 from kd.models.quantized import has_own_layers
 from kd.models.sharding import load_unsharded, without_zero_init
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings import OWN_BASE, ModelSettings, TeacherSettings
 
 
 def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:

@@ -12,7 +12,7 @@ from kd.losses.fused import head_logits
 from kd.losses.objective import TeacherSignal
 from kd.losses.sparse import SparseSignal
 from kd.models.heads import target_positions
-from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.cache import (
     LEAST,
     CacheWriter,
@@ -25,6 +25,7 @@ from kd.teachers.cache import (
 )
 from kd.teachers.cached import Documents, signal_of
 from kd.teachers.live import LiveTeacher
+from kd.training.settings import TrainingSettings
 
 TILE = 128  # target tokens whose logits exist at a time
 

@@ -2,7 +2,7 @@
 
 import math
 
-from kd.recipe import CHECK_STEPS
+from kd.training.settings import CHECK_STEPS
 
 ROWS, WANTED_FALL = 8, 0.1
 

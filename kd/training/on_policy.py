@@ -21,7 +21,7 @@ from torch import Tensor
 from kd.data.masks import IGNORED, EncodedRow
 from kd.data.packing import Collator, spans
 from kd.generation.student import Prompt, Writer
-from kd.recipe import DataSettings, OnPolicySettings, TeacherSettings
+from kd.settings import DataSettings, OnPolicySettings, TeacherSettings
 from kd.training.samples import TEXT_TOKENS
 
 OWN = "own"  # of a batch's keys: (B, T) bool, the tokens of rows that the student has answered

@@ -5,13 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kd.recipe import (
-    OWN_BASE,
-    ModelSettings,
-    ObjectiveSettings,
-    TeacherSettings,
-    TrainingSettings,
-)
+from kd.settings import OWN_BASE, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.training.settings import TrainingSettings
 
 SMALL_WORKSPACE = 128
 

@@ -25,15 +25,14 @@ from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention
 from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
 from kd.models.vocabularies import shared_vocabulary
-from kd.recipe import (
+from kd.recipe import parse_json_object
+from kd.settings import (
     OWN_BASE,
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
-    TrainingSettings,
-    parse_json_object,
 )
 from kd.teachers.aligned import check_alignable, check_alignment
 from kd.teachers.cache import TeacherCache
@@ -45,6 +44,7 @@ from kd.training.checkpoint import earlier_plan, recipe_of
 from kd.training.on_policy import check_on_policy
 from kd.training.same_run import about_run, check_same_rows, check_same_run
 from kd.training.saving import usable_checkpoint
+from kd.training.settings import TrainingSettings
 from kd.training.stopping import STOPPED
 
 

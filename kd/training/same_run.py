@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import TrainingSettings
 from kd.training.manifest import read_manifest
+from kd.training.settings import TrainingSettings
 
 # Keys that change what is reported, kept or how fast it goes, and no weight. All others must be equal.
 FREE = {

@@ -14,13 +14,12 @@ from kd.models.heads import causal_lm
 from kd.models.load import load_trained, parameter_counts
 from kd.models.throughput import matrix_work
 from kd.models.vocabularies import shared_vocabulary
-from kd.recipe import (
+from kd.settings import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
-    TrainingSettings,
 )
 from kd.teachers.aligned import AlignedTeacher
 from kd.teachers.cached import CachedCollator, CachedTeacher
@@ -32,6 +31,7 @@ from kd.training.on_policy import StudentRows
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.preparation import Prepared, prepare, say
 from kd.training.saving import open_to_umask
+from kd.training.settings import TrainingSettings
 from kd.training.tensorboard import write_hparams, write_no_step_twice
 from kd.training.trainer import DistillationTrainer
 

@@ -26,9 +26,10 @@ from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import OWN_BASE, ModelSettings, TeacherSettings, TrainingSettings
+from kd.settings import OWN_BASE, ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.exit import leave
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
 

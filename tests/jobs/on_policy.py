@@ -21,7 +21,7 @@ from kd.generation.student import Writer
 from kd.losses.fused import Objective
 from kd.models.heads import causal_lm
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import OnPolicySettings
+from kd.settings import OnPolicySettings
 from kd.training.exit import leave
 from kd.training.on_policy import StudentRows
 from tests.jobs.gradients import (

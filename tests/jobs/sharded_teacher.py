@@ -20,7 +20,7 @@ from kd.models import sharding, tensor_files
 from kd.models.heads import backbone_only, head_of
 from kd.models.load import load_trained
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 from kd.training.exit import leave
 
 CPU = torch.device("cpu")

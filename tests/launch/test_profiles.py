@@ -8,7 +8,8 @@ import yaml
 from processes import ROOT, start, succeed
 from transformers import TrainingArguments
 
-from kd.recipe import TrainingSettings, parse
+from kd.recipe import parse
+from kd.training.settings import TrainingSettings
 
 PROFILES = ("cpu", "2xt4", "2xa100", "h100")
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))

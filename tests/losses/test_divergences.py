@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax, softmax
 
-from kd import recipe
 from kd.losses.divergences import (
     DIVERGENCES,
     entropy,
@@ -23,10 +22,11 @@ from kd.losses.divergences import (
     total_variation,
 )
 from kd.losses.elementwise import CLOSED_FORMS
+from kd.settings import Divergence
 
 
 def test_recipe_reference_and_fused_loss_know_the_same_divergences():
-    assert get_args(recipe.Divergence) == tuple(DIVERGENCES) == tuple(CLOSED_FORMS)
+    assert get_args(Divergence) == tuple(DIVERGENCES) == tuple(CLOSED_FORMS)
 
 
 def logits(seed: int, scale: float) -> torch.Tensor:

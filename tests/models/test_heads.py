@@ -17,7 +17,7 @@ from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, causal_lm, head_of, return_loss
 from kd.models.load import load_trained
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 SIZES = {
     "vocab_size": 64,

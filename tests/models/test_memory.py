@@ -39,7 +39,7 @@ from kd.models.layout import GIB, Layout
 from kd.models.load import load_trained, lora_config, parameter_counts
 from kd.models.memory import plan
 from kd.models.throughput import Rates, duration
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 ZERO2, ZERO3, TEACHER_ZERO3 = (
     json.loads((ROOT / f"ds_configs/{name}.json").read_text())

@@ -13,7 +13,7 @@ from kd.data.packing import Collator, pack
 from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.vocabularies import shared_vocabulary
-from kd.recipe import ModelSettings, TeacherSettings
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.aligned import AlignedTeacher, check_alignment
 from kd.teachers.live import LiveTeacher
 

@@ -12,7 +12,7 @@ from kd.data.masks import IGNORED, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, side_by_side
 from kd.models.blocks import in_pieces
 from kd.models.load import load_trained
-from kd.recipe import ModelSettings, TeacherSettings
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher, groups
 
 CPU = torch.device("cpu")

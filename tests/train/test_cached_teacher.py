@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.cache import TeacherCache
 from kd.teachers.cached import open_cache
 

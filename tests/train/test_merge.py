@@ -26,7 +26,7 @@ from transformers import (
 
 from kd.models.gguf import compare_gguf
 from kd.models.load import four_bit, keep_packing_of_four_bit_weights, load_trained
-from kd.recipe import ModelSettings
+from kd.settings import ModelSettings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "merge.py"
 IDS = torch.arange(3, 51).view(2, 24)

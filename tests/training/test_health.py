@@ -17,9 +17,10 @@ from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, ObjectiveSettings, TeacherSettings, TrainingSettings
+from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.pace import straggler
+from kd.training.settings import TrainingSettings
 
 BAD = "Zebra quartz"  # in one row only, and its tokens have no finite embedding
 

@@ -24,7 +24,7 @@ from kd.models.layout import Layout
 from kd.models.memory import plan
 from kd.models.throughput import Rates, duration, sent_bytes
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, OnPolicySettings, TeacherSettings, TrainingSettings
+from kd.settings import ModelSettings, OnPolicySettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.figures import of_the_run
 from kd.training.on_policy import (
@@ -34,6 +34,7 @@ from kd.training.on_policy import (
     chosen_places,
     documents,
 )
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"

@@ -7,7 +7,7 @@ from accelerate import skip_first_batches
 from small import small_model
 
 from kd.losses.fused import Objective
-from kd.recipe import TrainingSettings
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 

@@ -14,8 +14,9 @@ from kd.data.packing import Collator
 from kd.losses.divergences import forward_kl
 from kd.losses.fused import Objective
 from kd.models.tokenizer import load_tokenizer
-from kd.recipe import ModelSettings, TeacherSettings, TrainingSettings
+from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
+from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 
