@@ -53,8 +53,7 @@ def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, setting
         zero._convert_to_deepspeed_param(parameter)
         parameter.partition()
         own = parameter.ds_tensor.data  # flat, ceil(numel / ranks) numbers, padded at the end
-        first = dist.get_rank() * own.numel()
-        count = min(max(parameter.ds_numel - first, 0), own.numel())
+        first, count = own_range(parameter.ds_numel, own.numel(), dist.get_rank())
         files.read_range(slot.stored, first, own[:count])
         own[count:].zero_()
         return parameter
@@ -69,6 +68,12 @@ def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, setting
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     engine.eval()
     return engine, model
+
+
+def own_range(numbers: int, size: int, rank: int) -> tuple[int, int]:
+    """(first, count) of a tensor's numbers in a rank's shard of `size`; behind them is padding."""
+    first = rank * size
+    return first, min(max(numbers - first, 0), size)
 
 
 def load_unsharded(
