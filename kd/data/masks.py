@@ -230,13 +230,12 @@ class Encoder:
         long = len(ids) > self.max_length
         if long and self.on_long_row == "drop":
             return BadRow(place, TOO_LONG, f"{len(ids)} tokens")
-        kept = self.kept
-        lost = long and bool(mask.sum() > mask[kept].sum())
-        ids, mask = ids[kept], mask[kept].copy()
-        mask[:1] = False
-        if not mask.any():
+        left = mask[self.kept].copy()
+        left[:1] = False
+        if not left.any():
             return BadRow(place, NO_TARGET, "no target token")
-        return CutRow(ids, mask, long, lost)
+        lost = bool(mask[1:].sum() > left.sum())
+        return CutRow(ids[self.kept], left, long, lost)
 
 
 def check_nothing_left_out(messages: list[dict], text: str) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 from small import CHATML, small_tokenizer
+from tokenizers import processors
 
 from kd.data.masks import IGNORED, encode_rows
 
@@ -69,3 +70,49 @@ def test_chat_without_a_template_is_refused():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
+
+
+def test_an_end_token_that_the_tokenizer_writes_itself_is_not_doubled():
+    tokenizer = small_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("A list")["input_ids"][-1] == tokenizer.eos_token_id
+    (row,), _ = encode_rows([{"text": "A list keeps things."}], tokenizer, 512, progress=False)
+    (plain,), _ = encode_rows(
+        [{"text": "A list keeps things."}], small_tokenizer(), 512, progress=False
+    )
+    assert row == plain and row.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("spare", [-9, -1, 0, 1])
+def test_a_long_row_keeps_its_first_tokens_or_its_last_or_goes(tokenizer, spare):
+    """At, above and below the length of the row to one token; what comes first is no target."""
+    text = [{"text": "A list keeps things in order, and a dictionary finds them by names."}]
+    (whole,), _ = encode_rows(text, tokenizer, 512, progress=False)
+    length = len(whole) + spare
+    for way, kept in (("cut", slice(length)), ("cut_left", slice(max(-spare, 0), None))):
+        (row,), report = encode_rows(text, tokenizer, length, progress=False, on_long_row=way)
+        assert row.input_ids == whole.input_ids[kept]
+        assert row.labels == [IGNORED, *row.input_ids[1:]]
+        lost = spare < 0
+        assert (report.cut, report.targets_cut, report.kept) == (lost, lost, 1)
+    if spare < 0:
+        with pytest.raises(ValueError, match="1 dropped longer than max_length"):
+            encode_rows(text, tokenizer, length, progress=False, on_long_row="drop")
+    else:
+        (row,), _ = encode_rows(text, tokenizer, length, progress=False, on_long_row="drop")
+        assert row == whole
+
+
+def test_only_rows_that_lose_a_target_are_counted_as_such(tokenizer):
+    """The question alone is cut away."""
+    (whole,), _ = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
+    first = next(i for i, label in enumerate(whole.labels) if label != IGNORED)
+    found = {}
+    for length in (len(whole) - first + 1, len(whole) - first):
+        (row,), report = encode_rows(
+            [{"messages": CONVERSATION}], tokenizer, length, progress=False, on_long_row="cut_left"
+        )
+        found[length] = (report.cut, report.targets_cut, whole.targets - row.targets)
+    assert list(found.values()) == [(1, 0, 0), (1, 1, 1)]
