@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd.losses import aligned, elementwise, sparse
-from kd.losses.aligned import AlignedSignal
+from kd.losses.chunks import AlignedSignal
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
 from kd.losses.sparse import SparseSignal
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kd.losses.aligned import AlignedSignal, Classes
+from kd.losses.chunks import AlignedSignal, Classes
 from kd.models.vocabularies import SharedVocabulary, Side
 from kd.settings import OWN_BASE, ObjectiveSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd.losses.aligned import AlignedSignal
+from kd.losses.chunks import AlignedSignal
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.objective import Objective
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.losses import elementwise, fused
-from kd.losses.aligned import AlignedSignal, Classes
+from kd.losses.chunks import AlignedSignal, Classes
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.objective import METRICS, Head, Objective
 
