@@ -1,0 +1,136 @@
+"""What benchmarks/step.py trains: its cases, and the models, tokenizer and rows made for them."""
+
+import json
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from kd.data.docstrings import read_docstrings, source_files
+from kd.models.random_checkpoint import qwen_config, write_random
+
+TOKENIZER = Path(__file__).parents[1] / "data/quickstart/student/tokenizer.json"
+# No character follows an answer's end, which TRL's collator would take for a target.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHAPES = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary, tied: Qwen2.5's
+    "32B": (5120, 27648, 64, 40, 8, 152_064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152_064, False),
+    "7B": (3584, 18944, 28, 28, 4, 152_064, False),
+    "1.5B": (1536, 8960, 28, 12, 2, 152_064, True),
+    "0.5B": (896, 4864, 24, 14, 2, 152_064, True),
+    "1.5B/4": (384, 2240, 28, 6, 2, 152_064, True),
+    "0.5B/4": (224, 1216, 24, 4, 2, 152_064, True),
+    "tiny teacher": (48, 96, 2, 2, 1, 8192, True),
+    "tiny": (32, 64, 2, 2, 1, 8192, True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how; without a teacher it is fine-tuned."""
+
+    name: str
+    student: str
+    teacher: str | None
+    divergence: str = "forward_kl"
+    lora_rank: int = 16
+    quantization: str = "none"  # of the student
+    teacher_format: str = "plain"  # of its checkpoint
+    packing: bool = False
+    checkpointing: bool = False
+    rows: int = 4  # a step
+    micro: int = 4  # rows a micro-batch
+    max_length: int = 256
+
+    @property
+    def accumulation(self) -> int:
+        return self.rows // self.micro
+
+
+ON_GPU = {"rows": 16, "micro": 4, "max_length": 2048, "checkpointing": True}
+CPU_CASES = [
+    Case("distil_lora", "0.5B/4", "1.5B/4"),
+    Case("distil_full", "0.5B/4", "1.5B/4", "jensen_shannon", lora_rank=0),
+    Case("distil_accumulated", "0.5B/4", "1.5B/4", rows=8, micro=2),
+    Case("distil_packed", "0.5B/4", "1.5B/4", packing=True),
+    Case("sft_lora", "0.5B/4", None, packing=True),
+    Case("sft_full", "0.5B/4", None, lora_rank=0, packing=True),
+]
+GPU_CASES = [
+    Case("distil_0.5b_lora", "0.5B", "1.5B", **ON_GPU),
+    Case("distil_1.5b_qlora", "1.5B", "7B", quantization="nf4", **ON_GPU),
+    Case("distil_14b_qlora", "14B", "32B", quantization="nf4", teacher_format="awq", **ON_GPU),
+    Case("sft_0.5b_lora", "0.5B", None, packing=True, **ON_GPU),
+]
+TINY = {"rows": 4, "micro": 2, "max_length": 64}
+TINY_CASES = [
+    Case("tiny_distil", "tiny", "tiny teacher", **TINY),
+    Case("tiny_sft", "tiny", None, lora_rank=0, packing=True, **TINY),
+]
+
+
+def make_inputs(case: Case, folder: Path, steps: int) -> None:
+    """student/, teacher/ and rows.jsonl in a folder."""
+    tokenizer = make_tokenizer(SHAPES[case.student][5])
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    for role, shape, form in (
+        ("student", case.student, case.quantization),
+        ("teacher", case.teacher, case.teacher_format),
+    ):
+        if shape:
+            write_random(qwen_config(*SHAPES[shape], dtype), form, folder / role)
+            tokenizer.save_pretrained(folder / role)
+    count = case.rows * (steps + 1) * (4 if case.packing else 1)
+    rows = make_rows(tokenizer, count, case.max_length)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """The shipped tokenizer, with ids up to `vocabulary` that no text has."""
+    described = json.loads(TOKENIZER.read_text())
+    ids = described["model"]["vocab"]
+    ids |= {f"unused {i}": i for i in range(len(ids), vocabulary)}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(described, file)
+        file.flush()
+        return PreTrainedTokenizerFast(
+            tokenizer_file=file.name,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            chat_template=TEMPLATE,
+        )
+
+
+def make_rows(tokenizer: PreTrainedTokenizerFast, count: int, max_length: int) -> list[dict]:
+    """Questions on docstrings, half of them with one to read; the answers are docstrings.
+
+    Lengths are spread evenly between an eighth of max_length and all of it.
+    """
+    draw, rows = random.Random(0), []
+    docs = [doc for source in source_files()[:60] for doc in read_docstrings(source)]
+    lengths = [len(ids) for ids in tokenizer([doc.text for doc in docs])["input_ids"]]
+    while len(rows) < count:
+        room = draw.randint(max_length // 8, max_length) - 16  # the template's own tokens
+        question, answer = "What do you know of it?", []
+        for i in draw.sample(range(len(docs)), 40):
+            if lengths[i] > room:
+                continue
+            if not answer and len(rows) % 2 and question[0] == "W":
+                question = f"{docs[i].text}\n\n{question}"
+            else:
+                answer.append(docs[i].text)
+            room -= lengths[i] + 1
+        messages = [{"role": "user", "content": question}]
+        messages.append({"role": "assistant", "content": "\n".join(answer)})
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        if answer and len(ids) <= max_length:
+            rows.append({"messages": messages})
+    return rows

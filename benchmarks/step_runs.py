@@ -1,0 +1,184 @@
+"""One implementation of benchmarks/step.py in this process: ours, TRL's trainers, or the plain loop."""
+
+import json
+import tempfile
+from typing import Any
+
+import torch
+from step_cases import Case
+from step_watch import Watch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.profiler import profile
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from kd.data.masks import IGNORED
+from kd.data.packing import Collator
+from kd.losses.divergences import DIVERGENCES
+from kd.models.heads import head_of, target_positions
+from kd.models.load import load_trained
+from kd.models.throughput import counted_work, matrix_rate
+from kd.recipe import parse
+from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.teachers.load import load_whole
+from kd.training.preparation import Prepared, prepare
+from kd.training.session import load_trainer
+from kd.training.settings import TrainingSettings
+
+TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
+
+
+def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
+    """Seconds, targets, positions, losses, peak of one implementation in this process."""
+    run, training, teacher = prepared(case, folder, steps + (implementation == "ours"))
+    watch = Watch(training.device, case.accumulation, steps)
+    set_seed(training.seed)
+    run_it = {"ours": ours, "naive": naive, "trl": trl_distil if case.teacher else trl_sft}
+    work = run_it[implementation](case, folder, run, training, teacher, watch)
+    found = watch.figures()
+    if work:  # last, because measuring the rate takes memory too
+        position, target = work
+        operations = position * found["positions"] + target * found["targets"]
+        rate = matrix_rate(training.device.type, getattr(torch, run.plan.layout.half or "float32"))
+        found["matrix_peak_share"] = operations / found["seconds"] / rate
+    return found
+
+
+def prepared(
+    case: Case, folder: str, steps: int
+) -> tuple[Prepared, TrainingSettings, TeacherSettings | None]:
+    """A run as train/distill.py and train/sft.py prepare it."""
+    cuda = torch.cuda.is_available()
+    flags = {
+        "data": json.dumps([{"path": f"{folder}/rows.jsonl"}]),
+        "data_cache": f"{folder}/cache",
+        "packing": case.packing,
+        "max_length": case.max_length,
+        "lora_rank": case.lora_rank,
+        "quantization": case.quantization,
+        "output_dir": tempfile.mkdtemp(dir=folder),
+        "global_batch_size": case.rows,
+        "per_device_train_batch_size": case.micro,
+        "max_steps": steps,
+        "learning_rate": 1e-3 if case.lora_rank else 1e-4,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": case.checkpointing,
+        "bf16": cuda,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    kinds: list[type] = [ModelSettings, DataSettings, TrainingSettings]
+    if case.teacher:
+        kinds += [TeacherSettings, ObjectiveSettings]
+        flags |= {"teacher": f"{folder}/teacher", "divergence": case.divergence}
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    model, data, training, *distil = parse(*kinds, argv=argv)
+    teacher, objective = distil or (None, None)
+    run = prepare(f"{folder}/student", model, data, training, teacher, objective)
+    return run, training, teacher
+
+
+def ours(case, folder, run: Prepared, training, teacher, watch: Watch) -> tuple[float, float]:
+    trainer = load_trainer(f"{folder}/student", run, training, teacher)
+    watch.times, watch.profile = trainer.times, profile()
+    watch.train(trainer)
+    return counted_work(run.plan.layout)
+
+
+def trl_distil(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+    """Off-policy: the rows' own answers. Its loss is the mean over the step's target tokens, too."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    student = load_trained(f"{folder}/student", run.model, run.tokenizer)
+    whole = load_whole(teacher, run.model, training.device)
+    del whole.forward  # it shall return logits again
+    mixture = {"lmbda": 0.0, "seq_kd": False, "beta": TRL_MIXTURE[case.divergence]}
+    args = GKDConfig(**shared(case, training), **mixture, temperature=1.0)
+    rows = rows_for_trl(folder)
+    watch.train(
+        GKDTrainer(student, whole, args, train_dataset=rows, processing_class=run.tokenizer)
+    )
+
+
+def trl_sft(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+    """Its own packing, best-fit decreasing, which makes one long row of a micro-batch."""
+    from trl import SFTConfig, SFTTrainer
+
+    student = load_trained(f"{folder}/student", run.model, run.tokenizer)
+    args = SFTConfig(**shared(case, training), packing=True, assistant_only_loss=True)
+    rows = rows_for_trl(folder)
+    watch.train(SFTTrainer(student, args, train_dataset=rows, processing_class=run.tokenizer))
+
+
+def rows_for_trl(folder: str):
+    from datasets import Dataset  # TRL needs it, ours does not
+
+    return Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
+
+
+def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
+    """The arguments of TRL's trainers that make their run equal to ours."""
+    names = [
+        "output_dir",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+    ]
+    names += ["learning_rate", "lr_scheduler_type", "train_sampling_strategy", "bf16", "seed"]
+    names += ["gradient_checkpointing", "save_strategy", "report_to", "disable_tqdm", "optim"]
+    names += ["logging_steps", "dataloader_num_workers"]
+    return {name: getattr(training, name) for name in names} | {
+        "max_length": case.max_length,
+        "use_cpu": training.device.type == "cpu",
+    }
+
+
+def naive(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+    """Both models' logits at all positions, in float32 at the targets, and autograd."""
+    student = load_trained(f"{folder}/student", run.model, run.tokenizer).to(training.device)
+    if case.checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.enable_input_require_grads()
+    whole = load_whole(teacher, run.model, training.device) if teacher else None
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, training.learning_rate, weight_decay=0.0, fused=True)
+    collate = Collator(run.tokenizer.pad_token_id)
+    batches = iter(DataLoader(run.rows, case.micro, collate_fn=collate))
+    half = getattr(torch, run.plan.layout.half or "float32")
+    student.train()
+    for step in range(watch.steps):
+        step_batches = [next(batches) for _ in range(case.accumulation)]
+        count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in step_batches)
+        for batch in step_batches:
+            batch = {name: value.to(training.device) for name, value in batch.items()}
+            watch.count(batch)
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+            with torch.autocast(training.device.type, half, enabled=half != torch.float32):
+                logits = student(**inputs, use_cache=False).logits  # (B, T, V)
+                positions, labels = target_positions(batch["labels"])
+                loss = naive_loss(logits[positions].float(), labels, whole, inputs, positions, case)
+            loss = loss / count
+            loss.backward()
+            watch.losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.step_done(step + 1)
+
+
+def naive_loss(
+    student: Tensor, labels: Tensor, teacher, inputs: dict, positions: Tensor, case: Case
+) -> Tensor:
+    """The sum over target tokens, from (N, V) logits of the student."""
+    if teacher is None:
+        return cross_entropy(student, labels, reduction="sum")
+    with torch.no_grad():
+        hidden = teacher(**inputs)  # (B, T, H)
+        logits = head_of(teacher).logits(hidden, student.shape[1])[positions].float()  # (N, V)
+    if case.divergence == "forward_kl":
+        log_q, log_p = log_softmax(student, -1), log_softmax(logits, -1)
+        return kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return DIVERGENCES[case.divergence](logits, student).sum()
