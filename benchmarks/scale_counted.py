@@ -1,0 +1,231 @@
+"""The bytes that benchmarks/scale.py counts in runs of small models, beside the formula's."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from kd.data.masks import EncodedRow
+from kd.data.packing import Collator
+from kd.losses.objective import Objective
+from kd.models.layout import Layout
+from kd.models.load import load_trained
+from kd.models.throughput import sent_bytes
+from kd.models.tokenizer import load_tokenizer
+from kd.settings import ModelSettings, TeacherSettings
+from kd.teachers.live import LiveTeacher
+from kd.training.exit import leave
+from kd.training.settings import TrainingSettings
+from kd.training.trainer import DistillationTrainer
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = "data/quickstart/teacher"  # its tokenizer
+WIDTHS = {"student": (128, 12), "teacher": (192, 8)}  # hidden, blocks
+REUSE = 700_000  # numbers: a sixth of the student, as 1e9 is of a 14B in four bits
+STEPS, COUNTED = 3, 2
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    stage: int = 0  # of ZeRO; 0: DDP
+    lora: bool = False
+    sharded_teacher: bool = False
+    checkpointing: bool = False
+    reuse: int = REUSE
+    workspace_mb: int = 1024
+    accumulation: int = 2
+
+
+CELLS = {
+    "full, DDP": Cell(),
+    "LoRA, DDP, sharded teacher": Cell(lora=True, sharded_teacher=True),
+    "full, ZeRO-2": Cell(2),
+    "LoRA, ZeRO-2, sharded teacher": Cell(2, True, True),
+    "LoRA, ZeRO-2, sharded teacher, no workspace": Cell(2, True, True, workspace_mb=0),
+    "full, ZeRO-3": Cell(3),
+    "full, ZeRO-3, all of it reused": Cell(3, reuse=10**9),
+    "LoRA, ZeRO-3": Cell(3, True),
+    "full, ZeRO-3, checkpointing": Cell(3, checkpointing=True),
+    "full, ZeRO-3, checkpointing, sharded teacher": Cell(3, False, True, True),
+    "LoRA, ZeRO-3, checkpointing, sharded teacher": Cell(3, True, True, True),
+}
+
+
+@dataclass
+class CountedSettings:
+    ranks: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "processes"})
+    layouts: list[str] = field(
+        default_factory=lambda: list(CELLS), metadata={"help": "names of layouts to count"}
+    )
+
+
+def make_models(work: Path) -> None:
+    tokenizer = load_tokenizer(str(ROOT / SHIPPED))
+    for name, (width, blocks) in WIDTHS.items():
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=blocks,
+            num_attention_heads=width // 64,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(work / name)
+        tokenizer.save_pretrained(work / name)
+
+
+def be_a_rank(folder: str, layouts: list[str]) -> None:
+    deepspeed.init_distributed("gloo")
+    rows = [count(Path(folder), name, CELLS[name]) for name in layouts]
+    if dist.get_rank() == 0:
+        (Path(folder) / f"{dist.get_world_size()}.json").write_text(json.dumps(rows))
+    dist.barrier()
+    leave(0)
+
+
+def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
+    """What a step sends, by torch.distributed's calls and by the formula."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()  # of the layout before this one
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    student_json, teacher_json = json_files(work, cell)
+    training = TrainingSettings(
+        output_dir=str(work / "out"),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=cell.accumulation,
+        gradient_checkpointing=cell.checkpointing,
+        deepspeed=student_json,
+        max_steps=STEPS,
+        logging_steps=1000,
+        use_cpu=True,
+        report_to=["none"],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = ModelSettings(dtype="float32", lora_rank=8 if cell.lora else 0)
+    teacher = None
+    if cell.sharded_teacher:
+        teacher = TeacherSettings(
+            teacher=str(work / "teacher"),
+            teacher_dtype="float32",
+            teacher_deepspeed=teacher_json,
+            teacher_workspace_mb=cell.workspace_mb,
+        )
+    calls = Collectives()
+    trainer = make_trainer(work, training, model, teacher, calls)
+    with calls:
+        trainer.train()
+    sent = calls.sent(COUNTED)
+    layout = Layout(
+        student=str(work / "student"),
+        model=model,
+        micro=2,
+        accumulation=cell.accumulation,
+        max_length=LENGTH,
+        processes=dist.get_world_size(),
+        memory=0.0,
+        teacher=teacher and teacher.teacher,
+        teacher_dtype="float32",
+        teacher_shards={} if teacher else None,
+        teacher_workspace=2**20 * cell.workspace_mb,
+        zero=json.loads(Path(student_json).read_text()) if student_json else None,
+        checkpointing=cell.checkpointing,
+        device="cpu",
+    )
+    formula = sum(sent_bytes(layout).values())
+    return {
+        "layout": name,
+        "ranks": layout.processes,
+        "counted_bytes": sum(sent.values()),
+        "formula_bytes": formula,
+        "formula_over_counted": formula / sum(sent.values()) if layout.processes > 1 else None,
+        "calls": sent,
+        "parts": sent_bytes(layout),
+    }
+
+
+def json_files(work: Path, cell: Cell) -> tuple[str | None, str]:
+    """The shipped JSON of student and teacher, with thresholds as small as these models are."""
+    stage3 = {"stage3_max_reuse_distance": cell.reuse, "stage3_max_live_parameters": cell.reuse}
+    changes = {"student_zero2": {}, "student_zero3": stage3}
+    changes["teacher_zero3"] = {"stage3_param_persistence_threshold": 1000}
+    files = {}
+    for name, change in changes.items():
+        settings = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+        settings["zero_optimization"] |= change
+        files[name] = work / f"{name}-{dist.get_rank()}.json"
+        files[name].write_text(json.dumps(settings))
+    student = str(files[f"student_zero{cell.stage}"]) if cell.stage else None
+    return student, str(files["teacher_zero3"])
+
+
+def make_trainer(
+    work: Path,
+    training: TrainingSettings,
+    model: ModelSettings,
+    teacher: TeacherSettings | None,
+    calls: "Collectives",
+) -> DistillationTrainer:
+    tokenizer = load_tokenizer(str(work / "student"))
+    ids = torch.randint(300, len(tokenizer), (64, LENGTH)).tolist()
+    trainer = DistillationTrainer(
+        model=load_trained(str(work / "student"), model, tokenizer),
+        args=training,
+        train_dataset=[[EncodedRow(row, list(row))] for row in ids],
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        objective=Objective(soft_weight=0.5 if teacher else 0.0),
+        vocabulary=len(tokenizer),
+        teacher=teacher and LiveTeacher(teacher, model, training.device),
+    )
+    samples = trainer.get_batch_samples
+
+    def new_step(*args):
+        calls.steps.append(Counter())
+        return samples(*args)
+
+    trainer.get_batch_samples = new_step
+    return trainer
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of every collective, step by step: DDP, DeepSpeed and kd all come through c10d."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps: list[Counter] = []
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        if call.namespace == "c10d" and self.steps:
+            name = call._schema.name.removeprefix("c10d::")
+            # The larger side: what is gathered, what is scattered.
+            sides = [sum(t.nbytes for t in tensors(side)) for side in args[:2]]
+            self.steps[-1][name] += max(sides)
+        return call(*args, **(kwargs or {}))
+
+    def sent(self, step: int) -> dict[str, float]:
+        """By a rank, on a ring."""
+        ranks = dist.get_world_size()
+        times = {name: 2 if name == "allreduce_" else 1 for name in self.steps[step]}
+        return {
+            name: times[name] * (ranks - 1) / ranks * size
+            for name, size in self.steps[step].items()
+        }
+
+
+def tensors(argument: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,135 @@
+"""The seconds of computation and of communication that benchmarks/scale.py models for many GPUs."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.models.layout import Layout
+from kd.models.throughput import Rates, duration, sent_bytes
+from kd.recipe import setting
+from kd.settings import ModelSettings, TeacherSettings
+
+ROOT = Path(__file__).parents[1]
+MICRO = 4  # rows at a time at most
+DS_JSON = {  # of the student
+    "DDP": None,
+    "ZeRO-2": "ds_configs/student_zero2.json",
+    "ZeRO-3": "ds_configs/student_zero3.json",
+}
+
+
+@dataclass
+class ModelledSettings:
+    recipes: list[str] = field(
+        default_factory=lambda: recipes_with_models(), metadata={"help": "files to carry on"}
+    )
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=FOLDER of configurations, for want of a hub"}
+    )
+    gpus: list[int] = field(default_factory=lambda: [8, 64, 1024], metadata={"help": "of a run"})
+    machine_gpus: int = setting(8, "GPUs of one machine")
+    fabrics: list[str] = field(
+        default_factory=lambda: [
+            "NVLink + 8 InfiniBand=450,400",
+            "NVLink + 1 InfiniBand=450,50",
+            "PCIe + Ethernet=25,12.5",
+        ],
+        metadata={"help": "NAME=GB/s a GPU sends inside of a machine, GB/s a machine to others"},
+    )
+    tflops: float = setting(989.0, "matrix rate of a GPU; the vendor's figure of an H100, bfloat16")
+    memory_gb_s: float = setting(3350.0, "memory rate of a GPU; the vendor's figure of an H100")
+    efficiency: float = setting(0.5, "share of the matrix rate that a step reaches (assumed)")
+
+
+def recipes_with_models() -> list[str]:
+    """Trainings of the published experiments."""
+    files = sorted((ROOT / "recipes").glob("[a-z]_*/*.yaml"))
+    keys = {file: yaml.safe_load(file.read_text()) for file in files}
+    trained = [f for f in files if {"model", "student"} & keys[f].keys() and "data" in keys[f]]
+    return [str(file.relative_to(ROOT)) for file in trained]
+
+
+def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
+    """Seconds of computation and of communication, for every layout and number of GPUs."""
+    rows = []
+    shards = json.loads((ROOT / "ds_configs/teacher_zero3.json").read_text())
+    distilled = "teacher" in yaml.safe_load((ROOT / recipe).read_text())
+    for name, file in DS_JSON.items():
+        for sharded in (False, True) if distilled else (False,):
+            zero = json.loads((ROOT / file).read_text()) if file else None
+            layout = f"{name}, teacher {'sharded' if sharded else 'whole'}" if distilled else name
+            row: dict[str, Any] = {"recipe": recipe, "layout": layout}
+            for gpus in settings.gpus:
+                run = layout_of(recipe, gpus, zero, shards if sharded else None, settings)
+                found = seconds(run, settings)
+                row |= {f"{key}, {gpus} GPUs": value for key, value in found.items()}
+            for fabric in settings.fabrics:
+                row[f"overtakes: {fabric.split('=')[0]}"] = next(
+                    (
+                        gpus
+                        for gpus in (2**i for i in range(1, 11))
+                        if overtakes(
+                            layout_of(recipe, gpus, zero, shards if sharded else None, settings),
+                            fabric,
+                            settings,
+                        )
+                    ),
+                    None,
+                )
+            rows.append(row)
+    return rows
+
+
+def layout_of(
+    recipe: str, gpus: int, zero: dict | None, shards: dict | None, settings: ModelledSettings
+) -> Layout:
+    keys = yaml.safe_load((ROOT / recipe).read_text())
+    folders = dict(pair.split("=", 1) for pair in settings.models)
+    own = {f.name: keys[f.name] for f in fields(ModelSettings) if f.name in keys}
+    rows = max(1, keys["global_batch_size"] // gpus)
+    micro = max(n for n in range(1, MICRO + 1) if rows % n == 0)
+    name, teacher = keys.get("student") or keys["model"], keys.get("teacher")
+    return Layout(
+        student=folders.get(name, name),
+        model=ModelSettings(**own | {"dtype": "bfloat16"}),
+        micro=micro,
+        accumulation=rows // micro,
+        max_length=keys["max_length"],
+        processes=gpus,
+        memory=0.0,
+        teacher=folders.get(teacher, teacher),
+        teacher_shards=shards,
+        teacher_workspace=2**20 * TeacherSettings.teacher_workspace_mb,
+        zero=zero,
+        half="bfloat16",
+        checkpointing=True,
+    )
+
+
+def seconds(layout: Layout, settings: ModelledSettings) -> dict[str, float]:
+    found = {
+        "rows a GPU": layout.micro * layout.accumulation,
+        "GB sent": sum(sent_bytes(layout).values()) / 1e9,
+        "computation s": computation(layout, settings),
+    }
+    for fabric in settings.fabrics:
+        found[f"{fabric.split('=')[0]} s"] = communication(layout, fabric, settings)
+    return found
+
+
+def computation(layout: Layout, settings: ModelledSettings) -> float:
+    rates = Rates(settings.tflops, settings.memory_gb_s, float("inf"), settings.efficiency)
+    return duration(layout, rates).step
+
+
+def communication(layout: Layout, fabric: str, settings: ModelledSettings) -> float:
+    inside, between = (float(rate) for rate in fabric.rsplit("=", 1)[1].split(","))
+    rate = inside if layout.processes <= settings.machine_gpus else min(inside, between)
+    return sum(sent_bytes(layout).values()) / (1e9 * rate)
+
+
+def overtakes(layout: Layout, fabric: str, settings: ModelledSettings) -> bool:
+    return communication(layout, fabric, settings) > computation(layout, settings)
