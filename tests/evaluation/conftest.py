@@ -1,13 +1,17 @@
-"""Tiny models of random weights, their tokenizer, and files of held-out rows, made once."""
+"""Made once: tiny models, their tokenizers and held-out rows; and a report of made results."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from held_out import CHATS, TEXTS, new_model, write_jsonl
+from held_out import CHATS, TEXTS, command, new_model, write_jsonl
+from made_results import write
 from peft import LoraConfig, get_peft_model
 from small import small_tokenizer
 from transformers import AutoModelForCausalLM
+
+SAMPLE = {"prompt": "What is a|b?", "answers": {"distill": "<b>\n*bold*", "sft": "x" * 400}}
 
 
 def save_adapter(base: Path, folder: Path, tokens: list[int] | None) -> None:
@@ -43,3 +47,24 @@ def house(tmp_path_factory) -> Path:
     chats = [[{"role": r, "content": c} for r, c in chat] for chat in CHATS]
     write_jsonl(root / "chat.jsonl", [{"messages": chat} for chat in chats])
     return root
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """(folder, finished command, report.json, report.md) of one run of the script."""
+    folder = tmp_path_factory.mktemp("report")
+    write(folder)
+    run = folder / "runs" / "distill-seed0"
+    state = run / "checkpoint-20" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    log = [{"step": s, "loss": 2.0 / s, "cross_entropy": 3.0 / s} for s in (10, 20)]
+    log.append({"step": 20, "eval_cross_entropy": 0.3})
+    state.write_text(json.dumps({"log_history": log}))
+    write_jsonl(folder / "answers.jsonl", [SAMPLE])
+    ran = command(
+        *("report.py", "--results", folder, "--runs", run, folder / "runs" / "other-seed0"),
+        *("--samples", folder / "answers.jsonl", "--expected_order", "distill", "mix", "sft"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    data = json.loads((folder / "report.json").read_text())
+    return folder, ran, data, (folder / "report.md").read_text()
