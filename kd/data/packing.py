@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from kd.data.masks import IGNORED, EncodedRow
 
 KEYS = {"input_ids", "position_ids", "labels", "tokens"}  # of a batch
+OWN = "own"  # one more: (B, T) bool, the tokens of rows that the student has answered
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -104,11 +105,12 @@ class Collator:
 def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Batches of one collator below each other, padded on the right to the longest."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
-    filled: dict[str, list[Tensor]] = {"input_ids": [], "position_ids": [], "labels": []}
+    padding = {"input_ids": 0, "labels": IGNORED} | ({OWN: False} if OWN in batches[0] else {})
+    filled: dict[str, list[Tensor]] = {name: [] for name in [*padding, "position_ids"]}
     for batch in batches:
         more = longest - batch["input_ids"].shape[1]
-        filled["input_ids"].append(pad(batch["input_ids"], (0, more)))
-        filled["labels"].append(pad(batch["labels"], (0, more), value=IGNORED))
+        for name, value in padding.items():
+            filled[name].append(pad(batch[name], (0, more), value=value))
         # Goes on counting, as the collator's own padding does: a restart would be a document.
         on = torch.arange(1, more + 1, device=batch["position_ids"].device)
         positions = batch["position_ids"]
@@ -123,7 +125,8 @@ def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]
     rows, wherever they stand. Batches stay as they are where nothing would be gained, and where
     they carry more than a Collator gives them.
     """
-    if len(batches) < 2 or any(batch.keys() != KEYS for batch in batches):
+    keys = KEYS | {OWN} & batches[0].keys()
+    if len(batches) < 2 or any(batch.keys() != keys for batch in batches):
         return batches
     tokens = torch.cat([batch["tokens"] for batch in batches])
     lengths, order = (part.tolist() for part in tokens.sort(descending=True, stable=True))

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import Collator, spans
+from kd.data.packing import OWN, Collator, spans
 from kd.generation.student import Prompt, Writer
 from kd.settings import DataSettings, OnPolicySettings, TeacherSettings
 from kd.training.samples import TEXT_TOKENS
-
-OWN = "own"  # of a batch's keys: (B, T) bool, the tokens of rows that the student has answered
 
 
 def check_on_policy(
@@ -132,7 +130,7 @@ class StudentRows:
         filled = [
             self.collated(split[n], {i for m, i in prompts if m == n}, args.device)
             if n in split
-            else batch
+            else batch | {OWN: torch.zeros_like(batch["labels"], dtype=torch.bool)}
             for n, batch in enumerate(batches)
         ]
         return filled, answers, sum(answer[-1] not in self.writer.ends for answer in answers)

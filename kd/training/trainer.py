@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import GroupedByLength, by_length
+from kd.data.packing import OWN, GroupedByLength, by_length
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
@@ -29,7 +29,7 @@ from kd.teachers.live import LiveTeacher
 from kd.training.agreement import Agreement
 from kd.training.figures import Figures, means_over_tokens, shown_figures, summed
 from kd.training.health import NonFinite
-from kd.training.on_policy import OWN, StudentRows
+from kd.training.on_policy import StudentRows
 from kd.training.pace import Pace
 from kd.training.samples import Samples
 from kd.training.saving import write_checkpoint

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, EncodedRow, encode_rows
 from kd.data.packing import (
+    OWN,
     Collator,
     GroupedByLength,
     by_length,
@@ -114,6 +115,19 @@ def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenize
     assert loss == pytest.approx(wanted, rel=1e-6)
     for gradient, other in zip(gradients, wanted_gradients, strict=True):
         assert (gradient - other).norm() <= 1e-6 * other.norm()
+
+
+def test_the_mark_of_the_students_tokens_stays_with_them():
+    """Also where one of the batches had been padded further than the others."""
+    batches = [b | {OWN: b["input_ids"] % 3 == 1} for b in micro_batches([40, 5, 9, 33, 6, 31], 2)]
+    shared = by_length(batches)
+    assert shared is not batches
+    for batch in shared:
+        told = torch.arange(batch["labels"].shape[1]) < batch["tokens"][:, None]
+        assert torch.equal(batch[OWN], (batch["input_ids"] % 3 == 1) & told)
+    assert by_length([*batches[:2], micro_batches([40, 5], 2)[0]])[2].keys() == batches[
+        2
+    ].keys() - {OWN}
 
 
 def test_batches_with_more_than_rows_stay_as_they_are():

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from kd.data.masks import IGNORED, EncodedRow, encode_rows
-from kd.data.packing import Collator
+from kd.data.packing import OWN, Collator
 from kd.generation.student import Writer
 from kd.losses.fused import Objective
 from kd.models.generating import SCORES, row_bytes
@@ -26,13 +26,7 @@ from kd.models.tokenizer import load_tokenizer
 from kd.settings import ModelSettings, OnPolicySettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.figures import of_the_run
-from kd.training.on_policy import (
-    OWN,
-    StudentRows,
-    answer_starts,
-    chosen_places,
-    documents,
-)
+from kd.training.on_policy import StudentRows, answer_starts, chosen_places, documents
 from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
