@@ -30,10 +30,11 @@ from kd.recipe import parse, setting
 from kd.training.checkpoint import commit
 from kd.training.exit import is_done
 from kd.training.figures import of_the_run
+from kd.training.manifest import MANIFEST
 from kd.training.saving import ASIDE, NAME, checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS_A_KILL, SAVE_STEPS = 3, 2
+STEPS_A_KILL, SAVE_STEPS = 6, 2  # a start is killed before it has come on by so many
 TARGETS, MOMENTS = ("rank 0", "rank 1", "launcher", "all"), ("step", "save", "rename")
 MARK = "KD_RECOVERY"  # in the environment of every process of a run, so that none hides
 
@@ -205,18 +206,20 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
     before = newest(output)
     run, begin = Start(arguments, output.with_name("start.log")), time.monotonic()
     ended = not wait_for(lambda: run.printed.count("'grad_norm'") >= steps, run, timeout)
+    # What is looked for is there for milliseconds; where it was missed, the kill is between steps.
+    late = lambda: run.printed.count("'grad_norm'") >= steps + SAVE_STEPS  # noqa: E731
     if not ended and moment == "save":
-        wait_for(lambda: any(output.glob(f"{ASIDE}{NAME}*")), run, 10)
+        wait_for(lambda: late() or any(output.glob(f"{ASIDE}{NAME}*")), run, timeout)
         time.sleep(0.1 * delay)
     elif not ended and moment == "rename":
-        wait_for(lambda: any(output.glob(f"{ASIDE}{NAME}*/manifest.json")), run, 10)
+        wait_for(lambda: late() or any(output.glob(f"{ASIDE}{NAME}*/{MANIFEST}")), run, timeout)
         time.sleep(0.004 * delay)
     elif not ended:
         time.sleep(0.3 * delay)
     failed = ended or run.process.poll() is not None
     killed = time.monotonic()
     run.kill(run.target(target))
-    ends_by_itself = wait_for(lambda: not run.alive(), None, 45)
+    ends_by_itself = wait_for(lambda: not run.alive(), None, 120)
     left = [path.name for path in output.glob(f"{ASIDE}{NAME}*")]
     run.kill(run.alive())
     if failed:

@@ -33,7 +33,8 @@ class ChatServer:
     """`with ChatServer() as server:` serves at `server.url`; `server.requests` are those it saw.
 
     `faulty`: of so many requests one meets each of `faults`, at its first try. `answer` makes the
-    choice of a completion from the request.
+    choice of a completion from the request. While `answers_up_to` is a number, requests after that
+    many wait: a client cannot end before a test has killed it.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class ChatServer:
         answer: Callable[[dict], dict] = some_answer,
         faulty: float = 0.0,
         faults: tuple[str, ...] = FAULTS,
-        slow: float = 3.0,
+        slow: float = 3.0,  # longer than the client's time-out, or it is no fault
         pause: float = 0.0,
         key: str | None = None,
     ) -> None:
         self.requests: list[dict] = []
         self.tries: Counter[str] = Counter()
         self.met: Counter[str] = Counter()
+        self.answers_up_to: int | None = None
         lock = threading.Lock()
         outer = self
 
@@ -62,6 +64,7 @@ class ChatServer:
                 request = json.loads(body)
                 with lock:
                     outer.requests.append(request)
+                    place = len(outer.requests)
                     outer.tries[body] += 1
                     first = outer.tries[body] == 1
                 if key and self.headers["Authorization"] != f"Bearer {key}":
@@ -73,6 +76,8 @@ class ChatServer:
                     fault = faults[number // 1000 % len(faults)]
                     outer.met[fault] += 1
                 time.sleep(slow if fault == "slow" else pause)
+                while (last := outer.answers_up_to) is not None and place > last:
+                    time.sleep(0.01)
                 whole = {
                     "id": "1",
                     "object": "chat.completion",

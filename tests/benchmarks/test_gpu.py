@@ -4,13 +4,12 @@ import json
 import os
 import shlex
 import sys
-import time
 
 import pytest
 import torch
 from processes import ROOT, start, succeed
 
-HUNG = f"61.{os.getpid()}"
+HUNG = f"6001.{os.getpid()}"  # longer than `start` waits for anything
 PARTS = [
     {"name": "fails", "command": ["bash", "-c", "echo why; exit 3"], "limit_s": 60},
     {"name": "hangs", "command": ["bash", "-c", f"sleep {HUNG} & sleep {HUNG}"], "limit_s": 2},
@@ -30,12 +29,10 @@ def gpu_sh(out, *flags, **environment):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple:
-    """(exit code, folder, report) of parts of which three go wrong, and seconds it took."""
+    """(exit code, folder, report) of parts of which three go wrong."""
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "parts.json").write_text(json.dumps(PARTS[:4]))
-    began = time.time()
     done = gpu_sh(folder, "--parts", folder / "parts.json", "--without_gpu")
-    assert time.time() - began < 50, done.stdout  # the sleep was not waited for
     return done.returncode, folder, json.loads((folder / "gpu.json").read_text())
 
 

@@ -199,10 +199,10 @@ def test_a_rerun_asks_only_what_is_missing(files, scored):
 
 
 def test_a_killed_judge_goes_on_where_it_was(files, tmp_path):
-    seen = []
-    with ChatServer(graded, pause=0.1) as server:
+    with ChatServer(graded) as server:
         flags = [*score_flags(files, tmp_path, server, "good", "bad"), "--concurrency", "2"]
         for least in (5, 14):
+            server.answers_up_to = least  # of 32: it cannot end before it is killed
             job = subprocess.Popen(
                 [sys.executable, "eval/judge.py", *map(str, flags)],
                 cwd=ROOT,
@@ -210,11 +210,12 @@ def test_a_killed_judge_goes_on_where_it_was(files, tmp_path):
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            while len(server.requests) < least:
+            while len(server.requests) <= least:
+                assert job.poll() is None
                 time.sleep(0.02)
             os.kill(job.pid, signal.SIGKILL)
             job.wait()
-            seen.append(len(server.requests))
+        server.answers_up_to = None
         ran = command("judge.py", *flags)
         assert ran.returncode == 0, ran.stderr
         # What was under way at a kill, two requests, is all that is asked twice.

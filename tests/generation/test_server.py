@@ -1,5 +1,7 @@
 """The HTTP client against a real server that misbehaves."""
 
+import threading
+
 import pytest
 from chat_server import FAULTS, some_answer
 from chat_server import ChatServer as Served
@@ -29,8 +31,9 @@ def ask(server: ChatServer, asked: list[dict]) -> dict[int, Completion | Failure
 
 def test_every_kind_of_fault_is_asked_again_until_it_is_answered():
     asked = requests(40)
-    with Served(faulty=0.6, slow=2.0) as served:
-        results = ask(ChatServer(served.url, timeout=0.5, retries=3), asked)
+    with Served(faulty=0.6, slow=60.0) as served:
+        # Long, for what is asked again because this machine was late would be counted below.
+        results = ask(ChatServer(served.url, timeout=5.0, retries=3), asked)
         assert set(served.met) == set(FAULTS)
         assert len(served.requests) == 40 + served.met.total()
     assert sorted(results) == list(range(40))
@@ -45,15 +48,16 @@ def test_every_kind_of_fault_is_asked_again_until_it_is_answered():
 
 
 def test_no_more_requests_are_under_way_than_concurrency_allows():
-    import threading
-
-    now, most, lock = 0, 0, threading.Lock()
+    now, most, lock, two = 0, 0, threading.Lock(), threading.Event()
 
     def counted(request: dict) -> dict:
         nonlocal now, most
         with lock:
             now += 1
             most = max(most, now)
+            if now > 1:
+                two.set()
+        two.wait(60)  # the first ones, until there is a second
         threading.Event().wait(0.02)
         with lock:
             now -= 1

@@ -13,6 +13,7 @@ from selenium.webdriver.chrome.service import Service
 ALL_TEXT = """
 const parts = [];
 (function walk(node) {
+  if (!node) return;  // a page that is being loaded has no body yet
   if (node.nodeType === Node.TEXT_NODE) parts.push(node.nodeValue);
   if (node.tagName === 'STYLE' || node.tagName === 'SCRIPT') return;
   if (node.shadowRoot) walk(node.shadowRoot);
@@ -24,6 +25,7 @@ return parts.join(' ').replace(/\\s+/g, ' ');
 FLAGS = [
     "--headless",
     "--no-sandbox",
+    "--disable-dev-shm-usage",  # 64 MB in a container
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -47,7 +49,7 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
         driver.quit()
 
 
-def text_with(driver: webdriver.Chrome, *wanted: str, seconds: float = 60) -> str:
+def text_with(driver: webdriver.Chrome, *wanted: str, seconds: float = 240) -> str:
     """The page's text once all of `wanted` is in it."""
     until = time.monotonic() + seconds
     while True:

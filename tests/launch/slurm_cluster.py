@@ -122,12 +122,16 @@ class Cluster:
         files = {"key": "key", "pid": "pid", "log": "log", "seed": "seed"}
         flags = [f"--{k}-file={self.base}/munge/{v}" for k, v in files.items()]
         self.daemon("munged", "-F", f"--socket={self.base}/munge.sock", *flags)
-        wait_for(lambda: (self.base / "munge.sock").exists(), 10)
+        assert wait_for(lambda: (self.base / "munge.sock").exists(), 60), self.told("munged")
         self.daemon("slurmctld", "-D")
         for node in ("127.0.0.1", "127.0.0.2"):
             self.start_node(node)
         nodes = ["sinfo", "-h", "-p", "main", "-N", "-o", "%T"]
-        wait_for(lambda: self.run(*nodes).split() == ["idle", "idle"], 30)
+        idle = wait_for(lambda: self.run(*nodes).split() == ["idle", "idle"], 120)
+        assert idle, self.run(*nodes) + self.told("slurmctld")
+
+    def told(self, daemon: str) -> str:
+        return (self.base / f"{daemon}.out").read_text()[-3000:]
 
     def start_node(self, node: str) -> None:
         self.daemon("slurmd", "-D", "-N", node, name=node)
@@ -166,8 +170,12 @@ class Cluster:
 
     def field(self, job: str, name: str) -> list[str]:
         """A field of scontrol's record, for every element of an array."""
-        text = self.run("scontrol", "-o", "show", "job", job)
-        return re.findall(rf"(?:^| ){name}=(\S+)", text, re.MULTILINE)
+        for _ in range(5):  # on a busy machine the controller may be late, and scontrol gives up
+            text = self.run("scontrol", "-o", "show", "job", job)
+            found = re.findall(rf"(?:^| ){name}=(\S+)", text, re.MULTILINE)
+            if found:
+                return found
+        raise AssertionError(text)
 
     def wait(self, job: str, seconds: float) -> list[str]:
         """The end states of a job, once all of its elements have one."""

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, start
+from slurm_cluster import free_ports
 from small import small_rows
 
 pytestmark = pytest.mark.slow
-STEPS = 8
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def browser_installed() -> None:
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> Path:
-    """One distillation of two processes, killed after step 6, when step 4 was the last saved."""
+    """One distillation of two processes, killed after step 6 and long before the last one."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rows in (("rows", small_rows(64)), ("heldout", small_rows(6))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -43,7 +43,7 @@ def runs(models, tmp_path_factory) -> Path:
         "max_steps": STEPS,
         "logging_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 4,
+        "eval_steps": 8,
         "save_steps": 4,
         "sample_tokens": 6,
         "output_dir": folder / "distill",
@@ -52,6 +52,7 @@ def runs(models, tmp_path_factory) -> Path:
     command = ["launch/cpu.sh", "train/distill.py", *spelt]
     kill_after(command, 6)
     again = start(*command)
+    assert "going on from" in again.stdout, again.stdout[-4000:]
     assert (folder / "distill" / "done.json").exists(), again.stdout[-4000:]
     return folder
 
@@ -80,9 +81,7 @@ def kill_after(command: list[str], steps: int) -> None:
 @pytest.fixture(scope="module")
 def address(runs):
     """launch/tensorboard.sh on the run, ended with all its children."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     board = subprocess.Popen(
         ["launch/tensorboard.sh", str(runs), "--port", str(port)],
@@ -92,15 +91,17 @@ def address(runs):
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    assert f"ssh -N -L {port}:localhost:{port}" in board.stdout.readline()
-    address = f"http://localhost:{port}"
-    wait_for(lambda: "train/loss" in tags(address))
-    yield address
-    os.killpg(board.pid, signal.SIGTERM)
-    board.wait()
+    try:
+        assert f"ssh -N -L {port}:localhost:{port}" in board.stdout.readline()
+        address = f"http://localhost:{port}"
+        wait_for(lambda: steps_of(address, "eval/loss")[-1] == STEPS)  # the last that is written
+        yield address
+    finally:
+        os.killpg(board.pid, signal.SIGTERM)
+        board.wait()
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
@@ -113,13 +114,19 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def get(address: str, path: str):
-    with urllib.request.urlopen(f"{address}/data/{path}") as answer:
+    with urllib.request.urlopen(f"{address}/data/{path}", timeout=60) as answer:
         return json.load(answer)
 
 
 def tags(address: str) -> set[str]:
     found = get(address, "plugin/scalars/tags")
     return {tag for run in found.values() for tag in run}
+
+
+def steps_of(address: str, tag: str) -> list[int]:
+    (run,) = get(address, "plugin/scalars/tags") or [""]
+    points = get(address, f"plugin/scalars/scalars?run={run}&tag={tag}")
+    return [step for _, step, _ in points]
 
 
 def test_every_curve_is_there_and_no_step_twice(address):
@@ -133,10 +140,8 @@ def test_every_curve_is_there_and_no_step_twice(address):
     wanted = {f"train/{name}" for name in terms | entropies | seconds | others}
     wanted |= {f"eval/{name}" for name in ("loss", "cross_entropy", "divergence", "agreement")}
     assert wanted <= tags(address), wanted - tags(address)
-    (run,) = get(address, "plugin/scalars/tags")
     for tag in ("train/divergence", "train/seconds_teacher"):
-        points = get(address, f"plugin/scalars/scalars?run={run}&tag={tag}")
-        assert [step for _, step, _ in points] == list(range(1, STEPS + 1))
+        assert steps_of(address, tag) == list(range(1, STEPS + 1))
 
 
 def test_a_browser_shows_the_layout_the_curves_the_samples_and_the_settings(

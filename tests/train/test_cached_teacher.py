@@ -149,7 +149,7 @@ def test_killed_and_finished_by_two_processes_a_cache_has_the_same_bits(models, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list(folder.glob("*.index.npy"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)

@@ -41,7 +41,7 @@ def run_here(*flags: str) -> None:
 
 def run_command(*flags: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, str(SCRIPT), *flags], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, str(SCRIPT), *flags], env=environment, check=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
