@@ -1,10 +1,12 @@
 """The one way in which tests start processes: the real command lines, from the root."""
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 
@@ -12,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def start(*command, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
     """Run a command from the repository's root to its end; stdout and stderr as one text.
 
-    `timeout` is there for what hangs alone: the command ends then with all of its group.
+    `timeout` is for what hangs; the command ends then with all that it has started.
     """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
@@ -23,7 +25,6 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
     try:
         printed, _ = process.communicate(timeout=timeout)
@@ -31,8 +32,10 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
         said = (error.output or b"").decode(errors="replace")[-6000:]
         raise AssertionError(f"no end after {timeout} s of {process.args}: {said}") from None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+        if process.poll() is None:  # its children would hold the pipe for ever
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.wait()
     return subprocess.CompletedProcess(process.args, process.returncode, printed)
 

@@ -37,7 +37,8 @@ def test_a_row_has_speed_memory_and_where_the_time_goes(rows, name):
     assert set(PHASES) <= set(spent)
     assert sum(spent.values()) == pytest.approx(row["ours_step_s"], rel=0.05)
     assert row["operators_s"]["matrix products"] > 0
-    assert (spent["teacher"] > 1e-3) == (row["teacher"] is not None)
+    taken = spent["teacher"] > 0.01 * row["ours_step_s"]
+    assert taken == (row["teacher"] is not None)
 
 
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])

@@ -232,12 +232,12 @@ def parent_of(process: psutil.Process) -> psutil.Process | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below the range that the kernel gives to outgoing connections."""
+    """Below those that the kernel gives to outgoing connections, above those where ranks meet."""
     found: list[socket.socket] = []
     while len(found) < count:
         trial = socket.socket()
         try:
-            trial.bind(("0.0.0.0", random.randint(20000, 32000)))
+            trial.bind(("0.0.0.0", random.randint(30000, 32000)))
             found.append(trial)
         except OSError:
             trial.close()
