@@ -64,6 +64,7 @@ def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
+        timeout=600,
     )
 
 
