@@ -72,6 +72,7 @@ def test_experiment_c_parent_inherited_and_trained_students_in_one_report(docstr
 
 @pytest.mark.slow
 def test_experiment_d_students_teacher_and_start_graded_and_compared(docstrings, tmp_path):
+    shutil.rmtree(SMALL / "d_results", ignore_errors=True)  # or nothing would be asked again
     for recipe, script in (
         ("d_sft", "sft"),
         ("d_distill", "distill"),
