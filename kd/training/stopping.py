@@ -8,16 +8,16 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl
 
+from kd.data.workers import SIGNALS
+
 STOPPED = "stopped.json"
 OUTCOME = "KD_OUTCOME"  # names a file for one word, which launch/slurm/train.sbatch reads
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -74,23 +74,3 @@ def report_outcome(outcome: str) -> None:
     """saved, stopped, failed or done: what the caller of a script can make its decision by."""
     if os.environ.get(OUTCOME):
         Path(os.environ[OUTCOME]).write_text(outcome + "\n")
-
-
-class DeafProcess(ForkProcess):
-    """A DataLoader worker that a signal to the whole job must not end.
-
-    A worker_init_fn comes too late: a worker that has just been started would die before it.
-    """
-
-    def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child inherits it
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class DeafWorkers(ForkContext):
-    """The multiprocessing_context of a DataLoader."""
-
-    Process = DeafProcess

@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from kd.data.masks import IGNORED, EncodedRow
 from kd.data.packing import OWN, GroupedByLength, by_length
+from kd.data.workers import Workers
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
@@ -33,7 +34,7 @@ from kd.training.on_policy import StudentRows
 from kd.training.pace import Pace
 from kd.training.samples import Samples
 from kd.training.saving import write_checkpoint
-from kd.training.stopping import DeafWorkers, StopsOnSignal
+from kd.training.stopping import StopsOnSignal
 from kd.training.watchdog import Watchdog
 
 
@@ -216,7 +217,7 @@ class DistillationTrainer(Trainer):
         if self.args.dataloader_num_workers:
             # Accelerate iterates over the one it wraps; where a run goes on it copies the wrapper's.
             for each in (loader, loader.base_dataloader):
-                each.multiprocessing_context = DeafWorkers()
+                each.multiprocessing_context = Workers()
         return loader
 
     def _save_checkpoint(self, model, trial) -> None:

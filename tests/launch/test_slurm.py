@@ -57,6 +57,9 @@ class Run:
     def batch_log(self) -> str:
         return (LOGS / f"{self.name}-{self.job}.out").read_text()
 
+    def told(self) -> str:
+        return self.printed()[-3000:] + self.batch_log()
+
     def steps(self) -> int:
         return self.printed().count("'grad_norm'")
 
@@ -122,7 +125,7 @@ def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster
     assert run.steps() == 0 and "outcome: none, after a warning" in run.batch_log()
     run.await_steps(5)
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
-    assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
+    assert run.end() == "COMPLETED", run.told()
     assert run.restarts() == 2 and (run.output / "done.json").exists()
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 40", run.printed()).group(1)
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
@@ -140,7 +143,7 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
     high = ("--partition=urgent", "--gpus-per-node=6", "--nodes=2", "--output=/dev/null")
     urgent = cluster.submit(*high, "--wrap", "srun true")
     assert cluster.wait(urgent, 300) == ["COMPLETED"]
-    assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
+    assert run.end() == "COMPLETED", run.told()
     assert run.restarts() >= 1 and run.steps() == 80
     assert "stopped by SIGTERM after step" in run.printed()
 
@@ -200,7 +203,7 @@ def test_three_starts_in_a_row_that_come_to_nothing_are_enough(cluster, models, 
 
 def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_limited):
     run = time_limited
-    assert wait_for(lambda: "going on from" in run.printed(), 900), run.batch_log()
+    assert wait_for(lambda: "going on from" in run.printed(), 900), run.told()
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
     first = run.printed().split("going on from")[0]
@@ -292,6 +295,6 @@ def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
     before = run.steps()
     assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
     cluster.start_node("127.0.0.2")
-    assert run.end() == "COMPLETED", run.printed()[-3000:] + run.batch_log()
+    assert run.end() == "COMPLETED", run.told()
     begun = int(re.search(r"going on from \S+/checkpoint-(\d+)", run.printed()).group(1))
     assert before - begun <= 4 and (run.output / "done.json").exists()

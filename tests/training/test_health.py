@@ -91,9 +91,15 @@ def test_too_many_of_them_end_the_run_with_the_rank_the_rows_and_the_message_las
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named_and_a_silent_one_ends_the_run(models, work, tmp_path):
-    """Rank 1 is stopped nine tenths of the time, then for good."""
-    data = json.dumps([{"path": str(work / "good.jsonl")}])
-    changes = {"max_steps": 100_000, "save_steps": 100_000, "ddp_timeout": 20, "data": data}
+    """Rank 1 is stopped nine tenths of the time, then for good.
+
+    A forward of 128 rows takes many of these cycles: a short one could fall between two stops each time.
+    """
+    rows = (work / "good.jsonl").read_text().split("\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows * (512 // len(rows))))
+    data = json.dumps([{"path": str(tmp_path / "rows.jsonl")}])
+    changes = {"max_steps": 100_000, "save_steps": 100_000, "ddp_timeout": 40, "data": data}
+    changes |= {"global_batch_size": 256, "max_per_device_train_batch_size": 128}
     command = flags(models, work, tmp_path / "run", **changes)
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     job = subprocess.Popen(
@@ -107,17 +113,17 @@ def test_a_slow_rank_is_named_and_a_silent_one_ends_the_run(models, work, tmp_pa
     printed = (tmp_path / "log").read_text
     await_text(lambda: printed().count("'grad_norm'") > 3, job, printed)
     rank = next(p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1")
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while "rank 1 on" not in printed() and time.monotonic() < end:
         rank.suspend()
-        time.sleep(0.18)
+        time.sleep(0.036)
         rank.resume()
-        time.sleep(0.02)
-    assert "rank 1 on" in printed() and "the others' time for a token" in printed()
+        time.sleep(0.004)
+    assert "rank 1 on" in printed() and "the others' time for a token" in printed(), printed()
     seen = printed().count("'grad_norm'")
     await_text(lambda: printed().count("'grad_norm'") > seen + 2, job, printed)
     rank.send_signal(signal.SIGSTOP)
-    assert job.wait(180) != 0
+    assert job.wait(400) != 0
     last = printed().split("Root Cause (first observed failure)")[1]
     assert f"Not heard of since: pid {rank.pid} on" in last, printed()[-4000:]
     assert not rank.is_running()
