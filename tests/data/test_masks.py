@@ -116,3 +116,27 @@ def test_only_rows_that_lose_a_target_are_counted_as_such(tokenizer):
         )
         found[length] = (report.cut, report.targets_cut, whole.targets - row.targets)
     assert list(found.values()) == [(1, 0, 0), (1, 1, 1)]
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}tool {{ tool['function']['name'] }}\n{% endfor %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, WITH_TOOLS[: -len(CHATML)] + WITH_MARKERS])
+def test_tools_and_their_results_are_shown_and_are_no_targets(template):
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = template
+    messages = [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "I look."},
+        {"role": "tool", "content": "sunny", "name": "weather"},
+        {"role": "assistant", "content": "It is fine."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    (row,), _ = encode_rows(
+        [{"messages": messages, "tools": tools}], tokenizer, 512, progress=False
+    )
+    text = tokenizer.decode(row.input_ids)
+    assert text.startswith("tool weather\n") and "sunny" in text
+    assert targets(row, tokenizer) == "I look.<|im_end|>It is fine.<|im_end|>"

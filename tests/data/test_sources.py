@@ -338,3 +338,18 @@ def test_where_takes_the_rows_with_these_values_and_counts_among_them(tmp_path):
         load_rows([source | {"where": {"language": "fr"}}], 0)
     with pytest.raises(ValueError, match="where 'ru'; wanted"):
         load_rows([source | {"where": "ru"}], 0)
+
+
+def test_what_is_drawn_depends_on_the_seed_and_on_the_source_also_where_rows_are_replaced(tmp_path):
+    """Two files of one length: else a student would see the same places of both."""
+    rows = [{"text": f"{i}"} if i % 3 else {"text": None} for i in range(300)]
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
+
+    def drawn(path, seed) -> tuple[str, ...]:
+        found = read_rows([{"path": path, "count": 60}], seed, on_bad_row="drop")
+        return tuple(row["text"] for _, row in found)
+
+    found = {(path, seed): drawn(path, seed) for path in paths for seed in (0, 1)}
+    assert len(set(found.values())) == 4
+    for key, texts in found.items():
+        assert drawn(*key) == texts and len(set(texts)) == 60
