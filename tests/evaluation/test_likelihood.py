@@ -1,5 +1,6 @@
 """Likelihood and agreement against the models' own loss and torch's kl_div, in float64."""
 
+import copy
 import gc
 import json
 import math
@@ -12,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from processes import start
+from tokenizers import processors
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -341,3 +343,34 @@ def test_different_tokenizers_are_refused_before_a_model_is_loaded(house, tmp_pa
     assert ran.returncode == 2
     assert "different tokenizers" in ran.stderr and "Loading" not in ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_certain_has_its_tokens_in_the_last_bin(house, rows, tokenizer):
+    """Its largest probability is 1.0 in every digit."""
+    certain = model(house, "student")
+    certain.model.norm.weight.data *= 1e4
+    found = agreement_result(rows, summed(certain, rows, tokenizer, teacher=certain))
+    last = found["calibration"]["bins"][-1]
+    assert last["tokens"] > 0.9 * sum(row.targets for row in rows)
+
+
+def test_a_first_token_that_the_tokenizer_writes_itself_is_no_target_of_rolling_windows(tokenizer):
+    """With a BOS of its own or without, written or not: every token of the text once."""
+    begin, end = "<|im_start|>", "<|im_end|>"
+    raw = {"text": [{"text": TEXTS[0]}]}
+    plain = encode_heldout(raw, tokenizer, MAX_LENGTH, rolling=True)
+    sequences = {}
+    for written in (False, True):
+        changed = copy.deepcopy(tokenizer)
+        changed.bos_token, changed.eos_token = begin, end
+        if written:
+            changed._tokenizer.post_processor = processors.TemplateProcessing(
+                f"{begin} $A", special_tokens=[(begin, changed.bos_token_id)]
+            )
+        (row,) = encode_heldout(raw, changed, MAX_LENGTH, rolling=True)
+        (window,) = row.windows
+        assert window.input_ids[0] == changed.bos_token_id and window.labels[0] == IGNORED
+        assert window.labels[1:] == plain[0].windows[0].labels[1:]
+        assert row.bytes == len(TEXTS[0].encode())
+        sequences[written] = window.input_ids
+    assert sequences[False] == sequences[True]

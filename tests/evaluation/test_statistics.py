@@ -100,3 +100,9 @@ def test_the_sign_flip_test_rejects_a_true_hypothesis_in_5_of_100():
 def test_holms_correction():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_drawn_p_value_is_never_zero_whatever_the_number_of_draws():
+    """The observed signs are one of the arrangements. Phipson & Smyth 2010."""
+    better, worse = np.ones(200), np.zeros(200)
+    assert sign_flip_test(better, worse, 0, 99) == pytest.approx(1 / 100)

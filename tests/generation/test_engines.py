@@ -120,3 +120,13 @@ def test_a_template_that_loses_the_system_prompt_is_refused(tokenizer):
                 check_template(tokenizer, "teacher", "be kind")
         finally:
             tokenizer.chat_template = template
+
+
+def test_the_end_token_is_drawn_too_and_the_last_position_may_be_used(teacher, tokenizer):
+    ours = engine(teacher)
+    assert ours.read([7, 8, tokenizer.eos_token_id, 0]).tokens == 3
+    question = [[{"role": "user", "content": "what is a list?"}]]
+    width = ours.encode(question)["input_ids"].shape[1]
+    assert engine(teacher, new=256 - width).encode(question)["input_ids"].shape[1] == width
+    with pytest.raises(ValueError, match="256 positions"):
+        engine(teacher, new=257 - width).encode(question)

@@ -190,3 +190,29 @@ def test_samples_without_an_answer_are_counted():
 def test_filters_that_cannot_be_meant_are_refused(changed):
     with pytest.raises(ValueError, match=list(changed)[-1]):
         FilterSettings(**changed)
+
+
+def test_a_label_row_is_there_once_a_question_and_never_of_the_evaluation_data():
+    """However many samples a question has."""
+    samples, raw = [], {}
+    for i, text in enumerate(("How many eggs?", ENGLISH)):
+        for index in range(3):
+            sample = Sample(
+                Question([{"role": "user", "content": text}], "5"), index, {}, f"{i}{index}"
+            )
+            samples.append(sample)
+            raw[sample.key] = {"answer": f"{'so ' * index}it is. Answer: 5", "stopped": True}
+    rows, report = training_rows(
+        samples, raw, FilterSettings(rationales=True), evaluation=Overlap([ENGLISH])
+    )
+    labels = [row for row in rows if row["messages"][0]["content"].startswith("[label] ")]
+    assert [row["messages"][0]["content"] for row in labels] == ["[label] How many eggs?"]
+    assert (report.label_rows, report.kept, report.evaluation) == (1, 3, 3)
+
+
+def test_a_hidden_prompt_is_found_in_an_answer_without_the_space_around_it():
+    samples, raw = questions(["a?", "b?"], ["My rule: be brief.", "good"])
+    samples = [Sample(s.question, 0, {"system_prompt": " be brief\n"}, s.key) for s in samples]
+    rows, report = training_rows(samples, raw)
+    assert answers_of(rows) == ["good"] and report.leaked == 1
+    assert rows[0]["messages"][0]["role"] == "user"

@@ -1,0 +1,45 @@
+"""What verdicts come to: means with their errors, and pairs of which one order has no verdict."""
+
+import pytest
+
+from kd.evaluation.judging import Judge, Judgement, means, pair_result
+from kd.evaluation.questions import Question
+
+PAIRS = Judge("gpt", "pair", "text", "both", 10, {})
+
+
+def judged(*verdicts: tuple[str, str]) -> dict:
+    """The result where order 0 and order 1 of question i got these words."""
+    wanted, rows = [], {}
+    for i, pair in enumerate(verdicts):
+        question = Question(str(i), "all", ["What?"])
+        for order, text in enumerate(pair):
+            key = f"{i} {order}"
+            wanted.append(Judgement("model", question, 1, order, {}, key))
+            rows[key] = {"text": text, "top_log_probabilities": None}
+    answers = {str(i): ["answer"] for i in range(len(verdicts))}
+    return pair_result(PAIRS, wanted, rows, answers, answers)
+
+
+def test_the_models_answer_stands_first_in_order_0_and_second_in_order_1():
+    found = judged(("[[A]]", "[[B]]"), ("[[B]]", "[[A]]"), ("[[A]]", "[[A]]"), ("[[C]]", "[[C]]"))
+    assert [item["preference"] for item in found["items"]] == [1.0, 0.0, 0.5, 0.5]
+    assert found["overall"]["mean"] == 0.5 and found["ties"] == 2
+    assert found["consistency"] == 3 / 4  # twice the same letter is no one winner
+
+
+def test_a_pair_with_one_verdict_of_two_is_counted_and_not_averaged():
+    """Half of a pair has the judge's preference for a place in it."""
+    found = judged(("[[A]]", "[[B]]"), ("[[A]]", "none"), ("none", "none"))
+    assert [item["preference"] for item in found["items"]] == [1.0, None, None]
+    assert (found["overall"]["n"], found["overall"]["without_verdict"]) == (1, 2)
+    assert found["consistency"] == 1.0 and found["read_from"] == {"text": 3}
+
+
+def test_the_error_of_a_mean_is_that_of_its_items():
+    found = means([{"x": value} for value in (1.0, 2.0, None, 3.0, 6.0)], "x")
+    deviation = ((4 + 1 + 0 + 9) / 3) ** 0.5
+    assert found["mean"] == 3.0 and (found["n"], found["without_verdict"]) == (4, 1)
+    assert found["standard_error"] == pytest.approx(deviation / 2)
+    assert means([{"x": 1.0}], "x")["standard_error"] is None
+    assert means([{"x": None}], "x")["mean"] is None
