@@ -253,6 +253,11 @@ def test_equal_ids_are_no_fault_where_the_recipe_says_so(tmp_path):
     assert len(load_rows([{"path": path, "columns": {"id": None}}], 0)) == 2
     with pytest.raises(ValueError, match="line 2: id 1 is that of .*line 1"):
         load_rows([{"path": path}], 0)
+    write(tmp_path / "a.jsonl", [{"text": "a", "id": 0}, {"text": "b", "id": 0}])
+    with pytest.raises(ValueError, match="line 2: id 0 is that of .*line 1"):
+        load_rows([{"path": path}], 0)
+    write(tmp_path / "a.jsonl", [{"text": "a", "id": ""}, {"text": "b", "id": ""}])
+    assert len(load_rows([{"path": path}], 0)) == 2  # no ids
 
 
 def test_weights_give_exact_shares_and_repeat_no_row(tmp_path):
