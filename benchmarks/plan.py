@@ -23,8 +23,9 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from kd.models.random_checkpoint import qwen_config
 from kd.recipe import parse, setting
 from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.training import session
@@ -105,15 +106,8 @@ def make_inputs(work: Path, settings: BenchmarkSettings) -> None:
     """Two models with random weights, and rows that are longer than a row may be."""
     shipped = ROOT / "data" / "quickstart" / "teacher"
     for name, (width, blocks) in (("student", settings.student), ("teacher", settings.teacher)):
-        config = Qwen2Config(
-            vocab_size=8192,
-            hidden_size=width,
-            intermediate_size=8 * width // 3,
-            num_hidden_layers=blocks,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 128,
-            tie_word_embeddings=name == "student",
-        )
+        shape = (width, 8 * width // 3, blocks, width // 64, width // 128, 8192)
+        config = qwen_config(*shape, tied=name == "student", dtype="float32")
         Qwen2ForCausalLM(config).save_pretrained(work / name)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(shipped / file, work / name)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.data.masks import EncodedRow
@@ -21,6 +21,7 @@ from kd.data.packing import Collator
 from kd.losses.objective import Objective
 from kd.models.layout import Layout
 from kd.models.load import load_trained
+from kd.models.random_checkpoint import qwen_config
 from kd.models.throughput import sent_bytes
 from kd.models.tokenizer import load_tokenizer
 from kd.settings import ModelSettings, TeacherSettings
@@ -74,15 +75,8 @@ class CountedSettings:
 def make_models(work: Path) -> None:
     tokenizer = load_tokenizer(str(ROOT / SHIPPED))
     for name, (width, blocks) in WIDTHS.items():
-        config = Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=blocks,
-            num_attention_heads=width // 64,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-        )
+        shape = (width, 3 * width, blocks, width // 64, 1, len(tokenizer))
+        config = qwen_config(*shape, dtype="float32")
         Qwen2ForCausalLM(config).save_pretrained(work / name)
         tokenizer.save_pretrained(work / name)
 

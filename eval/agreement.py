@@ -14,8 +14,6 @@ would measure is found on the way, and written as its files.
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
 from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
 from kd.evaluation.processes import say, start_processes
@@ -25,6 +23,7 @@ from kd.evaluation.results import (
     is_measured,
     likelihood_result,
     likelihood_text,
+    missing_results,
     write_result,
 )
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
@@ -52,15 +51,17 @@ def main() -> None:
         check_same_tokenizer(tokenizer, settings.tokenizer(path))
     raw = load_sources(settings.sources, settings.mixture_seed)
     start_processes()
-    wanted = missing_results(settings, agreement, rows_hash(raw), tokenizer)
+    folder = Path(agreement.out_dir) / "agreement"
+    teacher = {"teacher": agreement.teacher, "teacher_files_hash": fingerprint(agreement.teacher)}
+    wanted = missing_results(settings, folder, rows_hash(raw), tokenizer, **teacher)
     if not wanted:
         return
     rows = encode_heldout(raw, tokenizer, settings.max_length)
     batches = make_batches(rows, tokenizer.pad_token_id, settings.batch_size)
-    teacher = teacher_states(settings.load(agreement.teacher), batches, len(tokenizer))
+    states = teacher_states(settings.load(agreement.teacher), batches, len(tokenizer))
     for name, (file, description) in wanted.items():
         model = settings.load(settings.named_models[name])
-        sums = row_sums(model, batches, len(tokenizer), teacher, description=name)
+        sums = row_sums(model, batches, len(tokenizer), states, description=name)
         del model  # before the next one is loaded
         # The agreement's file last: it says that the model is done.
         measured = {name: (settings.named_models[name], "cross_entropy")}
@@ -82,23 +83,6 @@ def write_likelihood(name: str, file: Path, description: dict, result: dict) -> 
     if not is_measured(file, description, quiet=True):
         write_result(file, description, result)
         say(f"{likelihood_text(name, result)}\nwrote {file}")
-
-
-def missing_results(
-    settings: EvaluationSettings,
-    agreement: AgreementSettings,
-    rows: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, tuple[Path, dict]]:
-    """{name: (file, description)} of the models that were not measured like this yet."""
-    teacher = {"teacher": agreement.teacher, "teacher_files_hash": fingerprint(agreement.teacher)}
-    wanted = {}
-    for name, path in settings.named_models.items():
-        file = Path(agreement.out_dir) / "agreement" / f"{name}.json"
-        description = describe(settings, path, rows, tokenizer, **teacher)
-        if not is_measured(file, description):
-            wanted[name] = (file, description)
-    return wanted
 
 
 def show(name: str, result: dict, file: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from kd.evaluation.likelihood import make_batches, row_sums, teacher_states
 from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
 from kd.evaluation.processes import say, start_processes
-from kd.evaluation.results import agreement_result, describe, is_measured, write_result
+from kd.evaluation.results import agreement_result, missing_results, write_result
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
 from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import TensorFiles
@@ -43,12 +43,8 @@ def main() -> None:
     raw = load_sources(settings.sources, settings.mixture_seed)
     start_processes()
     teacher = {"teacher": cost.teacher, "teacher_files_hash": fingerprint(cost.teacher)}
-    wanted = {}
-    for name, path in settings.named_models.items():
-        file = Path(cost.out_dir) / "teacher_cost" / f"{name}.json"
-        description = describe(settings, path, rows_hash(raw), tokenizer, **teacher)
-        if not is_measured(file, description):
-            wanted[name] = (file, description)
+    folder = Path(cost.out_dir) / "teacher_cost"
+    wanted = missing_results(settings, folder, rows_hash(raw), tokenizer, **teacher)
     if not wanted:
         return
     rows = encode_heldout(raw, tokenizer, settings.max_length)

@@ -60,6 +60,19 @@ def is_measured(file: Path, description: dict[str, object], quiet: bool = False)
     return True
 
 
+def missing_results(
+    settings: EvaluationSettings, folder: Path, rows: str, tokenizer, **more: object
+) -> dict[str, tuple[Path, dict]]:
+    """{name: (file, description)} of the models that were not measured like this yet."""
+    wanted = {}
+    for name, path in settings.named_models.items():
+        file = folder / f"{name}.json"
+        description = describe(settings, path, rows, tokenizer, **more)
+        if not is_measured(file, description):
+            wanted[name] = (file, description)
+    return wanted
+
+
 def write_result(file: Path, description: dict[str, object], measured: dict[str, object]) -> None:
     """Write settings, versions and figures, whole or not at all; the first process does it."""
     if RANK:
@@ -76,17 +89,14 @@ def write_text(file: Path, text: str) -> None:
     temporary.rename(file)
 
 
+def row_record(row: HeldoutRow) -> dict[str, object]:
+    return {"source": row.source, "kind": row.kind, "index": row.index, "tokens": row.targets}
+
+
 def likelihood_result(rows: list[HeldoutRow], nats: Tensor) -> dict[str, object]:
     """Perplexity and bits per byte of sums (R,) in nats: by source, by kind, overall, by row."""
     records = [
-        {
-            "source": row.source,
-            "kind": row.kind,
-            "index": row.index,
-            "tokens": row.targets,
-            "nats": value,
-            "bytes": row.bytes,
-        }
+        row_record(row) | {"nats": value, "bytes": row.bytes}
         for row, value in zip(rows, nats.tolist(), strict=True)
     ]
     return grouped(records, likelihood_means)
@@ -107,13 +117,7 @@ def likelihood_text(name: str, result: dict) -> str:
 def agreement_result(rows: list[HeldoutRow], sums: Sums) -> dict[str, object]:
     """Means a target token by source, kind and place, both calibrations, and the sums by row."""
     records = [
-        {
-            "source": row.source,
-            "kind": row.kind,
-            "index": row.index,
-            "tokens": row.targets,
-            **dict(zip(AGREEMENT, values, strict=True)),
-        }
+        row_record(row) | dict(zip(AGREEMENT, values, strict=True))
         for row, values in zip(rows, sums.rows.tolist(), strict=True)
     ]
     return {

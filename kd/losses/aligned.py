@@ -127,15 +127,7 @@ def block_figures(
         merge(log, kinds)
     log_classes = torch.cat([masses, log_text[:, None]], -1)  # (c, K + 1)
     log_p = torch.cat([log_masses, log_teacher_text[:, None]], -1)
-    closed_form = elementwise.CLOSED_FORMS[objective.divergence]
-    value, slopes = closed_form(
-        log_p,
-        log_classes,
-        log_p.exp(),
-        log_classes.exp(),
-        torch.empty_like(log_p),
-        *objective.mixture.values(),
-    )
+    value, slopes = elementwise.divergence_of_classes(log_p, log_classes, objective)
     text_slope, slopes = slopes[:, -1], slopes[:, :-1].clone()
     for found in (slopes, masses):  # a token's share is that of the common class
         common, own = (found.gather(-1, k[:, None]) for k in (kinds.ours, kinds.theirs))

@@ -100,15 +100,8 @@ def block_figures(
         # The tail's mass from its own logits: 1 - the others would cancel.
         tail = rest.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         log_classes = torch.cat([log_classes, tail - total], -1)  # (r, k + 1)
-    log_p = teacher.classes
-    closed_form = elementwise.CLOSED_FORMS[objective.divergence]
-    value, class_gradient = closed_form(
-        log_p,
-        log_classes,
-        log_p.exp(),
-        log_classes.exp(),
-        torch.empty_like(log_p),
-        *objective.mixture.values(),
+    value, class_gradient = elementwise.divergence_of_classes(
+        teacher.classes, log_classes, objective
     )
     soft = value[:, 0] * objective.divergence_scale
     gradient = None
