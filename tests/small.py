@@ -49,25 +49,28 @@ def small_tokenizer(
     )
 
 
+def small_config(vocabulary: int, hidden: int = 32, **changes) -> Qwen2Config:
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+    }
+    return Qwen2Config(**shape | changes)
+
+
 def small_model(tokenizer, hidden: int = 32, seed: int = 0, **changes) -> Qwen2ForCausalLM:
     """A random Qwen2 model; its vocabulary is padded beyond the tokenizer's, as real ones are."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        **{
-            "vocab_size": len(tokenizer) + 7,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "initializer_range": 0.2,  # far from uniform, so that mistakes show in the numbers
-        }
-        | changes
-    )
-    return Qwen2ForCausalLM(config)
+    usual = {
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.2,  # far from uniform, so that mistakes show in the numbers
+    }
+    return Qwen2ForCausalLM(small_config(len(tokenizer) + 7, hidden, **usual | changes))
 
 
 def save_small(folder: Path, tokenizer=None, **model) -> Path:
@@ -94,13 +97,8 @@ def small_rows(count: int) -> list[dict]:
 def save_reward_model(folder: Path, tokenizer, labels: int = 1) -> Path:
     """A random classifier of conversations; one output is a reward."""
     torch.manual_seed(3)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    config = small_config(
+        len(tokenizer),
         num_labels=labels,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from small import small_config
+from transformers import Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -32,16 +33,11 @@ MAX_LENGTH = 64  # cuts one text, and the answer of one chat row away
 
 def new_model(vocabulary: int, hidden: int, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    config = small_config(
+        vocabulary,
+        hidden,
         tie_word_embeddings=True,
         initializer_range=0.2,  # distributions far from uniform
-        bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
     )

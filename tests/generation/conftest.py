@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from small import small_tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from small import save_small, small_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 WORDS = [
     "what",
@@ -57,19 +56,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def teacher(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model; its generation_config knows EOS alone, not the template's end."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    return save_small(
+        tmp_path_factory.mktemp("models") / "teacher",
+        tokenizer,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        tie_word_embeddings=False,
         max_position_embeddings=256,
         initializer_range=0.15,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    path = tmp_path_factory.mktemp("models") / "teacher"
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path

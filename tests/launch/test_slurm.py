@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, as_flags
 from slurm_cluster import ENDED, Cluster, environment, install, wait_for
 from small import small_rows
 
@@ -95,8 +95,7 @@ def distill(
         "disable_tqdm": "true",
         "output_dir": output,
     } | changes
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    script = ["launch/slurm/train.sbatch", "train/distill.py", *spelt]
+    script = ["launch/slurm/train.sbatch", "train/distill.py", *as_flags(flags)]
     variables = {"PROFILE": profile, "NUM_PROCESSES": "1"}
     LOGS.mkdir(parents=True, exist_ok=True)
     log = "--output=runs/slurm/%x-%j.out"

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import ROOT, start
+from processes import ROOT, as_flags, start
 from slurm_cluster import free_ports
 from small import small_rows
 
@@ -48,8 +48,7 @@ def runs(models, tmp_path_factory) -> Path:
         "sample_tokens": 6,
         "output_dir": folder / "distill",
     }
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    command = ["launch/cpu.sh", "train/distill.py", *spelt]
+    command = ["launch/cpu.sh", "train/distill.py", *as_flags(flags)]
     kill_after(command, 6)
     again = start(*command)
     assert "going on from" in again.stdout, again.stdout[-4000:]

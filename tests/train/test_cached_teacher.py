@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import start
+from processes import as_flags, start
 from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
@@ -75,7 +75,7 @@ def flags(models: Path, work: Path, **changes) -> list[str]:
         "cache_shard_mb": 1,
         "data_cache": work / "tokenised",
     } | changes
-    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+    return as_flags(settings)
 
 
 @pytest.fixture(scope="module")

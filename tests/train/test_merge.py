@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from small import CHATML, small_tokenizer
+from small import CHATML, save_small, small_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,8 +20,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from kd.models.gguf import compare_gguf
@@ -51,20 +49,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_base(path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool) -> None:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    shape = {"hidden": 64, "vocab_size": 64, "tie_word_embeddings": tied}
+    save_small(path, tokenizer, **shape, initializer_range=0.1)
 
 
 def train_adapter(base: Path, path: Path, tokenizer: PreTrainedTokenizerFast, **keys) -> None:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from cuts import permuted
-from processes import ROOT, start, succeed
+from processes import ROOT, as_flags, start, succeed
 from small import TEXT, save_small, small_rows, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,8 +49,7 @@ def run(command: list[str], work, output, **changes) -> tuple[list[list[float]],
         "use_cpu": "true",
         "output_dir": output,
     } | changes
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    job = start(*command, "train/distill.py", *spelt)
+    job = start(*command, "train/distill.py", *as_flags(flags))
     assert (output / "done.json").exists(), job.stdout[-6000:]
     state = json.loads((output / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, start
+from processes import ROOT, as_flags, start
 from small import small_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,8 +43,7 @@ def command(models: Path, output: Path, *options: str) -> list[str]:
         "dataloader_num_workers": 2,
         "output_dir": output,
     }
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    return ["launch/cpu.sh", *options, "train/distill.py", *spelt]
+    return ["launch/cpu.sh", *options, "train/distill.py", *as_flags(flags)]
 
 
 def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], None]) -> str:

@@ -4,7 +4,7 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
-from processes import ROOT, start
+from processes import ROOT, as_flags, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
@@ -29,8 +29,7 @@ def arguments(folder, output, **changes) -> list[str]:
         "max_steps": 3,
         "output_dir": output,
     } | changes
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    return ["train/distill.py", "--use_cpu", "true", *spelt]
+    return ["train/distill.py", "--use_cpu", "true", *as_flags(flags)]
 
 
 def test_an_awq_teacher_sharded_by_zero3_gives_the_losses_of_the_unsharded_one(models, tmp_path):

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 import torch
-from processes import ROOT, start
+from processes import ROOT, as_flags, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def flags(models, work, output, **changes) -> list[str]:
         "disable_tqdm": "true",
         "output_dir": output,
     } | changes
-    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+    return as_flags(settings)
 
 
 def test_a_step_without_a_finite_loss_is_named_and_left_out(models, work, tmp_path):

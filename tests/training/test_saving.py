@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import start
+from processes import as_flags, start
 from small import small_rows
 
 from kd.training.manifest import MANIFEST, damage, read_manifest, seal
@@ -30,7 +30,7 @@ def flags(models, output, **changes) -> list[str]:
         "disable_tqdm": "true",
         "output_dir": output,
     } | changes
-    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+    return as_flags(settings)
 
 
 def distill(models, output, **changes):

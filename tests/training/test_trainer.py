@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from processes import start
+from processes import as_flags, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
@@ -38,7 +38,7 @@ def flags(models, output, **changes) -> list:
         "logging_steps": 1,
         "output_dir": output,
     } | changes
-    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
+    return as_flags(settings)
 
 
 def log_history(output) -> list[dict]:
