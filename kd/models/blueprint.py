@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -100,18 +101,24 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def pieces_of(model: nn.Module) -> list[Piece]:
-    """All weights of a model; tied ones once, four-bit Linears as bitsandbytes stores them."""
-    found, seen = [], set()
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(a module's name, the module, its weight's name, the weight); tied ones once."""
+    seen = set()
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if isinstance(module, bnb.nn.Linear4bit) and key.endswith(".weight"):
-                found += nf4_pieces(key, parameter.numel(), module.quant_storage.itemsize)
-            else:
-                found.append(piece(key, parameter))
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield prefix, module, key, parameter
+
+
+def pieces_of(model: nn.Module) -> list[Piece]:
+    """All weights of a model; four-bit Linears as bitsandbytes stores them."""
+    found = []
+    for _, module, key, parameter in named_weights(model):
+        if isinstance(module, bnb.nn.Linear4bit) and key.endswith(".weight"):
+            found += nf4_pieces(key, parameter.numel(), module.quant_storage.itemsize)
+        else:
+            found.append(piece(key, parameter))
     return found
 
 
@@ -148,17 +155,13 @@ def checkpoint_pieces(config: PretrainedConfig, dtype: str) -> list[Piece]:
         return pieces_of(model)
     skipped = settings.get("modules_to_not_convert") or settings.get("llm_int8_skip_modules") or []
     skipped = [*skipped, *get_keys_to_not_convert(model)]
-    found, seen = [], set()
-    for prefix, module in model.named_modules():
+    found = []
+    for prefix, module, key, parameter in named_weights(model):
         packed = isinstance(module, nn.Linear) and not any(part in prefix for part in skipped)
-        for key, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if packed and key.endswith(".weight"):
-                found += pack(prefix, module, settings)
-            else:
-                found.append(piece(key, parameter))
+        if packed and key.endswith(".weight"):
+            found += pack(prefix, module, settings)
+        else:
+            found.append(piece(key, parameter))
     return found
 
 
