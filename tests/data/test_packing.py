@@ -19,6 +19,7 @@ from kd.data.packing import (
     check_packing,
     pack,
     padding_share,
+    side_by_side,
 )
 from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, return_loss
@@ -58,6 +59,18 @@ def test_first_token_of_every_packed_document_is_no_target():
     batch = Collator(0)([[document(6), document(7)]])
     assert batch["labels"][0, 0] == IGNORED and batch["labels"][0, 6] == IGNORED
     assert batch["position_ids"][0, :13].tolist() == [*range(6), *range(7)]
+
+
+def test_positions_go_on_through_padding():
+    """A restart would make a packed row of an unpacked one, and cost it the plain causal kernel."""
+    one, two = (
+        Collator(0)([[document(6)]]),
+        Collator(0)([[document(6), document(7)], [document(9)]]),
+    )
+    assert one["position_ids"].tolist() == [[*range(8)]]
+    assert two["position_ids"].tolist() == [[*range(6), *range(10)], [*range(16)]]
+    wide = side_by_side([one, two])["position_ids"]
+    assert wide.tolist() == [[*range(16)], *two["position_ids"].tolist()]
 
 
 def test_padding_share_counts_what_is_thrown_away():
