@@ -14,15 +14,22 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from processes import start
 from tokenizers import processors
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.data.masks import IGNORED
 from kd.evaluation.answers import sample_answers
-from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
+from kd.evaluation.likelihood import (
+    AGREEMENT,
+    make_batches,
+    row_sums,
+    teacher_states,
+    token_figures,
+)
 from kd.evaluation.models import load_model
 from kd.evaluation.results import agreement_result, likelihood_result
 from kd.evaluation.rows import encode_heldout, load_sources
+from kd.losses.fused import Head, TeacherSignal
 
 
 @pytest.fixture(scope="module")
@@ -374,3 +381,29 @@ def test_a_first_token_that_the_tokenizer_writes_itself_is_no_target_of_rolling_
         assert row.bytes == len(TEXTS[0].encode())
         sequences[written] = window.input_ids
     assert sequences[False] == sequences[True]
+
+
+def test_the_teachers_choice_is_among_five_up_to_the_fifth_place_and_ties_are_no_loss():
+    places = torch.arange(8)
+    student = -torch.arange(8.0).expand(8, 8)  # id n is in place n
+    teacher = torch.eye(8) * 9.0  # row n chooses id n
+    signal = TeacherSignal(teacher, Head(torch.eye(8)))
+    found = token_figures(student, places, Head(torch.eye(8)), 8, signal)
+    top1, top5 = (found[:, AGREEMENT.index(f"top{n}")] for n in ("1_agreement", "5_overlap"))
+    assert top1.tolist() == [1, 0, 0, 0, 0, 0, 0, 0] and top5.tolist() == [1] * 5 + [0] * 3
+    tied = token_figures(torch.zeros(8, 8), places, Head(torch.eye(8)), 8, signal)
+    assert tied[:, AGREEMENT.index("top5_overlap")].tolist() == [1] * 8
+
+
+def test_a_model_in_16_bits_has_its_logits_made_in_32(house, rows, tokenizer):
+    """Its hidden states are what they are; no more is lost."""
+    found = model(house, "student", "bfloat16")
+    sums = measured(found, rows, tokenizer, size=1)[:, 0]
+    for batch in make_batches(rows, tokenizer.pad_token_id, 1):
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "position_ids")}
+        with torch.no_grad():
+            hidden = found.model(**inputs).last_hidden_state[0, :-1].double()
+        logits = hidden @ found.lm_head.weight[: len(tokenizer)].detach().double().T
+        labels = batch.inputs["labels"][0, 1:]
+        wanted = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        assert sums[batch.rows[0]].item() == pytest.approx(wanted.item(), rel=1e-6)
