@@ -26,6 +26,7 @@ def test_the_models_answer_stands_first_in_order_0_and_second_in_order_1():
     assert [item["preference"] for item in found["items"]] == [1.0, 0.0, 0.5, 0.5]
     assert found["overall"]["mean"] == 0.5 and found["ties"] == 2
     assert found["consistency"] == 3 / 4  # twice the same letter is no one winner
+    assert judged(("[[C]]", "[[B]]"))["consistency"] == 0.0  # neither are a tie and a win
 
 
 def test_a_pair_with_one_verdict_of_two_is_counted_and_not_averaged():
