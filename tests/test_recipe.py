@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import pytest
 
 from kd.recipe import parse, setting
-from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, OnPolicySettings
+from kd.settings import (
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OnPolicySettings,
+    StudentSettings,
+    TeacherSettings,
+)
 from kd.training.settings import derive_batch
 
 
@@ -83,6 +90,15 @@ def test_wrong_flags_are_stopped_with_the_reason(argv, message):
         (OnPolicySettings, {"top_p": 0.0}, "top_p: 0.0; wanted more than 0"),
         (OnPolicySettings, {"max_new_tokens": 0}, "max_new_tokens: 0; wanted 1 or more"),
         (OnPolicySettings, {"generation_temperature": -1.0}, "-1.0; wanted 0 or more"),
+        (OnPolicySettings, {"top_k": -1}, "top_k: -1; wanted 0 or more"),
+        (OnPolicySettings, {"generation_workspace_mb": 0}, "mb: 0; wanted 1 or more"),
+        (StudentSettings, {}, "student: not given"),
+        (TeacherSettings, {}, "teacher: not given"),
+        (TeacherSettings, {"teacher": "t", "cache_top_k": -1}, "cache_top_k: -1; wanted 0 or"),
+        (TeacherSettings, {"teacher": "t", "cache_shard_mb": 0}, "cache_shard_mb: 0; wanted 1 or"),
+        (TeacherSettings, {"teacher": "t", "cache_check_tokens": -1}, "-1; wanted 0 or more"),
+        (TeacherSettings, {"teacher": "t", "teacher_deepspeed": "no.json"}, "no file no.json"),
+        (TeacherSettings, {"teacher": "t", "teacher_workspace_mb": -1}, "mb: -1; wanted 0"),
         (DataSettings, {}, "no source given"),
         (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
         (DataSettings, {"data": "[1]"}, "wanted a list of objects"),
@@ -92,6 +108,18 @@ def test_wrong_flags_are_stopped_with_the_reason(argv, message):
 def test_contradictions_are_found_before_anything_is_loaded(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+def test_the_ends_of_what_is_allowed_are_allowed():
+    """And a teacher that is the student's own base is not sharded by a profile."""
+    ObjectiveSettings(soft_weight=0.0)
+    ObjectiveSettings(soft_weight=1.0, loss_workspace_mb=128)
+    OnPolicySettings(student_fraction=1.0, top_p=1.0, top_k=0, generation_temperature=0.0)
+    TeacherSettings(teacher="t", cache_top_k=0, cache_check_tokens=0, teacher_workspace_mb=0)
+    TeacherSettings(teacher_cache="folder")
+    zero3 = "ds_configs/teacher_zero3.json"
+    assert TeacherSettings(teacher="t", teacher_deepspeed=zero3).teacher_deepspeed == zero3
+    assert TeacherSettings(teacher="self", teacher_deepspeed=zero3).teacher_deepspeed is None
 
 
 @pytest.mark.parametrize(
