@@ -29,7 +29,9 @@ def test_a_worker_that_hangs_in_fork_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 0.5)
     monkeypatch.setattr(HangsAtFirst, "mark", str(tmp_path / "hung"), raising=False)
     before = set(psutil.Process().children())
-    loader = DataLoader(range(12), num_workers=2, multiprocessing_context=HangingWorkers())
+    loader = DataLoader(
+        range(12), num_workers=2, multiprocessing_context=HangingWorkers(), timeout=60
+    )
     batches = iter(loader)
     assert (tmp_path / "hung").exists()
     assert len(set(psutil.Process().children()) - before) == 2  # without the one that hung
