@@ -104,6 +104,7 @@ def main() -> None:
         given = [question for question in questions if question.id in references]
         check_answered("references", references, given)
     check_verdict(settings, questions)
+    difficulties = read_difficulties(settings.instruction_difficulty, questions)
     judge = Judge(
         settings.judge,
         settings.mode,
@@ -124,7 +125,7 @@ def main() -> None:
     }
     rows = ask_missing(settings, client, [j for found in wanted.values() for j in found])
     for name, found in wanted.items():
-        result = summarise(settings, judge, found, rows, answers)
+        result = summarise(settings, judge, found, rows, answers, difficulties)
         file = settings.folder / "results" / f"{name}.json"
         write_result(file, describe(settings, judge, questions, references, found), result)
         show(name, result, file)
@@ -137,6 +138,28 @@ def check_verdict(settings: JudgeSettings, questions: list[Question]) -> None:
             f"verdict: token, and {several} questions have several turns; one token is asked for "
             "pairs of answers to single questions (AlpacaEval). Set verdict: text"
         )
+
+
+def read_difficulties(file: str | None, questions: list[Question]) -> dict[str, float] | None:
+    """{index of a question: its difficulty}. Raises ValueError where one has none."""
+    if file is None:
+        return None
+    with open(file, newline="") as stream:
+        header, *lines = list(csv.reader(stream)) or [[]]
+    if "instruction_difficulty" not in header[1:]:
+        raise ValueError(
+            f"instruction_difficulty: {file} has the columns {header}; wanted index and "
+            "instruction_difficulty"
+        )
+    column = header.index("instruction_difficulty")
+    found = {line[0]: float(line[column]) for line in lines}
+    without = [question.id for question in questions if question.id not in found]
+    if without:
+        raise ValueError(
+            f"instruction_difficulty: {file} has nothing of {len(without)} questions, the first "
+            f"{without[0]}; wanted the file of these questions, or none"
+        )
+    return found
 
 
 def open_client(settings: JudgeSettings) -> ChatServer:
@@ -242,15 +265,11 @@ def summarise(
     wanted: list[Judgement],
     rows: dict[str, dict],
     answers: dict[str, dict[str, list[str]]],
+    difficulties: dict[str, float] | None,
 ) -> dict:
     served = sorted({rows[judgement.key]["served_by"] for judgement in wanted})
     if settings.mode == "score":
         return {"served_by": served, **score_result(wanted, rows)}
-    difficulties = None
-    if settings.instruction_difficulty:
-        with open(settings.instruction_difficulty, newline="") as file:
-            lines = list(csv.reader(file))[1:]
-        difficulties = {index: float(value) for index, value in lines}
     own, other = answers[wanted[0].model], answers[settings.baseline]
     return {
         "served_by": served,

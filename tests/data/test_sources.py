@@ -345,9 +345,10 @@ def test_where_takes_the_rows_with_these_values_and_counts_among_them(tmp_path):
         load_rows([source | {"where": "ru"}], 0)
 
 
-def test_what_is_drawn_depends_on_the_seed_and_on_the_source_also_where_rows_are_replaced(tmp_path):
-    """Two files of one length: else a student would see the same places of both."""
-    rows = [{"text": f"{i}"} if i % 3 else {"text": None} for i in range(300)]
+@pytest.mark.parametrize("bad", [None, "a row"])
+def test_what_is_drawn_depends_on_the_seed_and_on_the_source(tmp_path, bad):
+    """Two files of one length: else a student would see the same places of both. Some are replaced."""
+    rows = [{"text": f"{i}" if i % 3 or not bad else None} for i in range(300)]
     paths = [write(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
 
     def drawn(path, seed) -> tuple[str, ...]:

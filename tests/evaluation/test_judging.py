@@ -1,6 +1,9 @@
 """What verdicts come to: means with their errors, and pairs of which one order has no verdict."""
 
+import runpy
+
 import pytest
+from processes import ROOT
 
 from kd.evaluation.judging import Judge, Judgement, means, pair_result
 from kd.evaluation.questions import Question
@@ -44,3 +47,20 @@ def test_the_error_of_a_mean_is_that_of_its_items():
     assert found["standard_error"] == pytest.approx(deviation / 2)
     assert means([{"x": 1.0}], "x")["standard_error"] is None
     assert means([{"x": None}], "x")["mean"] is None
+
+
+def test_difficulties_are_read_by_their_column_and_every_question_has_one(tmp_path):
+    """Before the judge is asked anything."""
+    read = runpy.run_path(str(ROOT / "eval/judge.py"))["read_difficulties"]
+    questions = [Question(str(i), "all", ["What?"]) for i in range(2)]
+    file = tmp_path / "difficulty.csv"
+    file.write_text("index,model,instruction_difficulty\n0,none,0.5\n1,none,-2\n7,none,1\n")
+    assert read(str(file), questions) == {"0": 0.5, "1": -2.0, "7": 1.0}
+    assert read(None, questions) is None
+    file.write_text("index,instruction_difficulty\n0,0.5\n")
+    with pytest.raises(ValueError, match="nothing of 1 questions, the first 1; wanted"):
+        read(str(file), questions)
+    for text in ("", "index,difficulty\n0,0.5\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="wanted index and instruction_difficulty"):
+            read(str(file), questions)
