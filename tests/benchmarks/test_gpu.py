@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import sys
 
@@ -99,3 +100,20 @@ def test_every_part_calls_something_that_exists():
         words = shlex.split(line.split(": ", 1)[1])
         paths = [word for part in words for word in part.split() if word.endswith((".py", ".sh"))]
         assert paths and all((ROOT / path).exists() for path in paths), line
+
+
+def test_tests_are_counted_from_what_pytest_prints_and_the_bad_ones_named():
+    """Also where it was stopped in the middle of a line, and where a name has a space in it."""
+    count = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["count_tests"]
+    printed = (
+        "tests/a/test_a.py::test_x PASSED   [ 10%]\n"
+        "tests/a/test_a.py::test_y[a b-1] FAILED   [ 20%]\n"
+        "tests/a/test_a.py::test_z ERROR   [ 30%]\n"
+        "tests/b/test_b.py::test_x SKIPPED (no kernel)   [ 40%]\n"
+        "tests/b/test_b.py::test_y PASSED   [ 50%]\n"
+        "FAILED tests/a/test_a.py::test_y[a b-1] - assert 0\n"
+        "tests/b/test_b.py::test_slow "
+    )
+    bad = ["tests/a/test_a.py::test_y[a b-1]", "tests/a/test_a.py::test_z"]
+    assert count(printed) == {"passed": 2, "failed": 1, "skipped": 1, "failures": bad}
+    assert count("no tests ran") is None
