@@ -69,6 +69,7 @@ def main() -> None:
             log.flush()
     last = Start(command(work, killed, steps), work / "last.log")
     last.wait(settings.timeout_s + steps)
+    assert is_done(str(killed)), f"the last start did not come to its end:\n{last.printed[-3000:]}"
     result = summary(done, whole, killed, steps) | {"seed": settings.seed, "commit": commit()}
     print(json.dumps(result, indent=2))
     if settings.json:

@@ -17,7 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import (
+    WorkloadHints,
+    get_device_and_memory_breakdown,
+)
 
 from kd.generation.engines import sampling_processors
 from kd.models.generating import generating, row_bytes
@@ -47,6 +52,18 @@ class KnownIds(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self.vocabulary :] = -torch.inf
         return scores
+
+
+def results_of(manager: ContinuousBatchingManager, count: int) -> dict[str, GenerationOutput]:
+    """What so many requests have come to, by their names; fewer, where the thread has ended."""
+    found: dict[str, GenerationOutput] = {}
+    while len(found) < count:
+        result = manager.get_result(timeout=1)
+        if result is None and not manager.is_running():
+            break
+        if result is not None and result.is_finished():
+            found[result.request_id] = result
+    return found
 
 
 class Writer:
@@ -121,16 +138,23 @@ class Writer:
         give equal answers. Raises RuntimeError where it leaves a prompt without one.
         """
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        limit = max(prompt.limit for prompt in prompts)
+        hints = WorkloadHints(max(len(prompt.ids) for prompt in prompts), limit, len(prompts))
         # It seeds the one stream of the process, which is the training's.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            found = self.model.generate_batch(
-                [prompt.ids for prompt in prompts],
-                self.drawing(),
-                self.room(prompts),
-                max_new_tokens=max(prompt.limit for prompt in prompts),
-                warmup=False,
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            manager = self.model.init_continuous_batching(
+                self.drawing(), self.room(prompts), workload_hints=hints
             )
-        answers = list(found.values())  # in the order of the prompts
+            # Before its thread starts: what generate_batch adds beside it comes into the first
+            # forward or a later one as the machine pleases, and is then drawn otherwise.
+            names = manager.add_requests([prompt.ids for prompt in prompts], max_new_tokens=limit)
+            manager.start()
+            try:
+                found = results_of(manager, len(prompts))
+            finally:
+                manager.stop(block=True, timeout=5)
+                manager.destroy()
+        answers = [found[name] for name in names if name in found]
         errors = {answer.error for answer in answers if answer.error}
         if errors or len(answers) != len(prompts):
             raise RuntimeError(

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from kd.generation.engines import sampling_processors
 from kd.generation.student import KnownIds, Prompt, Writer
@@ -54,7 +55,7 @@ def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
     assert [m.training for m in student.modules()] == modes and student.generation_config is config
 
 
-def test_continuous_batching_writes_what_generate_writes(models, tokenizer):
+def test_continuous_batching_writes_what_generate_writes(models, tokenizer, monkeypatch):
     """The same likeliest tokens; draws that are equal for equal seeds, and leave the run's own stream."""
     student = student_with_likely_padding(models, tokenizer)
     texts = ["What does", "Return a list of all the things that there are", "A", "What is"]
@@ -72,9 +73,12 @@ def test_continuous_batching_writes_what_generate_writes(models, tokenizer):
     other = [dataclasses.replace(prompt, seed=prompt.seed + 1) for prompt in prompts]
     assert written("continuous", other, top_k=50, top_p=0.9) != drawn[0]
     assert all(token < len(tokenizer) for answer in drawn[0] for token in answer)
-    student.generate_batch = lambda *_, **__: {}  # what it gives where its thread has ended
+    waiting = []  # where its thread starts: a prompt that came later would be drawn otherwise
+    ended = lambda manager: waiting.append(manager.input_queue.qsize())  # noqa: E731
+    monkeypatch.setattr(ContinuousBatchingManager, "start", ended)
     with pytest.raises(RuntimeError, match="answered 0 of 4 prompts"):
         written("continuous", prompts)
+    assert waiting == [4]
 
 
 def test_draws_of_continuous_batching_follow_the_students_distribution(models, tokenizer):
