@@ -196,3 +196,19 @@ def test_a_parent_in_several_files_gives_the_same_student(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     student = inherit(AutoModelForCausalLM.from_pretrained(tmp_path), [0, 2])
     assert torch.equal(student(IDS).logits, inherit(model, [0, 2])(IDS).logits)
+
+
+def test_the_parents_type_and_its_settings_of_generation_are_inherited_and_its_own_stay():
+    parent = parent_of("llama").to(torch.bfloat16)
+    parent.generation_config.update(eos_token_id=[2, 7], repetition_penalty=1.3)
+    student = inherit(parent, [0, 2])
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student.config.dtype == torch.bfloat16 and not student.training
+    student.generation_config.update(repetition_penalty=2.0)
+    student.config.rope_parameters["rope_theta"] = 5.0
+    assert student.generation_config.eos_token_id == [2, 7]
+    assert parent.generation_config.repetition_penalty == 1.3
+    assert parent.config.rope_parameters["rope_theta"] != 5.0
+    assert parent.config.num_hidden_layers == 4 and not hasattr(parent.config, "inherited")
+    student.model.layers[1].mlp.up_proj.weight.data.zero_()  # nor is a weight shared
+    assert parent.model.layers[2].mlp.up_proj.weight.abs().max() > 0
