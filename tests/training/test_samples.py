@@ -38,6 +38,8 @@ def test_a_beginning_is_the_prompt_and_of_plain_text_its_first_tokens():
     assert beginning(chat) == [5, 6, 7]
     ids = list(range(100))
     assert beginning(EncodedRow(ids, [IGNORED, *ids[1:]])) == ids[:32]
+    long = list(range(400))  # of a long prompt its end, which the answer is to
+    assert beginning(EncodedRow(long, [IGNORED] * 300 + long[300:])) == long[44:300]
 
 
 def test_no_text_breaks_out_of_its_cell():
