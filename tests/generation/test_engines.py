@@ -5,7 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from kd.generation.engines import GumbelNoise, LocalEngine, check_template, sampling_processors
+from kd.generation.engines import (
+    GumbelNoise,
+    LocalEngine,
+    check_template,
+    load_answering_model,
+    sampling_processors,
+)
 
 
 def engine(name, new: int = 24) -> LocalEngine:
@@ -96,6 +102,10 @@ def test_an_adapters_folder_answers_as_base_and_adapter(teacher, tokenizer, prom
         for path in (tmp_path / "adapter", tmp_path / "merged", teacher)
     )
     assert adapter == merged != plain
+    # What the adapter's folder says of generation, its end tokens, goes before its base's.
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [1, 2, 9]}')
+    model = load_answering_model(str(tmp_path / "adapter"), torch.float32, "cpu")
+    assert model.generation_config.eos_token_id == [1, 2, 9]
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused(teacher):

@@ -216,3 +216,9 @@ def test_a_hidden_prompt_is_found_in_an_answer_without_the_space_around_it():
     rows, report = training_rows(samples, raw)
     assert answers_of(rows) == ["good"] and report.leaked == 1
     assert rows[0]["messages"][0]["role"] == "user"
+
+
+def test_one_answer_to_two_questions_is_no_near_duplicate():
+    samples, raw = questions([ENGLISH, RUSSIAN], ["Yes, so it is.", "Yes, so it is."])
+    rows, report = training_rows(samples, raw, FilterSettings(near_duplicate_similarity=0.6))
+    assert len(rows) == 2 and report.near_duplicate == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.generation.rationales import same_answer, split_rationale
+from kd.generation.rationales import gold_answer, same_answer, split_rationale
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_the_last_marker_divides_reasoning_and_conclusion():
     assert split_rationale(told, "Answer:") == ("Answer: is what I must give. 2 + 2 is 4.", "4")
     for broken in ("4", "Answer: 4", "It is 4. Answer:", ""):
         assert split_rationale(broken, "Answer:") is None
+
+
+def test_what_stands_behind_the_last_marker_is_the_gold_answer():
+    assert gold_answer("5 #### of 6, so #### 30 eggs\n", "####") == "30 eggs"
+    assert gold_answer(" 30 eggs ", None) == gold_answer("30 eggs", "####") == "30 eggs"
