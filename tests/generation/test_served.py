@@ -14,6 +14,9 @@ import yaml
 from chat_server import ChatServer
 from processes import ROOT, start
 
+from kd.generation.estimate import price
+from kd.generation.settings import ServerSettings
+
 HIDDEN = "answer as a careful expert would"
 KEY = "sk-never-to-be-written"
 SAMPLES = 39 * 3  # one of the forty prompts is in the evaluation data
@@ -160,3 +163,9 @@ def test_what_the_server_refuses_is_an_error_that_a_recipe_may_accept(folder, tm
         assert len(server.requests) == asked + 3  # it was asked once more
     train = (tmp_path / "train.jsonl").read_text()
     assert " 4?" in train and " 3?" not in train
+
+
+def test_each_kind_of_token_has_its_own_price():
+    server = ServerSettings(price_per_million_tokens=[2.5, 10.0])
+    assert price(1e6, 0, server) == 2.5 and price(0, 1e6, server) == 10.0
+    assert price(1, 1, ServerSettings()) is None
