@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kd.evaluation.comparison import loss, pair_numbers
+from kd.evaluation.comparison import compare_one, loss, pair_numbers
 from kd.evaluation.items import Metric
 
 
@@ -50,3 +50,20 @@ def test_what_is_lost_is_above_zero_where_the_student_is_worse():
                   higher_is_better=False, perplexity=True)  # fmt: skip
     wanted = math.exp(1.4) / math.exp(1.1) - 1
     assert loss(nats, ["student"], "teacher", 0.0)["value"] == pytest.approx(wanted)
+
+
+def test_p_values_are_corrected_among_students_and_among_pairs_with_the_start_apart():
+    hard = [0.1 * n for n in range(10)]
+    near = [x + 0.02 * (-1) ** n + 0.03 for n, x in enumerate(hard)]
+    models = {"start": near, "a": [x + 0.05 for x in hard], "b": hard}
+    roles = {"start": "start", "a": "student", "b": "student"}
+    settings = {name: {"role": role, "models": [name]} for name, role in roles.items()}
+    found = compare_one(metric(models, higher_is_better=True), settings, "teacher")["pairs"]
+    pairs = {(pair["first"], pair["second"]): pair for pair in found}
+    alone = pairs.pop(("a", "b"))
+    assert alone["p_holm"] == alone["p_value"] < 0.01
+    least, most = sorted(pair["p_value"] for pair in pairs.values())
+    assert sorted(pair["p_holm"] for pair in pairs.values()) == [
+        pytest.approx(2 * least),
+        pytest.approx(max(2 * least, most)),
+    ]
