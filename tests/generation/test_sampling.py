@@ -12,7 +12,8 @@ from kd.generation.sampling import (
     load_questions,
     wanted_samples,
 )
-from kd.generation.session import request_of
+from kd.generation.server import Completion
+from kd.generation.session import request_of, served_row
 from kd.generation.settings import GenerationSettings, ServerSettings
 
 
@@ -195,3 +196,18 @@ def test_template_arguments_reach_a_server(prompts):
     assert request_of(sample)["extra_body"] == {"chat_template_kwargs": {"enable_thinking": False}}
     (sample,) = wanted(prompts[:1])
     assert "extra_body" not in request_of(sample)
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", "content_filter", "tool_calls"])
+def test_only_an_answer_that_came_to_its_end_is_whole(prompts, finish):
+    (sample,) = wanted(prompts[:1])
+    row = served_row(sample, Completion("so", finish, 3, 2, "big", None))
+    assert row["stopped"] == (finish == "stop")
+
+
+def test_a_servers_answers_are_its_own_whatever_type_weights_would_have(prompts):
+    asked = [Question(prompts[0])]
+    ours, other = settings(), settings(dtype="float32")
+    (here,) = wanted_samples(asked, ours)
+    (there,), (again,) = (wanted_samples(asked, s, served=True) for s in (ours, other))
+    assert here.key != there.key == again.key
