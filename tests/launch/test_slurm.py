@@ -117,7 +117,7 @@ def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster
 
     Without --batch the signal comes to the launchers and ranks alone, here before they handle it.
     """
-    run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=40, save_steps=1000)
+    run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=80, save_steps=1000)
     assert wait_for(lambda: len(run.ranks()) == 2, 120), run.batch_log()
     cluster.run("scancel", "--signal=TERM", run.job)
     assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
@@ -126,9 +126,9 @@ def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
     assert run.end() == "COMPLETED", run.told()
     assert run.restarts() == 2 and (run.output / "done.json").exists()
-    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 40", run.printed()).group(1)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 80", run.printed()).group(1)
     assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
-    assert run.steps() == 40  # each of them once
+    assert run.steps() == 80  # each of them once
     assert run.printed().count("rows a step: 8 = 2 processes") == 2  # one run, not one a node
     assert (LOGS / f"warned-{run.job}-node1.out").exists()  # a log for every node
 
