@@ -20,14 +20,15 @@ def judged(*verdicts: tuple[str, str]) -> dict:
             key = f"{i} {order}"
             wanted.append(Judgement("model", question, 1, order, {}, key))
             rows[key] = {"text": text, "top_log_probabilities": None}
-    answers = {str(i): ["answer"] for i in range(len(verdicts))}
-    return pair_result(PAIRS, wanted, rows, answers, answers)
+    answers, others = ({str(i): [x] for i in range(len(verdicts))} for x in ("answer", "other one"))
+    return pair_result(PAIRS, wanted, rows, answers, others)
 
 
 def test_the_models_answer_stands_first_in_order_0_and_second_in_order_1():
     found = judged(("[[A]]", "[[B]]"), ("[[B]]", "[[A]]"), ("[[A]]", "[[A]]"), ("[[C]]", "[[C]]"))
     assert [item["preference"] for item in found["items"]] == [1.0, 0.0, 0.5, 0.5]
     assert found["overall"]["mean"] == 0.5 and found["ties"] == 2
+    assert {(item["length"], item["baseline_length"]) for item in found["items"]} == {(6, 9)}
     assert found["consistency"] == 3 / 4  # twice the same letter is no one winner
     assert judged(("[[C]]", "[[B]]"))["consistency"] == 0.0  # neither are a tie and a win
 

@@ -108,6 +108,16 @@ def test_a_server_that_answers_nothing_stops_the_run():
         ask(ChatServer(served.url, retries=0), requests(50))  # nobody listens there now
 
 
+def test_a_server_that_answers_now_and_then_does_not_stop_the_run():
+    def moody(request: dict) -> dict:
+        third = int(request["messages"][0]["content"][:-1]) % 3 == 2
+        return some_answer(request) if third else {"refused": "not now"}
+
+    with Served(moody) as served:
+        results = ask(ChatServer(served.url, concurrency=1), requests(12))
+    assert [isinstance(results[i], Failure) for i in range(12)] == [True, True, False] * 4
+
+
 def test_log_probabilities_are_handed_on():
     content = [
         {"token": "m", "logprob": -0.1, "bytes": [], "top_logprobs": [
