@@ -21,9 +21,7 @@ from kd.data.masks import CutRow, Encoder
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and torchrun send to all of a job
 SMALL = 8  # chunks that one process encodes before others could have started
-PATIENCE = (
-    5.0  # seconds until a worker that has not begun is replaced; usually it takes milliseconds
-)
+PATIENCE = 5.0  # seconds until a worker is replaced that has not begun; it takes milliseconds
 
 _encoder: Encoder  # of a worker
 
