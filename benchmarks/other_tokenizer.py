@@ -8,8 +8,9 @@ one, so that every token maps: GOLD's "bayesian" merge is then our divergence, r
 it raises probabilities to 1e-8; "observed", its default, takes the logits one position late. In the
 second part a student with a tokenizer of its own (--start makes it: random weights, half as many
 ids) learns from the quickstart's text, with the teacher's distributions or without, on the same
-rows; bits per byte of held-out text can be compared between tokenizers. Finished students stay in
---out_dir: run it again to go on.
+rows; and so does one with the teacher's tokenizer, without alignment, which says how much of it the
+other tokenizer costs. Bits per byte of held-out text can be compared between tokenizers. Finished
+students stay in --out_dir: run it again to go on.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -71,7 +73,7 @@ def main() -> None:
     (settings,) = parse(OtherTokenizerBenchmark, description=__doc__)
     torch.set_num_threads(1)
     if settings.start:
-        make_student(Path(settings.start), settings.vocabulary)
+        make_student(Path(settings.start), own_tokenizer(settings.vocabulary))
         return
     figures = {
         **({"beside_trl": beside_trl(settings.rows)} if importlib.util.find_spec("trl") else {}),
@@ -92,8 +94,8 @@ def read(name: str, count: int | None = None) -> list[dict]:
         return [json.loads(line) for line in islice(file, count)]
 
 
-def make_student(folder: Path, vocabulary: int) -> None:
-    """A byte-level BPE tokenizer of the quickstart's text, and a small model of random weights."""
+def own_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the quickstart's text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,13 +106,17 @@ def make_student(folder: Path, vocabulary: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator((row["text"] for row in read("text_train", 4000)), trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
         pad_token="<|endoftext|>",
         chat_template="{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}",
     )
+
+
+def make_student(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A small model of random weights."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -206,23 +212,28 @@ def our_losses(rows: list[EncodedRow], tokenizer, divergence: str) -> list[float
 
 def students(settings: OtherTokenizerBenchmark) -> list[dict]:
     """Bits per byte of held-out texts and conversations after training in each way."""
-    start, found = Path(settings.out_dir) / "start", []
-    if not (start / "config.json").exists():
-        make_student(start, settings.vocabulary)
-    for way in settings.ways:
-        folder, weight = Path(settings.out_dir) / way.replace(" ", "_"), WAYS[way]
-        printed = train(start, folder, weight, settings)
+    tokenizers = {
+        "its own": own_tokenizer(settings.vocabulary),
+        "the teacher's": load_tokenizer(TEACHER),
+    }
+    found = []
+    for (whose, tokenizer), way in product(tokenizers.items(), settings.ways):
+        parent, weight = Path(settings.out_dir) / whose.replace(" ", "_"), WAYS[way]
+        folder, aligned = parent / way.replace(" ", "_"), whose == "its own"
+        if not (parent / "start" / "config.json").exists():
+            make_student(parent / "start", tokenizer)
+        printed = train(parent / "start", folder, weight, aligned, settings.steps)
         (folder / "printed.txt").write_text(printed) if printed else None
         told = (folder / "printed.txt").read_text().splitlines()
         found.append(
-            {"way": way, "soft_weight": weight}
+            {"tokenizer": whose, "way": way, "soft_weight": weight}
             | {part: bits_per_byte(folder, part, settings.heldout) for part in ("text", "chat")}
             | {"alignment": next((x for x in told if x.startswith("alignment:")), None)}
         )
     return found
 
 
-def train(start: Path, folder: Path, weight: float, settings: OtherTokenizerBenchmark) -> str:
+def train(start: Path, folder: Path, weight: float, aligned: bool, steps: int) -> str:
     """By the real command line; "" where it is finished already."""
     if (folder / "done.json").exists():
         return ""
@@ -230,23 +241,28 @@ def train(start: Path, folder: Path, weight: float, settings: OtherTokenizerBenc
         {"path": f"{DATA}/text_train.jsonl", "count": 6000},
         {"path": f"{DATA}/chat_train.jsonl", "count": 2000},
     ]
-    script = ["train/sft.py", "--model", str(start)]
+    script = ["train/sft.py", "--model", start]
     if weight:
-        script = ["train/distill.py", "--student", str(start), "--teacher", TEACHER]
-        script += ["--align_tokenizers", "true", "--soft_weight", str(weight)]
-    command = [sys.executable, *script, "--data", json.dumps(sources), "--max_length", "256"]
-    command += [
-        "--packing",
-        "true",
-        "--global_batch_size",
-        "16",
-        "--max_steps",
-        str(settings.steps),
-    ]
-    command += ["--max_per_device_train_batch_size", "16", "--learning_rate", "2e-3"]
-    command += ["--lr_scheduler_type", "cosine", "--warmup_steps", "0.05", "--use_cpu", "true"]
-    command += ["--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true"]
-    command += ["--output_dir", str(folder)]
+        script = ["train/distill.py", "--student", start, "--teacher", TEACHER]
+        script += ["--align_tokenizers", aligned, "--soft_weight", weight]
+    flags = {
+        "data": json.dumps(sources),
+        "max_length": 256,
+        "packing": True,
+        "global_batch_size": 16,
+        "max_per_device_train_batch_size": 16,
+        "max_steps": steps,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": folder,
+    }
+    script += [part for key, value in flags.items() for part in (f"--{key}", value)]
+    command = [sys.executable, *map(str, script)]
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 

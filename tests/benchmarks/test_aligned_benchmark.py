@@ -12,6 +12,8 @@ def test_every_way_gives_bits_per_byte(docstrings, tmp_path):
     call += ["--heldout", "3", "--out_dir", tmp_path, "--json", tmp_path / "all.json"]
     succeed(*call)
     found = json.loads((tmp_path / "all.json").read_text())["students"]
-    assert [way["soft_weight"] for way in found] == [0.0, 0.5, 1.0]
+    assert [way["soft_weight"] for way in found] == [0.0, 0.5, 1.0] * 2
     assert all(1.0 < way[part] < 10.0 for way in found for part in ("text", "chat"))
-    assert found[0]["alignment"] is None and "one token for the teacher" in found[1]["alignment"]
+    told = [way["alignment"] for way in found]
+    assert "one token for the teacher" in told[1] and told[1] == told[2]
+    assert told[0] is told[3] is told[4] is told[5] is None  # the last ones have its tokenizer
