@@ -39,7 +39,7 @@ from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.tokenizer import load_tokenizer
 from kd.models.vocabularies import shared_vocabulary
-from kd.recipe import parse, setting
+from kd.recipe import as_flags, parse, setting
 from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.aligned import AlignedTeacher
 from kd.teachers.live import LiveTeacher
@@ -261,8 +261,7 @@ def train(start: Path, folder: Path, weight: float, aligned: bool, steps: int) -
         "disable_tqdm": True,
         "output_dir": folder,
     }
-    script += [part for key, value in flags.items() for part in (f"--{key}", value)]
-    command = [sys.executable, *map(str, script)]
+    command = [sys.executable, *map(str, script), *as_flags(flags)]
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 

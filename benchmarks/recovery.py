@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from kd.recipe import parse, setting
+from kd.recipe import as_flags, parse, setting
 from kd.training.checkpoint import commit
 from kd.training.exit import is_done
 from kd.training.figures import of_the_run
@@ -119,8 +119,7 @@ def command(work: Path, output: Path, steps: int) -> list[str]:
         "disable_tqdm": "true",
         "output_dir": output,
     }
-    spelt = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
-    return ["launch/cpu.sh", "--torchrun", "train/distill.py", *spelt]
+    return ["launch/cpu.sh", "--torchrun", "train/distill.py", *as_flags(flags)]
 
 
 class Start:

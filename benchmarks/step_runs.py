@@ -19,7 +19,7 @@ from kd.losses.divergences import DIVERGENCES
 from kd.models.heads import head_of, target_positions
 from kd.models.load import load_trained
 from kd.models.throughput import counted_work, matrix_rate
-from kd.recipe import parse
+from kd.recipe import as_flags, parse
 from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.load import load_whole
 from kd.training.preparation import Prepared, prepare
@@ -74,7 +74,7 @@ def prepared(
     if case.teacher:
         kinds += [TeacherSettings, ObjectiveSettings]
         flags |= {"teacher": f"{folder}/teacher", "divergence": case.divergence}
-    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    argv = as_flags(flags)
     model, data, training, *distil = parse(*kinds, argv=argv)
     teacher, objective = distil or (None, None)
     run = prepare(f"{folder}/student", model, data, training, teacher, objective)

@@ -77,10 +77,16 @@ def recipe_tokens(file: str) -> list[str]:
         raise ValueError(f"{file}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{file}: found {type(recipe).__name__}; wanted keys and values")
-    tokens = []
     for key, value in recipe.items():
         if value is None or value == "" or value == []:
             raise ValueError(f"{file}: {key} is empty; give it a value or remove the line")
+    return as_flags(recipe)
+
+
+def as_flags(recipe: dict[str, Any]) -> list[str]:
+    """Keys and values as they are spelt on a command line."""
+    tokens = []
+    for key, value in recipe.items():
         tokens.append(f"--{key}")
         if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)):
             tokens.append(json.dumps(value))

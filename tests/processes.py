@@ -45,8 +45,3 @@ def succeed(*command, **options) -> str:
     done = start(*command, **options)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
-
-
-def as_flags(settings: dict) -> list[str]:
-    """Keys of a recipe as a command line has them."""
-    return [str(x) for key, value in settings.items() for x in (f"--{key}", value)]

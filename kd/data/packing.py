@@ -123,7 +123,7 @@ def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]
 
     Rows of about one length pad each other least. Loss and gradient of a step are sums over its
     rows, wherever they stand. Batches stay as they are where nothing would be gained, and where
-    they carry more than a Collator gives them.
+    they carry more than a Collator gives them and OWN.
     """
     keys = KEYS | {OWN} & batches[0].keys()
     if len(batches) < 2 or any(batch.keys() != keys for batch in batches):

@@ -9,9 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from processes import ROOT, as_flags
+from processes import ROOT
 from slurm_cluster import ENDED, Cluster, environment, install, wait_for
 from small import small_rows
+
+from kd.recipe import as_flags
 
 pytestmark = pytest.mark.slow
 LOGS = ROOT / "runs" / "slurm"

@@ -11,9 +11,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import ROOT, as_flags, start
+from processes import ROOT, start
 from slurm_cluster import free_ports
 from small import small_rows
+
+from kd.recipe import as_flags
 
 pytestmark = pytest.mark.slow
 STEPS = 16

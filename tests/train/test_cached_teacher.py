@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import as_flags, start
+from processes import start
 from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
 from kd.models.tokenizer import load_tokenizer
+from kd.recipe import as_flags
 from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.teachers.cache import TeacherCache
 from kd.teachers.cached import open_cache

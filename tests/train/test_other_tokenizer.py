@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from cuts import permuted
-from processes import ROOT, as_flags, start, succeed
+from processes import ROOT, start, succeed
 from small import TEXT, save_small, small_rows, small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kd.recipe import as_flags
 
 NAMES = ("loss", "divergence", "cross_entropy", "teacher_entropy", "agreement", "grad_norm")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, as_flags, start
+from processes import ROOT, start
 from small import small_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd.recipe import as_flags
 from kd.training.figures import of_the_run
 from kd.training.stopping import STOPPED
 

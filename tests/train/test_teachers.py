@@ -4,11 +4,12 @@ import json
 
 import torch
 from peft import LoraConfig, get_peft_model
-from processes import ROOT, as_flags, start
+from processes import ROOT, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.models.awq_writer import WriterSettings, write
+from kd.recipe import as_flags
 
 
 def figures(output, name: str = "loss") -> list[float]:

@@ -12,11 +12,12 @@ import time
 import psutil
 import pytest
 import torch
-from processes import ROOT, as_flags, start
+from processes import ROOT, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.models.tokenizer import load_tokenizer
+from kd.recipe import as_flags
 from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.pace import straggler

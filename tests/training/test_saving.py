@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from processes import as_flags, start
+from processes import start
 from small import small_rows
 
+from kd.recipe import as_flags
 from kd.training.manifest import MANIFEST, damage, read_manifest, seal
 from kd.training.saving import checkpoints, delete_old, lack_of_space, usable_checkpoint
 

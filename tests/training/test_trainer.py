@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from processes import as_flags, start
+from processes import start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from kd.data.packing import Collator
 from kd.losses.divergences import forward_kl
 from kd.losses.fused import Objective
 from kd.models.tokenizer import load_tokenizer
+from kd.recipe import as_flags
 from kd.settings import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.settings import TrainingSettings
