@@ -2,7 +2,7 @@
 
 python benchmarks/cache.py --json benchmarks/results/cache_cpu.json
 
-Of held-out conversations of the quickstart (python -m kd.data.docstrings makes them), its untrained
+Of held-out conversations of the quickstart (python data/quickstart/docstrings.py makes them), its untrained
 student and its teacher: bytes a token, the mass that the ids have of the teacher's distribution, and
 the forward KL and the gradient of the student's hidden states beside those of the live loss.
 """
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kd.data.masks import encode_rows
+from kd.data.encoding import encode_rows
 from kd.data.sources import load_rows
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.objective import Objective
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.settings import ModelSettings, TeacherSettings
-from kd.teachers.cache import record_type
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.cache_error import UntrainedStudent
+from kd.teachers.cache_files import record_type
 from kd.teachers.cached import signal_of
 from kd.teachers.live import LiveTeacher
 from kd.teachers.scoring import score_batch

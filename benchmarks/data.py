@@ -24,17 +24,17 @@ from typing import Any
 
 import datasets
 import torch
+from kd.data.docstrings import read_docstrings, source_files
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from kd.data.cache import RowSettings, TokenisedRows, tokenised_rows
-from kd.data.docstrings import read_docstrings, source_files
-from kd.data.masks import CHUNK
+from kd.data.encoding import CHUNK
 from kd.data.packing import Collator
+from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
 from kd.data.workers import SMALL
 from kd.losses.fused import Objective
 from kd.recipe import parse, setting
-from kd.training.settings import TrainingSettings
+from kd.settings.training import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 MODEL = "data/quickstart/student"

@@ -110,7 +110,7 @@ PLANNED += ["QLoRA, ZeRO-2, bf16, teacher sharded", "LoRA, DDP, checkpointing"]
 PYTEST = ["-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
 # A profile as it is, on small models: the one road on which launcher, DeepSpeed, NF4 and NCCL meet.
 TRAINING = (
-    f"set -e; {shlex.quote(PYTHON)} -m kd.data.docstrings --out_dir runs/quickstart/data; "
+    f"set -e; {shlex.quote(PYTHON)} data/quickstart/docstrings.py --out_dir runs/quickstart/data; "
     "launch/h100.sh train/distill.py --config recipes/small/d_distill.yaml --max_steps 8 "
     f"--teacher_deepspeed ds_configs/teacher_zero3.json --output_dir {FOLDER}/run; "
     f"cp {FOLDER}/run/done.json {FIGURES}"

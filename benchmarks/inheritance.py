@@ -28,10 +28,10 @@ import torch
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
-import kd.training.session  # noqa: F401  every run is forked from here, its libraries loaded
-from kd.evaluation.statistics import difference, holm, spread
+import kd.training.run_training  # noqa: F401  every run is forked from here, its libraries loaded
+from kd.evaluation.report.statistics import difference, holm, spread
 from kd.recipe import parse, setting
-from kd.training.checkpoint import commit
+from kd.run.run_record import commit
 
 PARENT, DATA = "data/quickstart/teacher", "runs/quickstart/data"
 RECIPES = {"text": "c_text", "distill": "c_distill", "three terms": "c_distill_hidden"}

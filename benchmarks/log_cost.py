@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd.data.masks import EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.objective import Objective
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.settings import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.settings import TrainingSettings
 from kd.training.tensorboard import write_no_step_twice
 from kd.training.trainer import DistillationTrainer
 

@@ -30,18 +30,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import EncodedRow, encode_rows
+from kd.data.encoding import EncodedRow, encode_rows
 from kd.data.packing import Collator
-from kd.generation.student import Writer
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.objective import Objective
 from kd.models.heads import REPORTED
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.settings import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.run.run_record import commit
+from kd.settings.distillation import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.checkpoint import commit
 from kd.training.on_policy import StudentRows
-from kd.training.settings import TrainingSettings
+from kd.training.rollouts import Writer
 from kd.training.trainer import DistillationTrainer
 
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
@@ -270,7 +270,7 @@ def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
                 with torch.no_grad():
                     _, out = trainer.compute_loss(trainer.model.eval(), inputs, True, 1)
                 sums = dict(zip(REPORTED, out["metrics"].tolist(), strict=True))
-                mark = "own_" if text == "own" else ""
+                mark = "on_policy_" if text == "own" else ""
                 tokens = sums[f"{mark}tokens"]
                 figures[f"{divergence} over {text} text"] = sums[f"{mark}divergence"] / tokens
                 teacher = sums[f"{mark}teacher_cross_entropy"] / tokens

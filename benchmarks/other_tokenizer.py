@@ -33,17 +33,17 @@ from transformers import (
 )
 
 from kd.data.alignment import AlignedCollator, AlignedEncoder
-from kd.data.masks import IGNORED, EncodedRow, Encoder, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder, encode_rows
 from kd.data.packing import Collator
+from kd.data.tokenizer import load_tokenizer
+from kd.data.vocabularies import shared_vocabulary
 from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
-from kd.models.tokenizer import load_tokenizer
-from kd.models.vocabularies import shared_vocabulary
 from kd.recipe import as_flags, parse, setting
-from kd.settings import ModelSettings, TeacherSettings
-from kd.teachers.aligned import AlignedTeacher
+from kd.run.run_record import commit
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.live import LiveTeacher
-from kd.training.checkpoint import commit
 
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
 DATA = "runs/quickstart/data"
@@ -276,9 +276,11 @@ def bits_per_byte(folder: Path, part: str, count: int) -> float:
         logits = model(torch.tensor([row.input_ids])).logits[0, :-1, : len(tokenizer)]
         labels = torch.tensor(row.labels[1:])
         nats += torch.nn.functional.cross_entropy(
-            logits, labels, ignore_index=IGNORED, reduction="sum"
+            logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"
         ).item()
-        size += len(tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True).encode())
+        size += len(
+            tokenizer.decode(labels[labels != IGNORE_INDEX], skip_special_tokens=True).encode()
+        )
     return nats / size / torch.log(torch.tensor(2.0)).item()
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from random_checkpoint import qwen_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from kd.models.random_checkpoint import qwen_config
 from kd.recipe import parse, setting
-from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.training import session
-from kd.training.exit import leave
-from kd.training.settings import TrainingSettings
+from kd.run.exit import leave
+from kd.settings.distillation import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
+from kd.training import run_training as session
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -27,11 +27,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from kd.recipe import as_flags, parse, setting
-from kd.training.checkpoint import commit
-from kd.training.exit import is_done
-from kd.training.figures import of_the_run
-from kd.training.manifest import MANIFEST
-from kd.training.saving import ASIDE, NAME, checkpoints, step_of
+from kd.run.exit import is_done
+from kd.run.run_record import commit
+from kd.training.checkpoints.checkpoint import ASIDE, NAME, checkpoints, step_of
+from kd.training.checkpoints.manifest import MANIFEST
+from kd.training.step_metrics import of_the_run
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_A_KILL, SAVE_STEPS = 6, 2  # a start is killed before it has come on by so many

@@ -6,7 +6,7 @@ Counted: every collective of torch.distributed in one optimizer step (the third)
 2 and 4 CPU processes, DeepSpeed and Trainer as they are; each weighed as on a ring, where an
 all-reduce of n bytes sends 2 (N - 1) / N n and a gather or a reduce-scatter half of that. DeepSpeed's
 stage3_max_reuse_distance and the teacher's persistence threshold are scaled down with the models, so
-that as little of them stays gathered as of large ones. The formula is kd.models.throughput.sent_bytes.
+that as little of them stays gathered as of large ones. The formula is kd.planning.throughput.sent_bytes.
 
 Modelled, not measured: seconds at 8, 64 and 1 024 GPUs for every recipe, of full rows at the recipe's
 global batch; where that has fewer rows than there are GPUs, each has one and the batch grows. A ring
@@ -30,7 +30,7 @@ from scale_counted import CountedSettings, be_a_rank, make_models
 from scale_modelled import ModelledSettings, at_scale
 
 from kd.recipe import parse, setting
-from kd.training.checkpoint import commit
+from kd.run.run_record import commit
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +100,7 @@ def counted_rows(settings: CountedSettings) -> list[dict[str, Any]]:
 
 def markdown(report: dict[str, Any]) -> str:
     lines = ["# Bytes between processes", "", "    " + report["command"], ""]
-    lines += ["Counted in one optimizer step of small models, beside kd.models.throughput:", ""]
+    lines += ["Counted in one optimizer step of small models, beside kd.planning.throughput:", ""]
     lines += ["| layout | ranks | MB sent by a rank | formula / counted |", "|---|---|---|---|"]
     for row in report["counted"]:
         ratio = row["formula_over_counted"]

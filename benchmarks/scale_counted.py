@@ -11,23 +11,23 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from random_checkpoint import qwen_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2ForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from kd.data.masks import EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.objective import Objective
-from kd.models.layout import Layout
 from kd.models.load import load_trained
-from kd.models.random_checkpoint import qwen_config
-from kd.models.throughput import sent_bytes
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import ModelSettings, TeacherSettings
+from kd.planning.layout import Layout
+from kd.planning.throughput import sent_bytes
+from kd.run.exit import leave
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.exit import leave
-from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]

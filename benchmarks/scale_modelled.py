@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from kd.models.layout import Layout
-from kd.models.throughput import Rates, duration, sent_bytes
+from kd.planning.layout import Layout
+from kd.planning.throughput import Rates, duration, sent_bytes
 from kd.recipe import setting
-from kd.settings import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
 
 ROOT = Path(__file__).parents[1]
 MICRO = 4  # rows at a time at most

@@ -30,7 +30,7 @@ from step_runs import measured
 from step_watch import WARM_UP
 
 from kd.recipe import parse, setting
-from kd.training.checkpoint import commit
+from kd.run.run_record import commit
 
 IMPLEMENTATIONS = ("ours", "trl", "naive")
 

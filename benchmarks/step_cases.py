@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
-
 from kd.data.docstrings import read_docstrings, source_files
-from kd.models.random_checkpoint import qwen_config, write_random
+from random_checkpoint import qwen_config, write_random
+from transformers import PreTrainedTokenizerFast
 
 TOKENIZER = Path(__file__).parents[1] / "data/quickstart/student/tokenizer.json"
 # No character follows an answer's end, which TRL's collator would take for a target.

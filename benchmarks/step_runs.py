@@ -13,18 +13,18 @@ from torch.profiler import profile
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from kd.data.masks import IGNORED
+from kd.data.encoding import IGNORE_INDEX
 from kd.data.packing import Collator
 from kd.losses.divergences import DIVERGENCES
+from kd.models.frozen import load_whole
 from kd.models.heads import head_of, target_positions
 from kd.models.load import load_trained
-from kd.models.throughput import counted_work, matrix_rate
+from kd.planning.throughput import counted_work, matrix_rate
 from kd.recipe import as_flags, parse
-from kd.settings import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.teachers.load import load_whole
+from kd.settings.distillation import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.training.preparation import Prepared, prepare
-from kd.training.session import load_trainer
-from kd.training.settings import TrainingSettings
+from kd.training.run_training import load_trainer
 
 TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 
@@ -151,7 +151,7 @@ def naive(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
     student.train()
     for step in range(watch.steps):
         step_batches = [next(batches) for _ in range(case.accumulation)]
-        count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in step_batches)
+        count = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in step_batches)
         for batch in step_batches:
             batch = {name: value.to(training.device) for name, value in batch.items()}
             watch.count(batch)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.profiler import profile
 from transformers import Trainer, TrainerCallback
 
-from kd.data.masks import IGNORED
-from kd.training.figures import memory_bytes
+from kd.data.encoding import IGNORE_INDEX
+from kd.training.step_metrics import memory_bytes
 from kd.training.step_times import StepTimes
 
 WARM_UP = 1  # steps
@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
         trainer.train()
 
     def count(self, batch: dict[str, Tensor]) -> None:
-        targets = (batch["labels"][:, 1:] != IGNORED).sum()
+        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         self.counts.append((targets, batch["input_ids"].numel()))
 
     def on_step_end(self, args, state, control, **_) -> None:

@@ -26,15 +26,15 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from random_checkpoint import GROUP, qwen_config, write_random
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kd.losses.fused import Objective, TeacherSignal
 from kd.models import awq, awq_writer, sharding
 from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
-from kd.models.random_checkpoint import GROUP, qwen_config, write_random
 from kd.recipe import parse, setting
-from kd.training.exit import leave
+from kd.run.exit import leave
 
 DS_CONFIG = "ds_configs/teacher_zero3.json"
 SHAPES = {  # hidden, intermediate, layers, heads, key and value heads; Qwen2.5's

@@ -14,9 +14,10 @@ would measure is found on the way, and written as its files.
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.data.tokenizer import check_same_tokenizer
+from kd.distributed import print_rank0, start_gloo
 from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
 from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
-from kd.evaluation.processes import say, start_processes
 from kd.evaluation.results import (
     agreement_result,
     describe,
@@ -27,9 +28,8 @@ from kd.evaluation.results import (
     write_result,
 )
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
-from kd.models.tokenizer import check_same_tokenizer
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main() -> None:
     for path in settings.named_models.values():
         check_same_tokenizer(tokenizer, settings.tokenizer(path))
     raw = load_sources(settings.sources, settings.mixture_seed)
-    start_processes()
+    start_gloo()
     folder = Path(agreement.out_dir) / "agreement"
     teacher = {"teacher": agreement.teacher, "teacher_files_hash": fingerprint(agreement.teacher)}
     wanted = missing_results(settings, folder, rows_hash(raw), tokenizer, **teacher)
@@ -82,18 +82,18 @@ def write_likelihood(name: str, file: Path, description: dict, result: dict) -> 
     """The file of eval/perplexity.py, which would have read the same rows."""
     if not is_measured(file, description, quiet=True):
         write_result(file, description, result)
-        say(f"{likelihood_text(name, result)}\nwrote {file}")
+        print_rank0(f"{likelihood_text(name, result)}\nwrote {file}")
 
 
 def show(name: str, result: dict, file: Path) -> None:
     for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
-        say(
+        print_rank0(
             f"{name}, {source}: KL(teacher || student) {means['forward_kl']:.4g}, KL(student || "
             f"teacher) {means['reverse_kl']:.4g} nats a token; top-1 agreement "
             f"{means['top1_agreement']:.1%}, in the five first {means['top5_overlap']:.1%}"
         )
     error = result["calibration"]["expected_error"]
-    say(f"{name}: expected calibration error {error:.3f}\nwrote {file}")
+    print_rank0(f"{name}: expected calibration error {error:.3f}\nwrote {file}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kd.evaluation.models import EvaluationSettings
 from kd.evaluation.results import describe, is_measured, write_result, write_text
 from kd.evaluation.rows import text_hash
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 MATCH = "the reference's words in the answer, without case, punctuation and articles"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from kd.distributed import barrier, print_rank0, rank, start_gloo, world_size
 from kd.evaluation.harness import (
     SharedModel,
     check_task_data,
@@ -24,10 +25,9 @@ from kd.evaluation.harness import (
     write_task_files,
 )
 from kd.evaluation.models import ModelSelection
-from kd.evaluation.processes import PROCESSES, RANK, barrier, say, start_processes
 from kd.evaluation.results import describe_model, is_measured, write_result
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 
 @dataclass
@@ -56,13 +56,13 @@ class BenchmarkSettings:
 def main() -> None:
     selection, settings = parse(ModelSelection, BenchmarkSettings, description=__doc__)
     folder = Path(settings.out_dir) / "benchmarks" / "task_files"
-    start_processes()
+    start_gloo()
     wanted = missing_results(selection, settings)
     if not wanted:
         return
     tasks = list(dict.fromkeys(task for files in wanted.values() for task in files))
     local = {task: files for task, files in settings.files.items() if task in tasks}
-    if RANK == 0:
+    if rank() == 0:
         write_task_files(local, folder)
     barrier()
     manager = find_tasks(tasks, local, folder)
@@ -108,7 +108,7 @@ def missing_results(
                 limit=settings.limit,
                 apply_chat_template=settings.apply_chat_template,
                 lm_eval=version("lm_eval"),
-                processes=PROCESSES,
+                processes=world_size(),
             )
             file = Path(settings.out_dir) / "benchmarks" / task / f"{name}.json"
             if not is_measured(file, description):
@@ -121,8 +121,8 @@ def show(name: str, result: dict, file: Path) -> None:
         count = len(found["items"]["hashes"])
         metrics = {k: v for k, v in found["metrics"].items() if "_stderr" not in k}
         told = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-        say(f"{name}, {task}: {told} over {count} documents")
-    say(f"wrote {file}")
+        print_rank0(f"{name}, {task}: {told} over {count} documents")
+    print_rank0(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -19,19 +19,25 @@ from typing import Literal
 
 import torch
 
-from kd.evaluation.conversations import answer_questions
-from kd.evaluation.judge_prompts import read_prompts
-from kd.evaluation.judging import Judge, Judgement, pair_result, score_result, wanted_judgements
-from kd.evaluation.local_judge import LocalJudge
+from kd.distributed import device, print_rank0, rank, start_gloo
+from kd.evaluation.judge.judge_prompts import read_prompts
+from kd.evaluation.judge.judged_answers import answer_questions
+from kd.evaluation.judge.judging import (
+    Judge,
+    Judgement,
+    pair_result,
+    score_result,
+    wanted_judgements,
+)
+from kd.evaluation.judge.local_judge import LocalJudge
+from kd.evaluation.judge.questions import Question, check_answered, read_answers, read_questions
 from kd.evaluation.models import check_path, fingerprint, parse_models
-from kd.evaluation.processes import RANK, device, say, start_processes
-from kd.evaluation.questions import Question, check_answered, read_answers, read_questions
 from kd.evaluation.results import write_result
 from kd.generation.records import append, cut_torn_lines, read_records, record_file
 from kd.generation.sampling import digest
 from kd.generation.server import ChatServer, Completion, Failure
 from kd.recipe import parse, require_file, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 JUDGEMENTS = "judgements"
 
@@ -115,9 +121,9 @@ def main() -> None:
     )
     # Before anything is answered: a wrong URL or a missing key shows at once.
     client = open_client(settings) if settings.server else None
-    start_processes()
+    start_gloo()
     answers = all_answers(settings, questions)
-    if RANK:
+    if rank():
         return
     wanted = {
         name: wanted_judgements(judge, name, questions, answers[name], references, *against)
@@ -213,7 +219,7 @@ def ask_missing(
     known = verdicts(folder)
     missing = [judgement for judgement in wanted if judgement.key not in known]
     characters = sum(len(m["content"]) for j in missing for m in j.request["messages"])
-    say(
+    print_rank0(
         f"judgements: {len(wanted)} wanted, {len(wanted) - len(missing)} there already, "
         f"{len(missing)} to ask ({characters} characters of prompts)"
     )
@@ -316,18 +322,18 @@ def show(name: str, result: dict, file: Path) -> None:
         for turn, found in result["turns"].items()
         if found["mean"] is not None
     )
-    say(
+    print_rank0(
         f"{name}: {kind} {mean} over {overall['n']} ({turns}); without a verdict: "
         f"{overall['without_verdict']}"
     )
     if "consistency" in result:
         controlled, same = result["length_controlled_win_rate"], result["consistency"]
-        say(
+        print_rank0(
             f"{name}: ties {result['ties']}; at equal length "
             + ("not computed: too few" if controlled is None else f"{controlled:.4g}")
             + ("" if same is None else f"; {same:.1%} of the pairs have one winner in both orders")
         )
-    say(f"wrote {file}")
+    print_rank0(f"wrote {file}")
 
 
 if __name__ == "__main__":

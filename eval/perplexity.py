@@ -12,9 +12,9 @@ the sums of every row. `launch/PROFILE.sh eval/perplexity.py ...` shares the wor
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.distributed import print_rank0, start_gloo
 from kd.evaluation.likelihood import make_batches, row_sums
 from kd.evaluation.models import EvaluationSettings
-from kd.evaluation.processes import say, start_processes
 from kd.evaluation.results import (
     describe,
     is_measured,
@@ -24,7 +24,7 @@ from kd.evaluation.results import (
 )
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PerplexitySettings:
 def main() -> None:
     settings, perplexity = parse(EvaluationSettings, PerplexitySettings, description=__doc__)
     raw = load_sources(settings.sources, settings.mixture_seed)
-    start_processes()
+    start_gloo()
     for name, path in settings.named_models.items():
         measure(name, path, settings, perplexity, raw)
 
@@ -57,7 +57,7 @@ def measure(
     sums = row_sums(settings.load(path), batches, len(tokenizer), description=name)
     result = likelihood_result(rows, sums.rows[:, 0])
     write_result(file, description, result)
-    say(f"{likelihood_text(name, result)}\nwrote {file}")
+    print_rank0(f"{likelihood_text(name, result)}\nwrote {file}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kd.evaluation.comparison import compare
-from kd.evaluation.items import read_metrics
-from kd.evaluation.plots import find_histories, plot_bars, plot_curves, plot_trade_off
-from kd.evaluation.report import read_samples, render
+from kd.evaluation.report.comparison import compare
+from kd.evaluation.report.items import read_metrics
+from kd.evaluation.report.plots import find_histories, plot_bars, plot_curves, plot_trade_off
+from kd.evaluation.report.report import read_samples, render
+from kd.evaluation.report.summary import NOT_RUN, read_results, summarise
+from kd.evaluation.report.tables import plain_table, summary_rows
 from kd.evaluation.results import write_text
-from kd.evaluation.summary import NOT_RUN, read_results, summarise
-from kd.evaluation.tables import plain_table, summary_rows
 from kd.recipe import parse, require_file, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 BARS, CURVES, TRADE_OFF = "perplexity_and_kl.png", "training_curves.png", "size_and_speed.png"
 

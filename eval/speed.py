@@ -18,7 +18,7 @@ from kd.evaluation.models import ADAPTER, ModelSelection, is_adapter
 from kd.evaluation.results import describe_model, is_measured, write_result
 from kd.evaluation.speed import measure
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 
 @dataclass

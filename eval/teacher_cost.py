@@ -12,16 +12,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.data.tokenizer import check_same_tokenizer
+from kd.distributed import print_rank0, start_gloo
 from kd.evaluation.likelihood import make_batches, row_sums, teacher_states
 from kd.evaluation.models import EvaluationSettings, check_path, fingerprint
-from kd.evaluation.processes import say, start_processes
 from kd.evaluation.results import agreement_result, missing_results, write_result
 from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
 from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import TensorFiles
-from kd.models.tokenizer import check_same_tokenizer
 from kd.recipe import parse, setting
-from kd.training.exit import run
+from kd.run.exit import run
 
 
 @dataclass
@@ -41,7 +41,7 @@ def main() -> None:
     for path in settings.named_models.values():
         check_same_tokenizer(tokenizer, settings.tokenizer(path))
     raw = load_sources(settings.sources, settings.mixture_seed)
-    start_processes()
+    start_gloo()
     teacher = {"teacher": cost.teacher, "teacher_files_hash": fingerprint(cost.teacher)}
     folder = Path(cost.out_dir) / "teacher_cost"
     wanted = missing_results(settings, folder, rows_hash(raw), tokenizer, **teacher)
@@ -71,14 +71,14 @@ def stored_bytes(path: str) -> int:
 
 def show(name: str, result: dict, file: Path) -> None:
     size = result["bytes"] / result["teacher_bytes"]
-    say(f"{name}: {result['bytes']:,} bytes, {size:.1%} of the teacher's")
+    print_rank0(f"{name}: {result['bytes']:,} bytes, {size:.1%} of the teacher's")
     for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
-        say(
+        print_rank0(
             f"{name}, {source}: KL(unquantised || {name}) {means['forward_kl']:.4g} nats a token; "
             f"top-1 agreement {means['top1_agreement']:.1%}; perplexity "
             f"{means['teacher_perplexity']:.4g} -> {means['perplexity']:.4g}"
         )
-    say(f"wrote {file}")
+    print_rank0(f"wrote {file}")
 
 
 if __name__ == "__main__":

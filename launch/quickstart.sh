@@ -35,7 +35,7 @@ teacher_rate=() student_rate=()
 step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 
 step "1/7 data: docstrings of the installed packages"
-[[ -f $out/data/chat_heldout.jsonl ]] || python -m kd.data.docstrings --out_dir "$out/data"
+[[ -f $out/data/chat_heldout.jsonl ]] || python data/quickstart/docstrings.py --out_dir "$out/data"
 
 step "2/7 teacher: QLoRA on text and chat, two processes; student: half of its blocks"
 launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}" "${teacher_rate[@]}"

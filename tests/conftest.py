@@ -32,5 +32,5 @@ def docstrings() -> Path:
     """The quickstart's text, which small recipes read."""
     folder = ROOT / "runs/quickstart/data"
     if not (folder / "chat_heldout.jsonl").exists():
-        succeed("python", "-m", "kd.data.docstrings", "--out_dir", folder)
+        succeed("python", "data/quickstart/docstrings.py", "--out_dir", folder)
     return folder

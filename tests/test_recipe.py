@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from kd.recipe import parse, setting
-from kd.settings import (
+from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -13,7 +13,7 @@ from kd.settings import (
     StudentSettings,
     TeacherSettings,
 )
-from kd.training.settings import derive_batch
+from kd.settings.training import derive_batch
 
 
 @dataclass

@@ -8,19 +8,19 @@ by the same command.
 """
 
 from kd.recipe import parse
-from kd.settings import (
+from kd.run.exit import run
+from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     StudentSettings,
     TeacherSettings,
 )
+from kd.settings.training import TrainingSettings
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cached import signal_of
 from kd.teachers.scoring import describe, fill_cache
-from kd.training.exit import run
 from kd.training.preparation import prepare_scoring
-from kd.training.settings import TrainingSettings
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 """
 
 from kd.recipe import parse
-from kd.settings import (
+from kd.run.exit import run
+from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -12,9 +13,8 @@ from kd.settings import (
     StudentSettings,
     TeacherSettings,
 )
-from kd.training.exit import run
-from kd.training.session import train
-from kd.training.settings import TrainingSettings
+from kd.settings.training import TrainingSettings
+from kd.training.run_training import train
 
 
 def main() -> None:

@@ -7,19 +7,13 @@ URL). Writes raw.jsonl (every answer, appended at once: run the same command aga
 train.jsonl (the rows to train on). The processes of a launch profile or of torchrun share the work.
 """
 
-from datetime import timedelta
-
-import torch.distributed as dist
-
 from kd.data.near_duplicates import Overlap
 from kd.data.sources import check_sources
+from kd.distributed import rank, start_gloo
 from kd.generation.estimate import used
 from kd.generation.filters import evaluation_texts, training_rows
 from kd.generation.records import read_answers
-from kd.generation.sampling import wanted_samples
-from kd.generation.session import (
-    PROCESSES,
-    RANK,
+from kd.generation.run_generation import (
     ask_missing,
     check_failures,
     choose_questions,
@@ -29,9 +23,10 @@ from kd.generation.session import (
     report_start,
     score_missing,
 )
-from kd.generation.settings import FilterSettings, GenerationSettings, ServerSettings
+from kd.generation.sampling import wanted_samples
 from kd.recipe import parse
-from kd.training.exit import run
+from kd.run.exit import run
+from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
 
 
 def main() -> None:
@@ -43,8 +38,7 @@ def main() -> None:
     evaluation = Overlap(evaluation_texts(filters.evaluation_sources, settings.mixture_seed))
     questions = choose_questions(settings, filters, evaluation)
     samples = wanted_samples(questions, settings, served=server.server is not None)
-    if PROCESSES > 1:  # for barriers alone; one process may wait hours for another's last batch
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    start_gloo()
     answers = earlier_answers([settings, server, filters])
     report_start(settings, server, samples, answers)
     if server.estimate_only:
@@ -56,7 +50,7 @@ def main() -> None:
     answers, errors = read_answers(settings.output_dir)
     check_failures(samples, answers, errors, server)
     rewards = score_missing(settings, filters, samples, answers, evaluation)
-    if RANK == 0:
+    if rank() == 0:
         if server.server:
             print(used(answers, server))
         finish(settings, *training_rows(samples, answers, filters, rewards, evaluation))

@@ -16,13 +16,13 @@ from typing import Literal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kd.data.sources import check_sources
+from kd.data.tokenizer import load_tokenizer
+from kd.distributed import device
 from kd.evaluation.influence import MEASURED, measured_layers, text_batches
-from kd.evaluation.processes import device
 from kd.models.inherit import CHOICES, check_keep, check_layers, inherit, parent_config
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse, parse_json_list, setting
-from kd.training.checkpoint import write_record
-from kd.training.exit import is_done, mark_done, run
+from kd.run.exit import is_done, mark_done, run
+from kd.run.run_record import write_record
 
 
 @dataclass

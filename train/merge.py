@@ -19,12 +19,12 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kd.data.sources import check_sources
+from kd.data.tokenizer import generation_config, load_tokenizer
 from kd.evaluation.merged import four_bit_difference
 from kd.models.card import model_card, read_run
 from kd.models.gguf import check_llama_cpp, compare_gguf, write_gguf
-from kd.models.tokenizer import generation_config, load_tokenizer
 from kd.recipe import parse, parse_json_list, setting
-from kd.training.exit import DONE, is_done, mark_done, run
+from kd.run.exit import DONE, is_done, mark_done, run
 
 
 @dataclass

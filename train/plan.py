@@ -14,9 +14,9 @@ import torch
 import yaml
 
 from kd.losses.objective import Objective
-from kd.models.fitting import Machine, available_memory, fit, layout_of
-from kd.models.layout import GIB, Plan
-from kd.models.throughput import (
+from kd.planning.fitting import Machine, available_memory, fit, layout_of
+from kd.planning.layout import GIB, Plan
+from kd.planning.throughput import (
     Duration,
     Rates,
     describe_disk,
@@ -25,16 +25,16 @@ from kd.models.throughput import (
     measure,
 )
 from kd.recipe import parse, require_file, setting
-from kd.settings import (
+from kd.run.exit import run
+from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
     ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
 )
-from kd.training.exit import run
+from kd.settings.training import TrainingSettings
 from kd.training.preparation import objectives, with_dtype
-from kd.training.settings import TrainingSettings
 
 
 @dataclass

@@ -6,11 +6,11 @@ launch/cpu.sh train/sft.py --config recipes/tiny/sft.yaml
 from dataclasses import dataclass
 
 from kd.recipe import parse, setting
-from kd.settings import DataSettings, ModelSettings
-from kd.training.exit import run
+from kd.run.exit import run
+from kd.settings.distillation import DataSettings, ModelSettings
+from kd.settings.training import TrainingSettings
 from kd.training.preparation import show_rows
-from kd.training.session import train
-from kd.training.settings import TrainingSettings
+from kd.training.run_training import train
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Make the small base models of the quickstart, teacher and student, from docstrings alone.
 
-    python -m kd.data.docstrings --out_dir runs/quickstart/data
+    python data/quickstart/docstrings.py --out_dir runs/quickstart/data
     python data/quickstart/pretrain.py --data_dir runs/quickstart/data --out_dir data/quickstart
 
 A byte-level BPE tokenizer, then two Qwen2 models from random weights: the teacher on text and chat,

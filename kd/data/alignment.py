@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.data.files import BadRow
-from kd.data.masks import (
-    IGNORED,
+from kd.data.encoding import (
+    IGNORE_INDEX,
     CutRow,
     EncodedRow,
     Encoder,
@@ -24,9 +23,10 @@ from kd.data.masks import (
     Whole,
     mask_of,
 )
+from kd.data.files import BadRow
 from kd.data.packing import Collator
-from kd.models.tokenizer import special_ids
-from kd.models.vocabularies import SharedVocabulary
+from kd.data.tokenizer import special_ids
+from kd.data.vocabularies import SharedVocabulary
 
 MOST = 32  # tokens of a chunk on either side; texts so far apart say nothing of single tokens
 FAR = 2**40  # byte positions that are counted from the end of a span
@@ -80,7 +80,7 @@ class Text:
 
 
 class AlignedEncoder:
-    """Encodes chunks of rows for both models, as `kd.data.masks.Encoder` does for one."""
+    """Encodes chunks of rows for both models, as `kd.data.encoding.Encoder` does for one."""
 
     def __init__(self, student: Encoder, teacher: Encoder, vocabulary: SharedVocabulary) -> None:
         self.student, self.teacher, self.twin = student, teacher, vocabulary.twin
@@ -247,7 +247,7 @@ class AlignedCollator:
         """A row that only fills up has no text for a teacher."""
         if isinstance(row, AlignedRow):
             return row
-        nothing = EncodedRow([self.teacher.pad_token_id], [IGNORED])
+        nothing = EncodedRow([self.teacher.pad_token_id], [IGNORE_INDEX])
         return AlignedRow(row.input_ids, row.labels, [NO_CHUNK] * len(row), nothing, [NO_CHUNK])
 
 
@@ -255,11 +255,11 @@ def counted(documents: Iterable[tuple[list[int], list[int], int]]) -> np.ndarray
     """Numbers of chunks at the targets of (labels, chunks, number of the first chunk)."""
     found = [np.zeros(0, np.int64)]
     for labels, chunks, first in documents:
-        numbers = np.array(chunks, np.int64)[np.array(labels) != IGNORED]
+        numbers = np.array(chunks, np.int64)[np.array(labels) != IGNORE_INDEX]
         found.append(np.where(numbers >= 0, numbers + first, NO_CHUNK))
     return np.concatenate(found)
 
 
 def teacher_row(ids: np.ndarray, chunks: np.ndarray) -> EncodedRow:
     """The teacher's row of a document."""
-    return EncodedRow(ids.tolist(), np.where(chunks >= 0, ids, IGNORED).tolist())
+    return EncodedRow(ids.tolist(), np.where(chunks >= 0, ids, IGNORE_INDEX).tolist())

@@ -16,10 +16,10 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from kd.data.masks import IGNORED, EncodedRow
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
 
 KEYS = {"input_ids", "position_ids", "labels", "tokens"}  # of a batch
-OWN = "own"  # one more: (B, T) bool, the tokens of rows that the student has answered
+ON_POLICY = "on_policy"  # one more: (B, T) bool, the tokens of rows that the student has answered
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -88,7 +88,7 @@ class Collator:
         longest = max(sum(map(len, documents)) for documents in rows)
         width = -(-longest // self.multiple) * self.multiple
         ids = torch.full((len(rows), width), self.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORED)
+        labels = torch.full((len(rows), width), IGNORE_INDEX)
         positions = torch.zeros((len(rows), width), dtype=torch.long)
         for i, documents in enumerate(rows):
             for start, end, row in spans(documents):
@@ -105,7 +105,9 @@ class Collator:
 def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Batches of one collator below each other, padded on the right to the longest."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
-    padding = {"input_ids": 0, "labels": IGNORED} | ({OWN: False} if OWN in batches[0] else {})
+    padding = {"input_ids": 0, "labels": IGNORE_INDEX} | (
+        {ON_POLICY: False} if ON_POLICY in batches[0] else {}
+    )
     filled: dict[str, list[Tensor]] = {name: [] for name in [*padding, "position_ids"]}
     for batch in batches:
         more = longest - batch["input_ids"].shape[1]
@@ -123,9 +125,9 @@ def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]
 
     Rows of about one length pad each other least. Loss and gradient of a step are sums over its
     rows, wherever they stand. Batches stay as they are where nothing would be gained, and where
-    they carry more than a Collator gives them and OWN.
+    they carry more than a Collator gives them and ON_POLICY.
     """
-    keys = KEYS | {OWN} & batches[0].keys()
+    keys = KEYS | {ON_POLICY} & batches[0].keys()
     if len(batches) < 2 or any(batch.keys() != keys for batch in batches):
         return batches
     tokens = torch.cat([batch["tokens"] for batch in batches])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.cache import TokenisedRows
-from kd.data.masks import IGNORED, EncodedRow
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.row_cache import TokenisedRows
 
 BEGIN, END = "[[", "]]"  # around targets
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -33,7 +33,7 @@ def marked(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:
     """The row's text, special tokens as they are, its targets between BEGIN and END."""
     text = ""
     pairs = zip(row.input_ids, row.labels, strict=True)
-    for target, run in groupby(pairs, lambda pair: pair[1] != IGNORED):
+    for target, run in groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
         part = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         text += f"{BEGIN}{part}{END}" if target else part
     return text

@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 
+from kd.data.encoding import CutRow, Encoder
 from kd.data.files import BadRow
-from kd.data.masks import CutRow, Encoder
+from kd.run.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and torchrun send to all of a job
 SMALL = 8  # chunks that one process encodes before others could have started
 PATIENCE = 5.0  # seconds until a worker is replaced that has not begun; it takes milliseconds
 

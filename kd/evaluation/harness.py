@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from kd.evaluation.processes import PROCESSES, RANK, barrier
+from kd.distributed import barrier, rank, world_size
 
 SPLITS = ("train", "validation", "test")
 
@@ -30,23 +30,23 @@ class SharedModel(HFLM):
 
     @property
     def rank(self) -> int:
-        return RANK
+        return rank()
 
     @property
     def world_size(self) -> int:
-        return PROCESSES
+        return world_size()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        if PROCESSES == 1:
+        if world_size() == 1:
             return tensor
-        parts = [torch.zeros_like(tensor, device="cpu") for _ in range(PROCESSES)]
+        parts = [torch.zeros_like(tensor, device="cpu") for _ in range(world_size())]
         dist.all_gather(parts, tensor.cpu())
         return torch.stack(parts)
 
     def gather_object(self, obj: object, dst: int = 0) -> list | None:
-        if PROCESSES == 1:
+        if world_size() == 1:
             return [obj]
-        found = [None] * PROCESSES if dst == RANK else None
+        found = [None] * world_size() if dst == rank() else None
         dist.gather_object(obj, found, dst)
         return found
 
@@ -131,12 +131,12 @@ def run_task(
 
     Raises ValueError where there are fewer documents than processes.
     """
-    if PROCESSES > 1:
+    if world_size() > 1:
         for name, found in manager.load([task])["tasks"].items():
             count = min(len(found.eval_docs), limit or len(found.eval_docs))
-            if count < PROCESSES:
+            if count < world_size():
                 raise ValueError(
-                    f"tasks: {name} has {count} documents for {PROCESSES} processes; wanted one "
+                    f"tasks: {name} has {count} documents for {world_size()} processes; wanted one "
                     "for each: start fewer"
                 )
     found = simple_evaluate(

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator
 from kd.data.sources import load_rows
 from kd.evaluation.likelihood import Batch, as_backbone, exact_head, target_hidden, token_figures
@@ -88,7 +88,7 @@ def angular_distances(
     sums = torch.zeros(len(modules) - run, dtype=torch.float64)
     count = 0
     for batch in tqdm(batches, desc="angular distance", unit="batch", disable=not progress):
-        targets = batch.inputs["labels"].to(model.device) != IGNORED
+        targets = batch.inputs["labels"].to(model.device) != IGNORE_INDEX
         states.clear()
         with before(modules, lambda state, targets=targets: states.append(state[targets])):
             target_hidden_states(model, batch)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kd.data.packing import Collator
-from kd.evaluation.processes import RANK, own_share, total
+from kd.distributed import all_sum, rank, share_of
 from kd.evaluation.rows import HeldoutRow
 from kd.losses.divergences import forward_kl, reverse_kl
 from kd.losses.fused import Head, TeacherSignal
@@ -92,7 +92,7 @@ def teacher_states(
     with as_backbone(teacher):
         hidden = [
             target_hidden(teacher, batch)[0].cpu()
-            for batch in tqdm(own_share(batches), desc="teacher", unit="batch", disable=RANK > 0)
+            for batch in tqdm(share_of(batches), desc="teacher", unit="batch", disable=rank() > 0)
         ]
     return TeacherStates(hidden, exact_head(teacher, vocabulary))
 
@@ -116,8 +116,8 @@ def row_sums(
     sums = torch.zeros(count, len(names), dtype=torch.float64)
     places = torch.zeros(PLACE_BINS, 1 + len(names), dtype=torch.float64)
     calibration = torch.zeros(2, CONFIDENCE_BINS, 3, dtype=torch.float64)
-    mine = own_share(batches)
-    for i, batch in enumerate(tqdm(mine, desc=description, unit="batch", disable=RANK > 0)):
+    mine = share_of(batches)
+    for i, batch in enumerate(tqdm(mine, desc=description, unit="batch", disable=rank() > 0)):
         with as_backbone(model):
             hidden, labels, row_of = target_hidden(model, batch)
         signal = None
@@ -131,7 +131,7 @@ def row_sums(
         for pair, bins in zip(pairs, calibration, strict=False):
             of_bin = (pair[:, 0] * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
             bins.index_add_(0, of_bin, torch.cat([torch.ones(len(pair), 1), pair], -1))
-    found = Sums(total(sums), total(places), total(calibration))
+    found = Sums(all_sum(sums), all_sum(places), all_sum(calibration))
     if not found.rows.isfinite().all():
         raise ValueError(
             f"{description}: {int((~sums.isfinite()).any(-1).sum())} of {len(sums)} rows are not "

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from kd.data.sources import check_sources
-from kd.evaluation.processes import device
+from kd.data.tokenizer import load_tokenizer
+from kd.distributed import device
 from kd.evaluation.rows import text_hash
 from kd.models.quantized import only_read_here
 from kd.models.sharding import load_unsharded
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse_json_list, require_file, setting
 
 ADAPTER = "adapter_config.json"

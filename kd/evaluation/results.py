@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kd.distributed import print_rank0, rank
 from kd.evaluation.likelihood import AGREEMENT, Sums
 from kd.evaluation.models import EvaluationSettings, ModelSelection, fingerprint
-from kd.evaluation.processes import RANK, say
 from kd.evaluation.rows import HeldoutRow, text_hash
-from kd.training.checkpoint import commit
+from kd.run.run_record import commit
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -56,7 +56,7 @@ def is_measured(file: Path, description: dict[str, object], quiet: bool = False)
     if not file.is_file() or json.loads(file.read_text())["settings"] != description:
         return False
     if not quiet:
-        say(f"{file} is measured already with these settings; remove it to measure anew")
+        print_rank0(f"{file} is measured already with these settings; remove it to measure anew")
     return True
 
 
@@ -75,7 +75,7 @@ def missing_results(
 
 def write_result(file: Path, description: dict[str, object], measured: dict[str, object]) -> None:
     """Write settings, versions and figures, whole or not at all; the first process does it."""
-    if RANK:
+    if rank():
         return
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     result = {"settings": description, "versions": versions, "commit": commit(), **measured}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.masks import IGNORED, EncodedRow, EncodingReport, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, EncodingReport, encode_rows
 from kd.data.sources import load_rows
-from kd.evaluation.processes import say
+from kd.distributed import print_rank0
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def encode_heldout(
         chosen = [i for i, row in enumerate(rows) if row]
         rows = [rows[i] for i in chosen]
         encoded, report = encode_rows(rows, tokenizer, max_length, progress=False)
-        say(f"{label}: {report}")
+        print_rank0(f"{label}: {report}")
         kept = kept_indices(rows, tokenizer, max_length, report)
         sizes = iter(target_bytes([rows[i] for i in kept], encoded, tokenizer))
         for i, row in zip(kept, encoded, strict=True):
@@ -102,7 +102,7 @@ def rolling_rows(
             found.append(HeldoutRow(label, i, windows, len(text.encode())))
     if texts:
         windows = sum(len(row.windows) for row in found)
-        say(f"{label}: {len(texts)} texts read, {len(found)} kept, {windows} windows")
+        print_rank0(f"{label}: {len(texts)} texts read, {len(found)} kept, {windows} windows")
     return found
 
 
@@ -117,7 +117,7 @@ def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[Encode
     while predicted < len(ids):
         end = min(predicted + max_length - 1, len(ids))
         start = max(end - (max_length - 1), 0)
-        context = [IGNORED] * (predicted + 1 - start)
+        context = [IGNORE_INDEX] * (predicted + 1 - start)
         windows.append(EncodedRow(sequence[start : end + 1], context + ids[predicted:end]))
         predicted = end
     return windows

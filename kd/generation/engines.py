@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from kd.data.template import render
+from kd.data.tokenizer import generation_config, load_tokenizer, set_template_arguments
 from kd.models.quantized import only_read_here
 from kd.models.sharding import load_unsharded
-from kd.models.tokenizer import generation_config, load_tokenizer, set_template_arguments
 
 
 @dataclass(frozen=True)

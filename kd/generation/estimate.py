@@ -1,7 +1,7 @@
 """What a run on a server will ask and cost, before it starts, and what it has cost after it."""
 
 from kd.generation.sampling import Sample
-from kd.generation.settings import GenerationSettings, ServerSettings
+from kd.settings.generation import GenerationSettings, ServerSettings
 
 # Bytes of UTF-8 a token: about right for English, and more than enough tokens for Russian (7) and
 # Chinese (4); no tokenizer of the server is at hand.

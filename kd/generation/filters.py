@@ -20,7 +20,7 @@ from kd.generation.rationales import (
     task_row,
 )
 from kd.generation.sampling import Sample
-from kd.generation.settings import FilterSettings
+from kd.settings.generation import FilterSettings
 
 
 @dataclass

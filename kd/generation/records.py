@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kd.data.sources import read_jsonl
-from kd.training.stopping import report_outcome
+from kd.run.signals import report_outcome
 
 
 def record_file(output_dir: str, stem: str, rank: int) -> Path:

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kd.data.template import render
-from kd.models.tokenizer import load_tokenizer
+from kd.data.tokenizer import load_tokenizer
 
 
 class RewardModel:

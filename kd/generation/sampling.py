@@ -14,7 +14,7 @@ from functools import cached_property
 
 from kd.data.conversations import to_prompt
 from kd.data.sources import source_rows
-from kd.generation.settings import GenerationSettings
+from kd.settings.generation import GenerationSettings
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kd.losses import aligned, elementwise, sparse
-from kd.losses.chunks import AlignedSignal
+from kd.losses import cross_tokenizer as aligned
+from kd.losses import elementwise, sparse
 from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
+from kd.losses.segments import AlignedSignal
 from kd.losses.sparse import SparseSignal
 
 TILE = 256  # tokens a tile at most on a CPU: smaller products are slower, larger ones hardly faster

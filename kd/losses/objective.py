@@ -13,7 +13,7 @@ METRICS = (
     "divergence",
     "teacher_cross_entropy",
     "teacher_label_probability",
-    "agreement",
+    "top1_agreement",
     "student_entropy",
     "teacher_entropy",
     "tokens",

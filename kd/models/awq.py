@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
-from kd.models.packed import PackedLinear, frozen, stored_dtype
+from kd.models.packed_linear import PackedLinear, frozen, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
 SHIFTS = [0, 16, 4, 20, 8, 24, 12, 28]  # of the eight columns in a word
@@ -90,6 +90,6 @@ def has_triton() -> bool:
 
 if __name__ == "__main__":  # in a file of its own, since it reads models, which are read by this
     from kd.models.awq_writer import main
-    from kd.training.exit import run
+    from kd.run.exit import run
 
     run(main)

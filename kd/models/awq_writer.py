@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from kd.data.tokenizer import load_tokenizer
 from kd.models.awq import pack
 from kd.models.quantized import check_readable, empty_model, quantization_settings
 from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import INDEX, TensorFiles, read_header
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.training.exit import is_done, mark_done
+from kd.run.exit import is_done, mark_done
 
 FILE_BYTES = 2**31  # of one file written, about
 PARTS = ("qweight", "qzeros", "scales")

@@ -8,7 +8,7 @@ group of each input. weight = (q - zero) * scale.
 import torch
 from torch import Tensor, nn
 
-from kd.models.packed import PackedLinear, frozen, stored_dtype
+from kd.models.packed_linear import PackedLinear, frozen, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
 NUMBERS = 2**24  # formed at one time

@@ -15,7 +15,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kd.data.masks import IGNORED
+from kd.data.encoding import IGNORE_INDEX
 from kd.losses.fused import METRICS, Head, Objective, TeacherSignal, linear_distillation_loss
 from kd.losses.hidden import HiddenObjective, hidden_loss
 from kd.losses.sparse import SparseSignal
@@ -23,14 +23,18 @@ from kd.models.blocks import layer_states
 
 # Sums over target tokens that a call returns: over those of the data, and, of what says something
 # of them, over those that the student has written itself.
-OWN_FIGURES = (
+ON_POLICY_METRICS = (
     "divergence",
     "teacher_cross_entropy",
-    "agreement",
+    "top1_agreement",
     "student_entropy",
     "teacher_entropy",
 )
-REPORTED = (*METRICS, "hidden", *(f"own_{name}" for name in (*OWN_FIGURES, "hidden", "tokens")))
+REPORTED = (
+    *METRICS,
+    "hidden",
+    *(f"on_policy_{name}" for name in (*ON_POLICY_METRICS, "hidden", "tokens")),
+)
 
 
 @dataclass
@@ -49,7 +53,7 @@ class LossInputs:
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """((B, T) bool: positions that predict a target, (N,) the targets), shifted by one."""
     positions = torch.zeros_like(labels, dtype=torch.bool)
-    positions[:, :-1] = labels[:, 1:] != IGNORED
+    positions[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return positions, labels[:, 1:][positions[:, :-1]]
 
 
@@ -122,7 +126,7 @@ def return_loss(model: PreTrainedModel) -> None:
             between = hidden_loss(self, chosen, loss_inputs.teacher_layers, objective, own)
             loss = loss + objective.weight * between.sum()
         between = between.detach()
-        chosen = [by_student[METRICS.index(name)] for name in (*OWN_FIGURES, "tokens")]
+        chosen = [by_student[METRICS.index(name)] for name in (*ON_POLICY_METRICS, "tokens")]
         metrics = [*by_data, between[0], *chosen[:-1], between[1], chosen[-1]]
         return {"loss": loss, "metrics": torch.stack(metrics)}
 
@@ -149,8 +153,8 @@ def loss_by_author(
         if found and not len(parts[1]):  # a call costs a trained head a gradient of its own
             return found[0], torch.zeros_like(found[1]), found[1]
         found += linear_distillation_loss(*parts)
-    own_loss, own_sums, loss, sums = found
-    return own_loss + loss, sums, own_sums
+    on_policy_loss, own_sums, loss, sums = found
+    return on_policy_loss + loss, sums, own_sums
 
 
 def most_probable(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:

@@ -11,8 +11,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kd.models.tokenizer import generation_config, template_tokens, untrained_tokens
-from kd.settings import ModelSettings
+from kd.data.tokenizer import generation_config, template_tokens, untrained_tokens
+from kd.settings.distillation import ModelSettings
 
 
 def check_attention(implementation: str) -> None:

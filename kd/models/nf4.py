@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor, nn
 
-from kd.models.packed import PackedLinear, frozen, stored_dtype
+from kd.models.packed_linear import PackedLinear, frozen, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
 STATE = "weight.quant_state.bitsandbytes__"  # JSON in a tensor of bytes

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from kd.models.awq import awq_layer, check_awq
 from kd.models.gptq import check_gptq, gptq_layer
 from kd.models.nf4 import nf4_layer
-from kd.models.packed import PackedLinear
+from kd.models.packed_linear import PackedLinear
 from kd.models.tensor_files import TensorFiles
 
 READERS = {  # quantisation -> (checks its settings, makes a layer)

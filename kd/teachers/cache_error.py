@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.masks import EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.losses.fused import linear_distillation_loss
 from kd.losses.objective import Objective
@@ -18,7 +18,7 @@ from kd.losses.sparse import SparseSignal
 from kd.models.heads import backbone_only, head_of, target_positions
 from kd.models.load import load_trained
 from kd.models.sharding import without_zero_init
-from kd.settings import ModelSettings
+from kd.settings.distillation import ModelSettings
 
 
 @dataclass

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.cache import TokenisedRows
-from kd.data.masks import EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
+from kd.data.row_cache import TokenisedRows
 from kd.losses.sparse import SparseSignal
-from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.teachers.cache import SCALARS, TeacherCache, check_manifest, unpack_ids
+from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, rows_manifest, teacher_manifest
 
 PREFIX = "teacher_"  # of a batch's keys

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.teachers.cache import FORMAT
+from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.teachers.cache_files import FORMAT
 
 NO_HIDDEN_STATES = (
     "hidden_weight: a cache has distributions and no hidden states; remove the key, or "

@@ -16,10 +16,10 @@ from torch import Tensor
 from kd.data.packing import side_by_side
 from kd.losses.fused import TeacherSignal
 from kd.models.blocks import in_pieces, layer_states
+from kd.models.frozen import base_of_student, load_whole
 from kd.models.heads import causal_lm, head_reader, target_positions
 from kd.models.sharding import load_sharded
-from kd.settings import OWN_BASE, ModelSettings, TeacherSettings
-from kd.teachers.load import base_of_student, load_whole
+from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 
 Signal = tuple[TeacherSignal, list[Tensor]]  # and the (N, H) states of every layer asked for
 

@@ -2,18 +2,19 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from kd.data.masks import EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
+from kd.distributed import barrier
 from kd.losses.fused import head_logits
 from kd.losses.objective import TeacherSignal
 from kd.losses.sparse import SparseSignal
 from kd.models.heads import target_positions
-from kd.settings import ModelSettings, TeacherSettings
-from kd.teachers.cache import (
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
+from kd.teachers.cache_files import (
     LEAST,
     CacheWriter,
     TeacherCache,
@@ -25,7 +26,6 @@ from kd.teachers.cache import (
 )
 from kd.teachers.cached import Documents, signal_of
 from kd.teachers.live import LiveTeacher
-from kd.training.settings import TrainingSettings
 
 TILE = 128  # target tokens whose logits exist at a time
 
@@ -160,8 +160,3 @@ def describe(cache: TeacherCache) -> str:
         f"mass of the {manifest['top_k']} ids: {1 - tail / tokens:.3%} of the teacher's "
         f"distribution at temperature {manifest['temperature']:g}"
     )
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -18,10 +18,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import OWN, Collator, spans
-from kd.generation.student import Prompt, Writer
-from kd.settings import DataSettings, OnPolicySettings, TeacherSettings
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.packing import ON_POLICY, Collator, spans
+from kd.settings.distillation import DataSettings, OnPolicySettings, TeacherSettings
+from kd.training.rollouts import Prompt, Writer
 from kd.training.samples import TEXT_TOKENS
 
 
@@ -64,7 +64,7 @@ def answer_starts(row: EncodedRow) -> list[int]:
 
     A text that is all target has none: its beginning is taken for one, at most half of it.
     """
-    target = [label != IGNORED for label in row.labels]
+    target = [label != IGNORE_INDEX for label in row.labels]
     starts = [i for i in range(1, len(row)) if target[i] and not target[i - 1]]
     if starts[:1] == [1]:
         end = next((i for i in range(1, len(row)) if not target[i]), len(row))
@@ -126,11 +126,11 @@ class StudentRows:
                         prompts[n, i] = self.prompt(row, f"{args.seed} {step} {first + i}")
         answers = self.writer.answers(list(prompts.values()), args.device)
         for ((n, i), prompt), answer in zip(prompts.items(), answers, strict=True):
-            split[n][i] = EncodedRow(prompt.ids + answer, [IGNORED] * len(prompt.ids) + answer)
+            split[n][i] = EncodedRow(prompt.ids + answer, [IGNORE_INDEX] * len(prompt.ids) + answer)
         filled = [
             self.collated(split[n], {i for m, i in prompts if m == n}, args.device)
             if n in split
-            else batch | {OWN: torch.zeros_like(batch["labels"], dtype=torch.bool)}
+            else batch | {ON_POLICY: torch.zeros_like(batch["labels"], dtype=torch.bool)}
             for n, batch in enumerate(batches)
         ]
         return filled, answers, sum(answer[-1] not in self.writer.ends for answer in answers)
@@ -146,9 +146,9 @@ class StudentRows:
         self, rows: list[EncodedRow], own: Iterable[int], device: torch.device
     ) -> dict[str, Tensor]:
         batch = self.collator([[row] for row in rows])
-        batch[OWN] = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+        batch[ON_POLICY] = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
         places = [(0, start) for start, _, _ in spans(rows)]
         for i in own:
             line, start = places[i] if self.collator.flat else (i, 0)
-            batch[OWN][line, start : start + len(rows[i])] = True
+            batch[ON_POLICY][line, start : start + len(rows[i])] = True
         return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kd.settings import OWN_BASE, ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.training.settings import TrainingSettings
+from kd.settings.distillation import OWN_BASE, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 
 SMALL_WORKSPACE = 128
 

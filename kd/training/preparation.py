@@ -11,22 +11,26 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from kd.data.cache import RowSettings, TokenisedRows, tokenised_rows
 from kd.data.packing import check_packing
+from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
 from kd.data.show import shown_rows
 from kd.data.sources import check_sources
 from kd.data.template import writes_the_date
+from kd.data.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
+from kd.data.vocabularies import shared_vocabulary
+from kd.distributed import print_rank0
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, layer_map
-from kd.models.activations import CannotTrace
-from kd.models.fitting import fit, fit_scoring, layout_of, present_machine
+from kd.models.frozen import base_model, check_teacher, teacher_tokenizer
 from kd.models.inherit import inherited_pairs
-from kd.models.layout import Layout, Plan
 from kd.models.load import check_attention
-from kd.models.tokenizer import check_same_tokenizer, load_tokenizer, set_template_arguments
-from kd.models.vocabularies import shared_vocabulary
+from kd.planning.activations import CannotTrace
+from kd.planning.fitting import fit, fit_scoring, layout_of, present_machine
+from kd.planning.layout import Layout, Plan
 from kd.recipe import parse_json_object
-from kd.settings import (
+from kd.run.run_record import earlier_plan, recipe_of
+from kd.run.signals import STOPPED
+from kd.settings.distillation import (
     OWN_BASE,
     DataSettings,
     ModelSettings,
@@ -34,18 +38,15 @@ from kd.settings import (
     OnPolicySettings,
     TeacherSettings,
 )
-from kd.teachers.aligned import check_alignable, check_alignment
-from kd.teachers.cache import TeacherCache
+from kd.settings.training import TrainingSettings
+from kd.teachers.aligned_teacher import check_alignable, check_alignment
+from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import Documents, open_cache
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
-from kd.teachers.load import base_model, check_teacher, teacher_tokenizer
-from kd.training.check import check_rows
-from kd.training.checkpoint import earlier_plan, recipe_of
+from kd.training.checkpoints.checkpoint import usable_checkpoint
+from kd.training.checkpoints.same_run import about_run, check_same_rows, check_same_run
 from kd.training.on_policy import check_on_policy
-from kd.training.same_run import about_run, check_same_rows, check_same_run
-from kd.training.saving import usable_checkpoint
-from kd.training.settings import TrainingSettings
-from kd.training.stopping import STOPPED
+from kd.training.overfit_check import check_rows
 
 
 @dataclass
@@ -140,11 +141,11 @@ def shared_tokenizer(
     tokenizer, cache = load_tokenizer(name, model.chat_template), None
     if teacher and teacher.teacher_cache:
         cache = open_cache(teacher, objective, model, tokenizer)
-        say(training, f"teacher: {cache.tokens} scored tokens in {teacher.teacher_cache}, no model")
+        print_rank0(f"teacher: {cache.tokens} scored tokens in {teacher.teacher_cache}, no model")
     elif teacher and teacher.teacher == OWN_BASE:
-        say(training, "teacher: the student without its adapters, on every process, in its type")
+        print_rank0("teacher: the student without its adapters, on every process, in its type")
     elif teacher and not teacher.align_tokenizers:
-        say(training, share_tokenizer(tokenizer, teacher_tokenizer(teacher.teacher)))
+        print_rank0(share_tokenizer(tokenizer, teacher_tokenizer(teacher.teacher)))
     set_template(tokenizer, model, training)
     return tokenizer, cache
 
@@ -158,7 +159,7 @@ def other_tokenizer(
     if not teacher or not teacher.align_tokenizers:
         return None
     other = teacher_tokenizer(teacher.teacher)
-    say(training, str(shared_vocabulary(tokenizer, other)))
+    print_rank0(str(shared_vocabulary(tokenizer, other)))
     return other
 
 
@@ -189,7 +190,7 @@ def prepare_scoring(
     if objective_settings.hidden_weight:
         raise ValueError(NO_HIDDEN_STATES)
     tokenizer = load_tokenizer(name, model_settings.chat_template)
-    say(training, share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher)))
+    print_rank0(share_tokenizer(tokenizer, load_tokenizer(teacher_settings.teacher)))
     manifest = manifest_of(teacher_settings, objective_settings, model_settings, tokenizer)
     set_template(tokenizer, model_settings, training)
     objective, _ = objectives(objective_settings, name, teacher_settings.teacher)
@@ -201,7 +202,7 @@ def prepare_scoring(
     layout = dataclasses.replace(layout, micro=training.max_per_device_train_batch_size)
     plan = told_once(training, fit_scoring, layout)
     if plan:
-        say(training, str(plan))
+        print_rank0(str(plan))
     return settings, objective, tokenizer, manifest, documents
 
 
@@ -219,7 +220,7 @@ def resume_point(training: TrainingSettings, recipe: dict) -> tuple[dict, str | 
     if not found:
         return about, None
     check_same_run(found[0], found[1], about)
-    say(training, f"going on from {found[0]}")
+    print_rank0(f"going on from {found[0]}")
     return about, found[0]
 
 
@@ -236,7 +237,7 @@ def planned(layout: Layout, training: TrainingSettings, earlier: dict | None) ->
     if plan is None:
         return None
     training.use_batch(plan.layout.micro, plan.layout.accumulation)
-    say(training, str(plan))
+    print_rank0(str(plan))
     return plan
 
 
@@ -245,7 +246,7 @@ def told_once(training: TrainingSettings, plan: Callable[..., Plan], *what: Any)
     try:
         return plan(*what)
     except CannotTrace as error:
-        say(training, f"no plan of the memory: {error}")
+        print_rank0(f"no plan of the memory: {error}")
         return None
     except ValueError:
         if training.process_index:
@@ -312,8 +313,7 @@ def set_template(
     set_template_arguments(tokenizer, arguments)
     template = tokenizer.chat_template
     if isinstance(template, str) and writes_the_date(template):
-        say(
-            training,
+        print_rank0(
             "note: the chat template writes today's date into every conversation; "
             'template_arguments: {date_string: "26 Jul 2024"} makes it the same for ever',
         )
@@ -338,10 +338,10 @@ def prepare_rows(
         rows = tokenised_rows(
             sources, settings, tokenizer, data.data_cache, data.data_workers, progress, other
         )
-        say(training, f"{rows.report}\ntokenised rows: {rows.folder}")
+        print_rank0(f"{rows.report}\ntokenised rows: {rows.folder}")
         note = other and check_alignment(rows.report.aligned, rows.report.targets)
         if note:
-            say(training, note)
+            print_rank0(note)
         return rows
 
     rows = prepare(data.sources, mixture_rows=data.mixture_rows, train_rows=data.train_rows)
@@ -356,9 +356,4 @@ def show_rows(
     tokenizer = load_tokenizer(name, model.chat_template)
     set_template(tokenizer, model, training)
     rows, _ = prepare_rows(data, tokenizer, training)
-    say(training, shown_rows(rows, tokenizer, count))
-
-
-def say(training: TrainingSettings, text: str) -> None:
-    if training.process_index == 0:
-        print(text, flush=True)
+    print_rank0(shown_rows(rows, tokenizer, count))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kd.data.masks import IGNORED, EncodedRow
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.models.heads import LossInputs, most_probable
 from kd.teachers.live import LiveTeacher
 
@@ -62,7 +62,7 @@ class Samples:
 
 def beginning(row: EncodedRow) -> list[int]:
     """What stands before the first target."""
-    first = next((i for i, label in enumerate(row.labels) if label != IGNORED), 0)
+    first = next((i for i, label in enumerate(row.labels) if label != IGNORE_INDEX), 0)
     return row.input_ids[:first][-PROMPT_TOKENS:] if first > 1 else row.input_ids[:TEXT_TOKENS]
 
 
@@ -83,7 +83,7 @@ def last_positions(texts: list[list[int]]) -> dict[str, Tensor]:
     """Right-padded (B, T) rows as the collator makes them, whose one target is what comes next."""
     width = max(map(len, texts)) + 1
     ids = torch.zeros(len(texts), width, dtype=torch.long)
-    labels = torch.full((len(texts), width), IGNORED)
+    labels = torch.full((len(texts), width), IGNORE_INDEX)
     for i, text in enumerate(texts):
         ids[i, : len(text)] = torch.tensor(text)
         labels[i, len(text)] = 0  # some id: only its place counts

@@ -8,17 +8,20 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from kd.training.saving import step_of
+from kd.training.checkpoints.checkpoint import step_of
 from kd.training.step_times import PHASES
 
 LAYOUT = {
     "Read this first": {
         "loss and its two terms": ["train/loss", "train/divergence", "train/cross_entropy"],
         "held out": ["eval/loss", "eval/divergence", "eval/cross_entropy"],
-        "agreement with the teacher (top-1)": ["train/agreement", "eval/agreement"],
+        "agreement with the teacher (top-1)": ["train/top1_agreement", "eval/top1_agreement"],
         "entropy of student and teacher": ["train/student_entropy", "train/teacher_entropy"],
         "the teacher's probability of the label": ["train/teacher_label_probability"],
-        "on its own answers": ["train/own_divergence", "train/own_teacher_cross_entropy"],
+        "on its own answers": [
+            "train/on_policy_divergence",
+            "train/on_policy_teacher_cross_entropy",
+        ],
         "length of its own answers": ["train/generated_length"],
         "gradient norm": ["train/grad_norm"],
     },

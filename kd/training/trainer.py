@@ -18,23 +18,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
-from kd.data.masks import IGNORED, EncodedRow
-from kd.data.packing import OWN, GroupedByLength, by_length
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.packing import ON_POLICY, GroupedByLength, by_length
 from kd.data.workers import Workers
+from kd.distributed import all_sum
 from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
-from kd.teachers.aligned import AlignedTeacher
+from kd.run.signals import StopsOnSignal
+from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
-from kd.training.agreement import Agreement
-from kd.training.figures import Figures, means_over_tokens, shown_figures, summed
-from kd.training.health import NonFinite
+from kd.training.checkpoints.checkpoint import write_checkpoint
+from kd.training.non_finite import NonFinite
 from kd.training.on_policy import StudentRows
-from kd.training.pace import Pace
+from kd.training.rank_sync import RankSync
 from kd.training.samples import Samples
-from kd.training.saving import write_checkpoint
-from kd.training.stopping import StopsOnSignal
+from kd.training.step_metrics import Figures, means_over_tokens, shown_figures
+from kd.training.stragglers import Pace
 from kd.training.watchdog import Watchdog
 
 
@@ -72,8 +73,8 @@ class DistillationTrainer(Trainer):
         self.first_batch = True
         self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace(self.figures)
         self.non_finite = NonFinite(self, self.args.max_skipped_steps)
-        agreement = Agreement(self.non_finite, self.stop)
-        parts = (self.watchdog, self.pace, self.non_finite, self.stop, agreement, self.times)
+        rank_sync = RankSync(self.non_finite, self.stop)
+        parts = (self.watchdog, self.pace, self.non_finite, self.stop, rank_sync, self.times)
         for callback in parts:
             self.add_callback(callback)
 
@@ -153,7 +154,7 @@ class DistillationTrainer(Trainer):
                     teacher,
                     self.hidden,
                     states,
-                    batch.get(OWN),
+                    batch.get(ON_POLICY),
                 ),
             )
 
@@ -176,7 +177,7 @@ class DistillationTrainer(Trainer):
         for batch in tqdm(batches, desc="held-out rows", leave=False, disable=quiet):
             inputs = self._prepare_inputs(batch)
             sums += self.wrapped_call(model, inputs, next(signals))["metrics"]
-        means = means_over_tokens(summed(sums), self.figures.shown)
+        means = means_over_tokens(all_sum(sums), self.figures.shown)
         weight = self.objective.soft_weight
         means["loss"] = (1 - weight) * means["cross_entropy"]
         means["loss"] += weight * means.get("divergence", 0.0)
@@ -207,7 +208,7 @@ class DistillationTrainer(Trainer):
         """
         rows = sorted(rows or self.eval_dataset, key=lambda documents: sum(map(len, documents)))
         ranks, size = self.args.world_size, self.args.per_device_eval_batch_size
-        blank = [EncodedRow(rows[0][0].input_ids, [IGNORED] * len(rows[0][0]))]
+        blank = [EncodedRow(rows[0][0].input_ids, [IGNORE_INDEX] * len(rows[0][0]))]
         rows = rows + [blank] * (-len(rows) % ranks)
         mine = rows[self.args.process_index :: ranks]
         return [self.data_collator(mine[i : i + size]) for i in range(0, len(mine), size)]

@@ -11,7 +11,7 @@ import traceback
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from kd.training.exit import tell_launcher
+from kd.run.exit import tell_launcher
 
 FRAMES = 6  # innermost ones, of the stack that is shown
 

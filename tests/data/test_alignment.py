@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 from kd.data import alignment
 from kd.data.alignment import NO_CHUNK, AlignedCollator, AlignedEncoder, AlignedRow
-from kd.data.cache import AlignedRows, RowSettings, tokenised_rows
-from kd.data.masks import IGNORED, EncodedRow, Encoder
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from kd.data.packing import Collator
-from kd.models.vocabularies import shared_vocabulary
+from kd.data.row_cache import AlignedRows, RowSettings, tokenised_rows
+from kd.data.vocabularies import shared_vocabulary
 
 TEMPLATES = list(itertools.permutations(["headers", "brackets", "thinking"], 2))
 TEMPLATES += [("headers", "no special token"), ("no special token", "brackets")]
@@ -101,7 +101,7 @@ def test_chunks_hold_every_byte_once_and_part_where_both_part(names):
         common = set.intersection(*(meetings(encoder, row, side) for side in (0, 1)))
         assert set(np.cumsum([len(piece) for piece in ours[:-1]]).tolist()) == common
         ids, labels = found.teacher_ids, found.encoded().teacher.labels
-        assert [i for i in labels if i != IGNORED] == ids[found.teacher_chunks >= 0].tolist()
+        assert [i for i in labels if i != IGNORE_INDEX] == ids[found.teacher_chunks >= 0].tolist()
 
     compare()
 
@@ -255,11 +255,13 @@ def test_cached_rows_are_those_of_the_encoder_and_belong_to_the_teachers_tokeniz
 def test_a_batch_numbers_the_chunks_of_its_targets_in_order():
     student, teacher = TOKENIZERS["byte-level"], TOKENIZERS["larger byte-level"]
     rows = [row.encoded() for row in encoder_of(student, teacher)([("", r) for r in small_rows(5)])]
-    blank = EncodedRow(rows[0].input_ids, [IGNORED] * len(rows[0]))
+    blank = EncodedRow(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
     for flat in (False, True):
         collate = AlignedCollator(Collator(0, flat=flat), 0)
         batch = collate([[rows[0], rows[1]], [blank], [rows[2]]])
-        targets = [(batch[name][:, 1:] != IGNORED).sum() for name in ("labels", "teacher_labels")]
+        targets = [
+            (batch[name][:, 1:] != IGNORE_INDEX).sum() for name in ("labels", "teacher_labels")
+        ]
         assert targets == [len(batch["chunks"]), len(batch["teacher_chunks"])]
         used = batch["chunks"][batch["chunks"] >= 0]
         assert (np.diff(used) >= 0).all() and set(used) == set(range(used.max() + 1))
@@ -269,7 +271,7 @@ def test_a_batch_numbers_the_chunks_of_its_targets_in_order():
         text = [b"", b""]
         for side, (name, kind) in enumerate((("labels", "student"), ("teacher_labels", "teacher"))):
             numbers = batch["chunks" if side == 0 else "teacher_chunks"]
-            ids = batch[name][batch[name] != IGNORED][torch.from_numpy(numbers >= 0)]
+            ids = batch[name][batch[name] != IGNORE_INDEX][torch.from_numpy(numbers >= 0)]
             ends = {0, 1, 2}  # special
             pieces = getattr(vocabulary, kind).pieces
             text[side] = b"".join(pieces[i] for i in ids.tolist() if i not in ends)

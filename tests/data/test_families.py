@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from small import small_tokenizer
 from transformers import AutoTokenizer
 
+from kd.data.encoding import Encoder, encode_rows
 from kd.data.files import BadRow
-from kd.data.masks import Encoder, encode_rows
 from kd.data.template import with_arguments
 
 PARTS = st.one_of(

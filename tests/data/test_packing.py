@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from small import small_model, small_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import (
-    OWN,
+    ON_POLICY,
     Collator,
     GroupedByLength,
     by_length,
@@ -28,7 +28,7 @@ from kd.models.load import check_attention
 
 def document(length: int, start: int = 5) -> EncodedRow:
     ids = [start + (i * 7) % 200 for i in range(length)]
-    return EncodedRow(ids, [IGNORED, *ids[1:]])
+    return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]])
 
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=60))
@@ -57,7 +57,7 @@ def slow_pack(rows: list[EncodedRow], space: int) -> list[list[EncodedRow]]:
 
 def test_first_token_of_every_packed_document_is_no_target():
     batch = Collator(0)([[document(6), document(7)]])
-    assert batch["labels"][0, 0] == IGNORED and batch["labels"][0, 6] == IGNORED
+    assert batch["labels"][0, 0] == IGNORE_INDEX and batch["labels"][0, 6] == IGNORE_INDEX
     assert batch["position_ids"][0, :13].tolist() == [*range(6), *range(7)]
 
 
@@ -103,7 +103,7 @@ def test_rows_shared_out_by_length_are_the_same_rows_in_fewer_positions(lengths,
     assert after < before or shared is batches
     for batch in shared:
         padding = torch.arange(batch["labels"].shape[1]) >= batch["tokens"][:, None]
-        assert (batch["labels"][padding] == IGNORED).all()
+        assert (batch["labels"][padding] == IGNORE_INDEX).all()
         assert batch["labels"].shape[1] < batch["tokens"].max() + 8
 
 
@@ -132,15 +132,17 @@ def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenize
 
 def test_the_mark_of_the_students_tokens_stays_with_them():
     """Also where one of the batches had been padded further than the others."""
-    batches = [b | {OWN: b["input_ids"] % 3 == 1} for b in micro_batches([40, 5, 9, 33, 6, 31], 2)]
+    batches = [
+        b | {ON_POLICY: b["input_ids"] % 3 == 1} for b in micro_batches([40, 5, 9, 33, 6, 31], 2)
+    ]
     shared = by_length(batches)
     assert shared is not batches
     for batch in shared:
         told = torch.arange(batch["labels"].shape[1]) < batch["tokens"][:, None]
-        assert torch.equal(batch[OWN], (batch["input_ids"] % 3 == 1) & told)
+        assert torch.equal(batch[ON_POLICY], (batch["input_ids"] % 3 == 1) & told)
     assert by_length([*batches[:2], micro_batches([40, 5], 2)[0]])[2].keys() == batches[
         2
-    ].keys() - {OWN}
+    ].keys() - {ON_POLICY}
 
 
 def test_batches_with_more_than_rows_stay_as_they_are():

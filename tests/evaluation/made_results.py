@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from kd.evaluation.judging import by, means
+from kd.evaluation.judge.judging import by, means
 
 # name: (text perplexity, chat perplexity, KL to teacher); None: not measured
 FIGURES = {

@@ -9,7 +9,7 @@ from chat_server import ChatServer, digest
 from held_out import write_jsonl
 from processes import ROOT, start, succeed
 
-from kd.evaluation.questions import read_questions
+from kd.evaluation.judge.questions import read_questions
 
 DATA, SMALL = ROOT / "runs" / "quickstart" / "data", ROOT / "runs" / "small"
 

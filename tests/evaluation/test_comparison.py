@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from kd.evaluation.comparison import compare_one, loss, pair_numbers
-from kd.evaluation.items import Metric
+from kd.evaluation.report.comparison import compare_one, loss, pair_numbers
+from kd.evaluation.report.items import Metric
 
 
 def metric(models: dict[str, list[float]], **kind) -> Metric:

@@ -13,8 +13,8 @@ from chat_server import ChatServer, digest
 from held_out import command, inside, write_jsonl
 from processes import ROOT
 
-from kd.evaluation.judge_prompts import own_prompts
-from kd.evaluation.verdicts import grade, preference_of_text, preference_of_token
+from kd.evaluation.judge.judge_prompts import own_prompts
+from kd.evaluation.judge.verdicts import grade, preference_of_text, preference_of_token
 
 CATEGORIES = ("writing", "math", "stem", "coding")
 GRADES = [

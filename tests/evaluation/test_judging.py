@@ -5,8 +5,8 @@ import runpy
 import pytest
 from processes import ROOT
 
-from kd.evaluation.judging import Judge, Judgement, means, pair_result
-from kd.evaluation.questions import Question
+from kd.evaluation.judge.judging import Judge, Judgement, means, pair_result
+from kd.evaluation.judge.questions import Question
 
 PAIRS = Judge("gpt", "pair", "text", "both", 10, {})
 

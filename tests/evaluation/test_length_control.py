@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kd.evaluation.judging import length_control
-from kd.evaluation.length_control import FOLDS, length_controlled_win_rate
+from kd.evaluation.judge.judging import length_control
+from kd.evaluation.judge.length_control import FOLDS, length_controlled_win_rate
 
 CASES = json.loads(Path(__file__).with_name("length_control.json").read_text())
 

@@ -17,7 +17,7 @@ from tokenizers import processors
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kd.data.masks import IGNORED
+from kd.data.encoding import IGNORE_INDEX
 from kd.evaluation.answers import sample_answers
 from kd.evaluation.likelihood import (
     AGREEMENT,
@@ -57,7 +57,7 @@ def measured(*arguments, **keywords):
     return summed(*arguments, **keywords).rows
 
 
-def own_loss(found, row):
+def on_policy_loss(found, row):
     """The model's own summed loss of one row without padding."""
     ids, labels = torch.tensor([row.windows[0].input_ids]), torch.tensor([row.windows[0].labels])
     with torch.no_grad():
@@ -69,11 +69,11 @@ def target_logits(found, row, vocabulary):
     labels = torch.tensor(row.windows[0].labels)
     with torch.no_grad():
         logits = found(input_ids=torch.tensor([row.windows[0].input_ids])).logits[0]
-    return logits[:-1][labels[1:] != IGNORED][:, :vocabulary].double()
+    return logits[:-1][labels[1:] != IGNORE_INDEX][:, :vocabulary].double()
 
 
 def test_sums_equal_the_models_own_loss(house, rows, tokenizer):
-    expected = [own_loss(model(house, "student"), row) for row in rows]
+    expected = [on_policy_loss(model(house, "student"), row) for row in rows]
     found = measured(model(house, "student"), rows, tokenizer)[:, 0]
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=0)
 
@@ -82,7 +82,7 @@ def test_sums_equal_the_models_own_loss(house, rows, tokenizer):
 def test_an_adapter_is_measured_with_all_that_it_trained(house, rows, tokenizer, name):
     base = AutoModelForCausalLM.from_pretrained(house / "student", dtype=torch.float64)
     adapted = PeftModel.from_pretrained(base, house / name).eval()
-    expected = torch.tensor([own_loss(adapted, row) for row in rows]).double()
+    expected = torch.tensor([on_policy_loss(adapted, row) for row in rows]).double()
     found = measured(model(house, name), rows, tokenizer)[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     plain = measured(model(house, "student"), rows, tokenizer)[:, 0]
@@ -124,7 +124,7 @@ def row_text(row, tokenizer):
 
 
 def test_bits_per_byte_and_perplexity_follow_from_the_rows(house, rows, tokenizer):
-    nats = [own_loss(model(house, "student"), row) for row in rows]
+    nats = [on_policy_loss(model(house, "student"), row) for row in rows]
     result = likelihood_result(rows, measured(model(house, "student"), rows, tokenizer)[:, 0])
     size = sum(row.bytes for row in rows[:4])
     bits = sum(nats[:4]) / math.log(2) / size
@@ -160,7 +160,7 @@ def test_agreement_equals_kl_div_of_whole_logits(house, rows, tokenizer):
     student, teacher = model(house, "student"), model(house, "teacher")
     for row, sums in zip(rows, found, strict=True):
         q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
-        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORED])
+        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORE_INDEX])
         best = p.argmax(-1)
         wanted = {
             "cross_entropy": -q.gather(-1, labels[:, None]).sum(),
@@ -285,7 +285,7 @@ def test_places_and_calibration_are_those_of_the_tokens(house, rows, tokenizer):
     kl, places, confidence, right = [], [], [], []
     for row in rows:
         q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
-        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORED])
+        labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORE_INDEX])
         kl += kl_div(q, p, reduction="none", log_target=True).sum(-1).tolist()
         places += range(1, len(labels) + 1)
         confidence += q.exp().amax(-1).tolist()
@@ -334,8 +334,8 @@ def test_log_likelihoods_of_answers_are_those_of_lm_evaluation_harness(house, ro
     pairs = []
     for row in chats:
         ids, labels = row.windows[0].input_ids, row.windows[0].labels
-        first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        last = max(i for i, label in enumerate(labels) if label != IGNORED)
+        first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        last = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
         pairs.append((("", ""), ids[:first], ids[first : last + 1]))
     nats = measured(model(house, "student"), chats, tokenizer)[:, 0]
     found = harness_model(house, tokenizer, 512)._loglikelihood_tokens(pairs)
@@ -376,7 +376,7 @@ def test_a_first_token_that_the_tokenizer_writes_itself_is_no_target_of_rolling_
             )
         (row,) = encode_heldout(raw, changed, MAX_LENGTH, rolling=True)
         (window,) = row.windows
-        assert window.input_ids[0] == changed.bos_token_id and window.labels[0] == IGNORED
+        assert window.input_ids[0] == changed.bos_token_id and window.labels[0] == IGNORE_INDEX
         assert window.labels[1:] == plain[0].windows[0].labels[1:]
         assert row.bytes == len(TEXTS[0].encode())
         sequences[written] = window.input_ids
@@ -405,5 +405,5 @@ def test_a_model_in_16_bits_has_its_logits_made_in_32(house, rows, tokenizer):
             hidden = found.model(**inputs).last_hidden_state[0, :-1].double()
         logits = hidden @ found.lm_head.weight[: len(tokenizer)].detach().double().T
         labels = batch.inputs["labels"][0, 1:]
-        wanted = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        wanted = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         assert sums[batch.rows[0]].item() == pytest.approx(wanted.item(), rel=1e-6)

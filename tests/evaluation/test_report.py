@@ -9,10 +9,10 @@ from held_out import inside
 from made_results import FIGURES, TEXT_BYTES, TEXT_TOKENS, graded, models_of, write
 from scipy import special
 
-from kd.evaluation.findings import pair_sentence, what_the_numbers_say
-from kd.evaluation.items import read_metrics
-from kd.evaluation.statistics import difference, overlap, spread
-from kd.evaluation.summary import read_results, summarise
+from kd.evaluation.report.findings import pair_sentence, what_the_numbers_say
+from kd.evaluation.report.items import read_metrics
+from kd.evaluation.report.statistics import difference, overlap, spread
+from kd.evaluation.report.summary import read_results, summarise
 
 
 def numbers(tmp_path, figures, runs=()):

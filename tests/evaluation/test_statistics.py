@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from kd.evaluation.statistics import bootstrap, holm, interval, ratios, sign_flip_test
+from kd.evaluation.report.statistics import bootstrap, holm, interval, ratios, sign_flip_test
 
 TRIALS = 1000
 

@@ -8,11 +8,11 @@ import torch
 from held_out import MAX_LENGTH, command, sources
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import encode_rows
+from kd.data.encoding import encode_rows
 from kd.data.sources import load_rows
+from kd.data.tokenizer import load_tokenizer
 from kd.models.awq_writer import WriterSettings, write
 from kd.models.sharding import load_unsharded
-from kd.models.tokenizer import load_tokenizer
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 from kd.data.near_duplicates import Overlap
 from kd.generation.filters import evaluation_texts, training_rows
 from kd.generation.sampling import Question, Sample
-from kd.generation.settings import FilterSettings
+from kd.settings.generation import FilterSettings
 
 QUESTION = [{"role": "user", "content": "a?"}]
 ANSWERS = [

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kd.generation.records import cut_torn_lines, read_answers, record_file
+from kd.generation.run_generation import request_of, served_row
 from kd.generation.sampling import (
     Question,
     Sample,
@@ -13,8 +14,7 @@ from kd.generation.sampling import (
     wanted_samples,
 )
 from kd.generation.server import Completion
-from kd.generation.session import request_of, served_row
-from kd.generation.settings import GenerationSettings, ServerSettings
+from kd.settings.generation import GenerationSettings, ServerSettings
 
 
 def settings(**changed) -> GenerationSettings:

@@ -8,9 +8,9 @@ from small import save_reward_model
 from kd.data.near_duplicates import Overlap
 from kd.generation.filters import with_answer
 from kd.generation.rewards import RewardModel
+from kd.generation.run_generation import score_missing
 from kd.generation.sampling import Question, wanted_samples
-from kd.generation.session import score_missing
-from kd.generation.settings import FilterSettings, GenerationSettings
+from kd.settings.generation import FilterSettings, GenerationSettings
 
 
 def test_rewards_are_this_models_of_what_the_student_will_see_and_are_asked_once(

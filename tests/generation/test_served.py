@@ -15,7 +15,7 @@ from chat_server import ChatServer
 from processes import ROOT, start
 
 from kd.generation.estimate import price
-from kd.generation.settings import ServerSettings
+from kd.settings.generation import ServerSettings
 
 HIDDEN = "answer as a careful expert would"
 KEY = "sk-never-to-be-written"

@@ -19,17 +19,17 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_grad
 
-from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import OWN_BASE, ModelSettings, TeacherSettings
+from kd.run.exit import leave
+from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.exit import leave
-from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
 
@@ -180,7 +180,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
     if cell.blank:
-        rows += [EncodedRow(row.input_ids, [IGNORED] * len(row)) for row in rows]
+        rows += [EncodedRow(row.input_ids, [IGNORE_INDEX] * len(row)) for row in rows]
     args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     trainer = Recorder(
@@ -244,7 +244,7 @@ def sharded_logits(work: Path) -> dict:
             worst = 0.0
             for length in (9 + 8 * dist.get_rank(), 24, 3):  # lengths differ between ranks
                 ids = torch.arange(3, 3 + length)[None]
-                labels = torch.full_like(ids, IGNORED)
+                labels = torch.full_like(ids, IGNORE_INDEX)
                 if length != 9:  # rank 0 has no target token in its first forward
                     labels[:, 1:] = ids[:, 1:]
                 batch = {

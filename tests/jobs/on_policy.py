@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
-from kd.data.masks import encode_rows
+from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
-from kd.generation.student import Writer
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.fused import Objective
 from kd.models.heads import causal_lm
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import OnPolicySettings
-from kd.training.exit import leave
+from kd.run.exit import leave
+from kd.settings.distillation import OnPolicySettings
 from kd.training.on_policy import StudentRows
+from kd.training.rollouts import Writer
 from tests.jobs.gradients import (
     OBJECTIVE,
     Cell,

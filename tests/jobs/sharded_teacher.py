@@ -16,12 +16,12 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from transformers import AutoModelForCausalLM
 
+from kd.data.tokenizer import load_tokenizer
 from kd.models import sharding, tensor_files
 from kd.models.heads import backbone_only, head_of
 from kd.models.load import load_trained
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import ModelSettings
-from kd.training.exit import leave
+from kd.run.exit import leave
+from kd.settings.distillation import ModelSettings
 
 CPU = torch.device("cpu")
 gathers, sent = [], []  # numbers of each all-gather, of each broadcast

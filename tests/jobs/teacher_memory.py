@@ -15,7 +15,7 @@ import deepspeed
 import torch.distributed as dist
 
 from kd.models import sharding
-from kd.training.exit import leave
+from kd.run.exit import leave
 
 
 def status(key: str) -> int:

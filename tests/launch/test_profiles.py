@@ -9,7 +9,7 @@ from processes import ROOT, start, succeed
 from transformers import TrainingArguments
 
 from kd.recipe import parse
-from kd.training.settings import TrainingSettings
+from kd.settings.training import TrainingSettings
 
 PROFILES = ("cpu", "2xt4", "2xa100", "h100")
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))

@@ -131,7 +131,7 @@ def steps_of(address: str, tag: str) -> list[int]:
 
 
 def test_every_curve_is_there_and_no_step_twice(address):
-    terms = {"loss", "cross_entropy", "divergence", "agreement", "teacher_label_probability"}
+    terms = {"loss", "cross_entropy", "divergence", "top1_agreement", "teacher_label_probability"}
     entropies = {"student_entropy", "teacher_entropy", "learning_rate", "grad_norm"}
     seconds = {
         f"seconds_{x}"
@@ -139,7 +139,7 @@ def test_every_curve_is_there_and_no_step_twice(address):
     }
     others = {"target_tokens_per_second", "padding_share", "memory_gib"}
     wanted = {f"train/{name}" for name in terms | entropies | seconds | others}
-    wanted |= {f"eval/{name}" for name in ("loss", "cross_entropy", "divergence", "agreement")}
+    wanted |= {f"eval/{name}" for name in ("loss", "cross_entropy", "divergence", "top1_agreement")}
     assert wanted <= tags(address), wanted - tags(address)
     for tag in ("train/divergence", "train/seconds_teacher"):
         assert steps_of(address, tag) == list(range(1, STEPS + 1))
@@ -154,7 +154,7 @@ def test_a_browser_shows_the_layout_the_curves_the_samples_and_the_settings(
         driver.get(f"{address}/#custom_scalars")
         text_with(driver, "Read this first", "loss and its two terms", "held out", "Speed")
         driver.get(f"{address}/#timeseries")
-        text_with(driver, "train/divergence", "train/agreement", "eval/divergence")
+        text_with(driver, "train/divergence", "train/top1_agreement", "eval/divergence")
         driver.get(f"{address}/#text")
         text_with(driver, "eval/samples", "teacher", "student", "beginning")
         driver.get(f"{address}/#hparams")

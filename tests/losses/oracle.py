@@ -90,7 +90,7 @@ class Problem:
             "divergence": soft.item(),
             "teacher_cross_entropy": cross_entropy(teacher, self.labels, reduction="sum").item(),
             "teacher_label_probability": label.sum().item(),
-            "agreement": (teacher.argmax(-1) == student.argmax(-1)).sum().item(),
+            "top1_agreement": (teacher.argmax(-1) == student.argmax(-1)).sum().item(),
             "student_entropy": entropy(student).sum().item(),
             "teacher_entropy": entropy(teacher).sum().item(),
             "tokens": float(self.tokens),

@@ -11,7 +11,7 @@ from small import CHATML, small_tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd.data.masks import IGNORED, encode_rows
+from kd.data.encoding import IGNORE_INDEX, encode_rows
 from kd.data.packing import Collator
 from kd.losses.divergences import DIVERGENCES, forward_kl
 from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
@@ -57,7 +57,7 @@ def test_fault_4_forward_kl_is_zero_at_equality_and_so_is_its_gradient():
 
 
 def test_fault_5_a_target_is_predicted_from_the_position_before_it():
-    labels = torch.tensor([[IGNORED, IGNORED, 7, 8, IGNORED, 9]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 7, 8, IGNORE_INDEX, 9]])
     positions, targets = target_positions(labels)
     assert positions.nonzero()[:, 1].tolist() == [1, 2, 4] and targets.tolist() == [7, 8, 9]
 
@@ -69,7 +69,9 @@ def test_fault_5_end_token_is_learnt_where_it_also_pads_and_padding_is_not():
     batch = Collator(tokenizer.pad_token_id)([[row] for row in rows])
     for row, labels in zip(rows, batch["labels"], strict=True):
         assert row.labels[-1 if row is rows[1] else -2] == tokenizer.eos_token_id
-        assert (labels[len(row) :] == IGNORED).all() and (labels != IGNORED).sum() == row.targets
+        assert (labels[len(row) :] == IGNORE_INDEX).all() and (
+            labels != IGNORE_INDEX
+        ).sum() == row.targets
 
 
 @pytest.mark.parametrize("rows_of_teacher", [REAL, REAL + 3, REAL + 50])

@@ -13,11 +13,11 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, causal_lm, head_of, return_loss
 from kd.models.load import load_trained
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import ModelSettings
+from kd.settings.distillation import ModelSettings
 
 SIZES = {
     "vocab_size": 64,

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from losses.chunk_oracle import chunk_by_chunk
+from losses.segment_oracle import chunk_by_chunk
 from small import TEXT, save_small, small_rows, small_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kd.data.alignment import AlignedCollator, AlignedEncoder
-from kd.data.masks import IGNORED, EncodedRow, Encoder
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
 from kd.data.packing import Collator, pack
+from kd.data.vocabularies import shared_vocabulary
 from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
-from kd.models.vocabularies import shared_vocabulary
-from kd.settings import ModelSettings, TeacherSettings
-from kd.teachers.aligned import AlignedTeacher, check_alignment
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.teachers.aligned_teacher import AlignedTeacher, check_alignment
 from kd.teachers.live import LiveTeacher
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ class Pair:
             sides = (row, row.chunks), (row.teacher, row.teacher_chunks)
             tokenizers = self.student, self.teacher
             for model, (side, numbers), tokenizer in zip(models, sides, tokenizers, strict=True):
-                target = torch.tensor(side.labels) != IGNORED
+                target = torch.tensor(side.labels) != IGNORE_INDEX
                 whole = model(torch.tensor([side.input_ids])).logits[0, :, : len(tokenizer)]
                 logits.append(whole[:-1][target[1:]])
                 labels.append(torch.tensor(side.labels)[target])
@@ -106,7 +106,7 @@ def test_batching_changes_neither_loss_nor_gradients_nor_figures(pair, split):
         "flat": [rows[:3], rows[3:]],
         "with rows to fill up": [
             rows[:5],
-            [[EncodedRow(rows[0][0].input_ids, [IGNORED] * len(rows[0][0]))]],
+            [[EncodedRow(rows[0][0].input_ids, [IGNORE_INDEX] * len(rows[0][0]))]],
             rows[5:],
         ],
     }[split]

@@ -8,11 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small import save_small, small_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, EncodedRow, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, side_by_side
 from kd.models.blocks import in_pieces
 from kd.models.load import load_trained
-from kd.settings import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher, groups
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ SIZES = {
 def micro_batches(tokenizer, packed: bool = False) -> list[dict[str, torch.Tensor]]:
     """Four of different rows and lengths, one of them without a target token."""
     rows, _ = encode_rows(small_rows(12), tokenizer, 512, progress=False)
-    blank = EncodedRow(rows[0].input_ids, [IGNORED] * len(rows[0]))
+    blank = EncodedRow(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
     collate = Collator(tokenizer.pad_token_id)
     if packed:
         short, long = (
@@ -139,7 +139,7 @@ def test_an_adapter_beside_its_base_gives_the_logits_of_peft(tmp_path, models, t
     assert not any(p.requires_grad for p in teacher.module.parameters())
     batch = micro_batches(tokenizer)[0]
     inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
-    positions = batch["labels"][:, 1:] != IGNORED
+    positions = batch["labels"][:, 1:] != IGNORE_INDEX
     with torch.no_grad(), teacher.signal(batch) as (signal, _):
         found = signal.head.logits(signal.hidden, len(tokenizer))
         wanted, without = (

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.data.masks import IGNORED, EncodedRow
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import Collator, pack_lengths
 from kd.losses.objective import Head, TeacherSignal
 from kd.models.heads import target_positions
-from kd.teachers.cache import (
+from kd.teachers.cache_files import (
     CacheWriter,
     TeacherCache,
     check_manifest,
@@ -52,13 +52,13 @@ def test_an_entry_has_at_most_five_bytes_all_that_belongs_to_a_token_counted(voc
 def document(seed: int, length: int = 12) -> EncodedRow:
     random = np.random.default_rng(seed)
     ids = random.integers(0, 300, length).tolist()
-    labels = [i if random.random() < 0.5 else IGNORED for i in ids]
-    return EncodedRow(ids, [IGNORED, *labels[1:-1], ids[-1]])
+    labels = [i if random.random() < 0.5 else IGNORE_INDEX for i in ids]
+    return EncodedRow(ids, [IGNORE_INDEX, *labels[1:-1], ids[-1]])
 
 
 def test_a_key_tells_ids_and_targets_apart():
     row = document(0)
-    other = EncodedRow(row.input_ids, [IGNORED] * 11 + [row.input_ids[-1]])
+    other = EncodedRow(row.input_ids, [IGNORE_INDEX] * 11 + [row.input_ids[-1]])
     assert document_key(row) == document_key(EncodedRow(list(row.input_ids), list(row.labels)))
     assert len({document_key(r) for r in (row, other, document(1))}) == 3
 
@@ -68,7 +68,7 @@ def scored(row: EncodedRow, manifest: dict = MANIFEST) -> np.ndarray:
     generator = torch.Generator().manual_seed(sum(row.input_ids))
     hidden = torch.randn(row.targets, 6, generator=generator)
     weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([label for label in row.labels if label != IGNORED])
+    labels = torch.tensor([label for label in row.labels if label != IGNORE_INDEX])
     return score(TeacherSignal(hidden, Head(weight)), labels, manifest)
 
 
@@ -103,7 +103,7 @@ def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
     assert (unpack_ids(records, 300) == ids.numpy()).all()
     close = {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(np.exp(records["log_probabilities"]), top, **close)
-    labels = torch.tensor([label for label in row.labels if label != IGNORED])
+    labels = torch.tensor([label for label in row.labels if label != IGNORE_INDEX])
     tail, label, entropy = records["scalars"].T
     np.testing.assert_allclose(np.exp(tail), 1 - top.sum(-1), **close)
     np.testing.assert_allclose(np.exp(label), p.gather(-1, labels[:, None])[:, 0], **close)
@@ -126,7 +126,9 @@ def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, 
     cache = TeacherCache(folder)
     rows = documents()
     teacher = CachedTeacher(cache, torch.device("cpu"))
-    blank = EncodedRow(rows[0].input_ids, [IGNORED] * len(rows[0]))  # fills up a held-out batch
+    blank = EncodedRow(
+        rows[0].input_ids, [IGNORE_INDEX] * len(rows[0])
+    )  # fills up a held-out batch
     wanted: dict = {}
     for row in rows:
         batch = CachedCollator(Collator(0), cache)([[row]])
@@ -146,7 +148,7 @@ def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, 
 
 def test_a_batch_without_targets_has_none(folder):
     cache = TeacherCache(folder)
-    blank = EncodedRow([1, 2, 3], [IGNORED] * 3)
+    blank = EncodedRow([1, 2, 3], [IGNORE_INDEX] * 3)
     batch = CachedCollator(Collator(0), cache)([[blank]])
     with CachedTeacher(cache, torch.device("cpu")).signal(batch) as (signal, _):
         assert signal.ids.shape == (0, 8) and signal.classes.shape == (0, 9)

@@ -12,10 +12,10 @@ from processes import start
 from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
-from kd.models.tokenizer import load_tokenizer
+from kd.data.tokenizer import load_tokenizer
 from kd.recipe import as_flags
-from kd.settings import ModelSettings, ObjectiveSettings, TeacherSettings
-from kd.teachers.cache import TeacherCache
+from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import open_cache
 
 ROWS = 160
@@ -113,7 +113,7 @@ def test_students_of_a_full_cache_and_of_the_live_teacher_are_the_same(models, w
         moved = (wanted - start_weights[name]).norm()
         assert moved > 0
         assert (cached["weights"][name] - wanted).norm() / wanted.norm() < 1e-6, name
-    names = ("divergence", "teacher_cross_entropy", "teacher_label_probability", "agreement")
+    names = ("divergence", "teacher_cross_entropy", "teacher_label_probability", "top1_agreement")
     for name in (*names, "cross_entropy", "student_entropy", "teacher_entropy"):
         found, wanted = (run["done"][f"eval_{name}"] for run in (cached, live))
         assert found == pytest.approx(wanted, rel=1e-5), name

@@ -24,7 +24,7 @@ from transformers import (
 
 from kd.models.gguf import compare_gguf
 from kd.models.load import four_bit, keep_packing_of_four_bit_weights, load_trained
-from kd.settings import ModelSettings
+from kd.settings.distillation import ModelSettings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "merge.py"
 IDS = torch.arange(3, 51).view(2, 24)
@@ -54,7 +54,7 @@ def save_base(path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool) -> Non
 
 
 def train_adapter(base: Path, path: Path, tokenizer: PreTrainedTokenizerFast, **keys) -> None:
-    """One step of AdamW, saved as kd.training.session saves it."""
+    """One step of AdamW, saved as kd.training.run_training saves it."""
     settings = ModelSettings(dtype="float32", lora_rank=4, **keys)
     torch.manual_seed(1)
     model = load_trained(str(base), settings, tokenizer).train()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.recipe import as_flags
 
-NAMES = ("loss", "divergence", "cross_entropy", "teacher_entropy", "agreement", "grad_norm")
+NAMES = ("loss", "divergence", "cross_entropy", "teacher_entropy", "top1_agreement", "grad_norm")
 
 
 @pytest.fixture(scope="module")

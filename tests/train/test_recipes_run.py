@@ -154,7 +154,7 @@ def test_three_stages_by_one_command_that_does_nothing_twice():
     whole = ("recipes/small/f_stages.sh", "--max_steps", "2")
     job = start(*whole)
     assert all((SMALL / name / "done.json").exists() for name in stages), job.stdout[-6000:]
-    assert "'hidden'" in job.stdout and "'own_divergence'" in job.stdout
+    assert "'hidden'" in job.stdout and "'on_policy_divergence'" in job.stdout
     for before, after in zip(stages, stages[1:], strict=False):
         record = json.loads((SMALL / after / "run.json").read_text())
         assert record["recipe"]["student"] == f"runs/small/{before}"

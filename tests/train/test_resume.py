@@ -16,8 +16,8 @@ from small import small_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd.recipe import as_flags
-from kd.training.figures import of_the_run
-from kd.training.stopping import STOPPED
+from kd.run.signals import STOPPED
+from kd.training.step_metrics import of_the_run
 
 TORCHRUN = "--torchrun"
 

@@ -13,9 +13,9 @@ from small import save_small, small_rows
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, encode_rows
+from kd.data.encoding import IGNORE_INDEX, encode_rows
+from kd.data.tokenizer import load_tokenizer
 from kd.models.heads import causal_lm
-from kd.models.tokenizer import load_tokenizer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
 SPLITS = {
@@ -83,17 +83,17 @@ PASSES = [
     )
     for workspace in (2**30, 300_000, 0)
 ]
-OWN = [
+ON_POLICY = [
     Cell(
         f"self {mode} {engine[-10:-5] or engine}", engine, 2, 2, mode=mode, teacher="self", steps=4
     )
     for mode in ("lora", "qlora")
     for engine in ("ddp", ZERO2)
 ]
-OWN.append(
+ON_POLICY.append(
     Cell("self checkpointing", "ddp", 4, mode="lora", teacher="self", checkpointing=True, steps=4)
 )
-LAYOUTS += MATRIX + PASSES + OWN
+LAYOUTS += MATRIX + PASSES + ON_POLICY
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
     weight, total = OBJECTIVE["soft_weight"], 0.0
     for row in rows:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
-        mask = labels != IGNORED
+        mask = labels != IGNORE_INDEX
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
             off = contextlib.nullcontext() if teacher else student.disable_adapter()

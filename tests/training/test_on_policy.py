@@ -13,21 +13,21 @@ from small import save_small, small_rows
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, EncodedRow, encode_rows
-from kd.data.packing import OWN, Collator
-from kd.generation.student import Writer
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
+from kd.data.packing import ON_POLICY, Collator
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.fused import Objective
-from kd.models.generating import SCORES, row_bytes
+from kd.models.generation_mode import SCORES, row_bytes
 from kd.models.heads import causal_lm
-from kd.models.layout import Layout
-from kd.models.memory import plan
-from kd.models.throughput import Rates, duration, sent_bytes
-from kd.models.tokenizer import load_tokenizer
-from kd.settings import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.planning.layout import Layout
+from kd.planning.memory import plan
+from kd.planning.throughput import Rates, duration, sent_bytes
+from kd.settings.distillation import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.figures import of_the_run
 from kd.training.on_policy import StudentRows, answer_starts, chosen_places, documents
-from kd.training.settings import TrainingSettings
+from kd.training.rollouts import Writer
+from kd.training.step_metrics import of_the_run
 from kd.training.trainer import DistillationTrainer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
@@ -62,13 +62,17 @@ def rows_of(step: list[dict]) -> list[tuple[EncodedRow, bool]]:
     """The rows of a step's micro-batches in order, each with whether it is the student's own."""
     found = []
     for batch in step:
-        own = batch[OWN].any(-1).tolist() if OWN in batch else [False] * len(batch["labels"])
+        own = (
+            batch[ON_POLICY].any(-1).tolist()
+            if ON_POLICY in batch
+            else [False] * len(batch["labels"])
+        )
         found += zip(documents(batch), own, strict=True)
     return found
 
 
 def own_answers(step: list[dict]) -> list[list[int]]:
-    return [[x for x in row.labels if x != IGNORED] for row, own in rows_of(step) if own]
+    return [[x for x in row.labels if x != IGNORE_INDEX] for row, own in rows_of(step) if own]
 
 
 def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> torch.Tensor:
@@ -78,7 +82,7 @@ def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> tor
     total, tokens = 0.0, 0
     for row, own in rows_of(step):
         ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
-        mask = labels != IGNORED
+        mask = labels != IGNORE_INDEX
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
             if teacher:
@@ -133,7 +137,7 @@ def test_half_of_the_rows_are_the_students_and_the_same_however_many_ranks(work)
     assert all(places == chosen[0] for places in chosen)
     prompts = [
         [
-            [x for x, y in zip(r.input_ids, r.labels, strict=True) if y == IGNORED]
+            [x for x, y in zip(r.input_ids, r.labels, strict=True) if y == IGNORE_INDEX]
             for r, own in s
             if own
         ]
@@ -163,7 +167,7 @@ def test_figures_of_the_students_rows_are_apart(work):
     hard, entropy, tokens, answers = 0.0, 0.0, [0, 0], own_answers(found["filled"][0])
     for row, own in rows_of(found["filled"][0]):
         labels = torch.tensor(row.labels[1:])
-        mask = labels != IGNORED
+        mask = labels != IGNORE_INDEX
         tokens[own] += int(mask.sum())
         with torch.no_grad():
             ids = torch.tensor([row.input_ids])
@@ -176,8 +180,11 @@ def test_figures_of_the_students_rows_are_apart(work):
             hard += cross_entropy(ours, labels[mask], reduction="sum").item()
     logged = found["logged"][0]
     assert logged["cross_entropy"] == pytest.approx(hard / tokens[0], rel=1e-5)
-    assert logged["own_teacher_entropy"] == pytest.approx(entropy / tokens[1], rel=1e-5)
-    assert "own_cross_entropy" not in logged and "own_teacher_label_probability" not in logged
+    assert logged["on_policy_teacher_entropy"] == pytest.approx(entropy / tokens[1], rel=1e-5)
+    assert (
+        "on_policy_cross_entropy" not in logged
+        and "on_policy_teacher_label_probability" not in logged
+    )
     assert logged["generated_length"] == pytest.approx(tokens[1] / len(answers))
     ends = set(Writer(student, OnPolicySettings(), tokenizer).ends)
     cut = sum(answer[-1] not in ends for answer in answers) / len(answers)
@@ -206,7 +213,7 @@ def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, t
         curves[name] = [of_the_run(entry) for entry in history if "loss" in entry]
         assert ("on-policy: the student answers 40% of the rows" in job.stdout) == (name == "some")
     assert found["off"] == found["none"] != found["some"] and curves["off"] == curves["none"]
-    own = {"own_divergence", "own_agreement", "generated_length", "generated_cut_share"}
+    own = {"on_policy_divergence", "on_policy_agreement", "generated_length", "generated_cut_share"}
     assert own <= curves["some"][0].keys() and not own & curves["off"][0].keys()
 
 
@@ -278,15 +285,17 @@ def test_an_empty_answer_is_its_end_token_and_is_learnt_from(models, tokenizer, 
     outputs = trainer.compute_loss(student, batch, True, num_items_in_batch=items)
     assert math.isfinite(outputs[0].item()) and outputs[0].item() > 0
     figures = trainer.figures.read()
-    assert "cross_entropy" not in figures and figures["own_divergence"] > 0
+    assert "cross_entropy" not in figures and figures["on_policy_divergence"] > 0
 
 
 def test_an_answer_takes_the_place_of_one_of_a_rows_answers_and_keeps_to_max_length():
-    row = EncodedRow(list(range(10, 22)), [IGNORED] * 3 + [13, 14] + [IGNORED] * 4 + [19, 20, 21])
+    row = EncodedRow(
+        list(range(10, 22)), [IGNORE_INDEX] * 3 + [13, 14] + [IGNORE_INDEX] * 4 + [19, 20, 21]
+    )
     assert answer_starts(row) == [3, 9]
-    text = EncodedRow(list(range(12)), [IGNORED, *range(1, 12)])
+    text = EncodedRow(list(range(12)), [IGNORE_INDEX, *range(1, 12)])
     assert answer_starts(text) == [6]
-    assert answer_starts(EncodedRow([5, 6], [IGNORED, 6])) == [1]
+    assert answer_starts(EncodedRow([5, 6], [IGNORE_INDEX, 6])) == [1]
     rows = StudentRows(OnPolicySettings(0.5, 256), None, Collator(0), 12)
     found = {(len(p.ids), p.limit) for p in (rows.prompt(row, str(i)) for i in range(20))}
     assert found == {(3, 9), (9, 3)}
@@ -310,8 +319,8 @@ def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
         student_rows = StudentRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
         batch = student_rows.collated(rows, [1, 4], torch.device("cpu"))
         assert documents(batch) == rows
-        own = batch[OWN] & (batch["labels"] != IGNORED)
-        wanted = [x for i in (1, 4) for x in rows[i].labels if x != IGNORED]
+        own = batch[ON_POLICY] & (batch["labels"] != IGNORE_INDEX)
+        wanted = [x for i in (1, 4) for x in rows[i].labels if x != IGNORE_INDEX]
         assert batch["labels"][own].tolist() == wanted
 
 

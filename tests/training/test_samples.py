@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import IGNORED, EncodedRow
+from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.models.heads import LossInputs, return_loss
 from kd.training.samples import beginning, table, write_on
 
@@ -34,12 +34,12 @@ def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokeni
 
 
 def test_a_beginning_is_the_prompt_and_of_plain_text_its_first_tokens():
-    chat = EncodedRow([5, 6, 7, 8, 9], [IGNORED, IGNORED, IGNORED, 8, 9])
+    chat = EncodedRow([5, 6, 7, 8, 9], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8, 9])
     assert beginning(chat) == [5, 6, 7]
     ids = list(range(100))
-    assert beginning(EncodedRow(ids, [IGNORED, *ids[1:]])) == ids[:32]
+    assert beginning(EncodedRow(ids, [IGNORE_INDEX, *ids[1:]])) == ids[:32]
     long = list(range(400))  # of a long prompt its end, which the answer is to
-    assert beginning(EncodedRow(long, [IGNORED] * 300 + long[300:])) == long[44:300]
+    assert beginning(EncodedRow(long, [IGNORE_INDEX] * 300 + long[300:])) == long[44:300]
 
 
 def test_no_text_breaks_out_of_its_cell():

@@ -9,15 +9,15 @@ from processes import start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
-from kd.data.masks import encode_rows
+from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
+from kd.data.tokenizer import load_tokenizer
 from kd.losses.divergences import forward_kl
 from kd.losses.fused import Objective
-from kd.models.tokenizer import load_tokenizer
 from kd.recipe import as_flags
-from kd.settings import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.settings import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
 

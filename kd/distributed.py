@@ -1,0 +1,98 @@
+"""Ranks of a job: who this process is, what the ranks share, and output from rank 0 alone.
+
+Every function works without a process group, as the only rank. Functions marked "Collective" must
+be called by all ranks.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The rank of this process; before a process group exists, the one that the launcher assigned."""
+    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of ranks; before a process group exists, the number that the launcher started."""
+    return dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """The rank of this process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def print_rank0(text: object) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def start_gloo() -> None:
+    """Start a process group for CPU tensors, where the launcher started several processes.
+
+    The timeout is long because one rank may wait hours for another rank's last batch.
+    """
+    if world_size() > 1 and not is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+
+
+def device() -> str:
+    """The device of this rank for evaluation and generation."""
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def barrier() -> None:
+    """Collective: wait for all ranks."""
+    if is_initialized():
+        dist.barrier()
+
+
+def share_of(items: list[T]) -> list[T]:
+    """The items that this rank processes: every `world_size`-th, starting at its rank."""
+    return items[rank() :: world_size()]
+
+
+def all_gather(value: T) -> list[T]:
+    """Collective: every rank's value, in the order of the ranks. Values are pickled."""
+    if not is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Collective: rank 0's value, on every rank. The value is pickled."""
+    if not is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Collective: the sum over all ranks, in a new tensor."""
+    values = values.clone()
+    if is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def all_max(values: Tensor) -> Tensor:
+    """Collective: the maximum over all ranks, element by element, in a new tensor."""
+    values = values.clone()
+    if is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values

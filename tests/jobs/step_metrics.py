@@ -1,0 +1,58 @@
+"""Two ranks' figures of a log, with sums and times that are given. torchrun ... step_metrics.py OUT"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kd.models.heads import REPORTED
+from kd.training import step_metrics as module
+from kd.training.step_times import PHASES
+
+SHOWN = ["cross_entropy", "top1_agreement", "on_policy_divergence"]
+WORK = (3.0, 5.0, 1000.0)  # operations of a position, of a target, a second
+
+
+def rank_sums(rank: int) -> dict[str, float]:
+    """Of two micro-batches, each the half."""
+    counts = (
+        {"tokens": 10.0, "on_policy_tokens": 4.0}
+        if rank
+        else {"tokens": 30.0, "on_policy_tokens": 0.0}
+    )
+    sums = {
+        "cross_entropy": 20.0 + 60.0 * rank,
+        "top1_agreement": 6.0,
+        "on_policy_divergence": 8.0 * rank,
+    }
+    return dict.fromkeys(REPORTED, 0.0) | counts | sums
+
+
+def rank_times(rank: int) -> tuple[dict[str, float], float, int]:
+    phases = dict.fromkeys(PHASES, 0.0) | {"student": 2.0 + rank, "loss": 1.0}
+    return phases, 4.0 + 6.0 * rank, 2
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    figures = module.Figures(torch.device("cpu"), SHOWN, WORK)
+    figures.times.read = lambda: rank_times(rank)
+    module.memory_bytes = lambda _: (1 + rank) * 2**30
+    found = []
+    for _ in range(2):  # a second log has nothing of the first in it
+        for _ in range(2):
+            half = torch.tensor([value / 2 for value in rank_sums(rank).values()])
+            batch = {"tokens": torch.tensor([3, 4 + rank]), "input_ids": torch.zeros(2, 8)}
+            figures.add(half, batch)
+        figures.add_written([[1] * (5 + rank)], rank)
+        found.append(figures.read() | {"pace": figures.own_pace})
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

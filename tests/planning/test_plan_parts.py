@@ -1,0 +1,163 @@
+"""Parts of the plan that a small layout can have alone, against what they are made of."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+from processes import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from kd.models.heads import backbone_only, causal_lm
+from kd.models.load import lora_config, parameter_counts
+from kd.planning import memory
+from kd.planning.counts import student_pieces
+from kd.planning.layout import GIB, Layout
+from kd.planning.memory import plan
+from kd.planning.throughput import disk_bytes, operations, optimizer_bytes, unpacked_bytes
+from kd.settings.distillation import ModelSettings, OnPolicySettings
+
+ZERO2, ZERO3 = (
+    json.loads((ROOT / f"ds_configs/student_{name}.json").read_text())
+    for name in ("zero2", "zero3")
+)
+FULL = ModelSettings(dtype="float32", attn_implementation="eager")
+LORA = ModelSettings(dtype="float32", attn_implementation="eager", lora_rank=4)
+ROWS, LENGTH = 2, 64
+
+
+@pytest.fixture(scope="module")
+def layout(models) -> Layout:
+    return Layout(
+        student=str(models / "student"),
+        model=FULL,
+        micro=ROWS,
+        accumulation=1,
+        max_length=LENGTH,
+        processes=2,
+        memory=GIB,
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(models) -> int:
+    """Trained weights of a full training."""
+    return parameter_counts(AutoModelForCausalLM.from_pretrained(models / "student"))[0]
+
+
+def part(layout: Layout, name: str) -> float:
+    parts = memory.optimizer_held(layout, student_pieces(layout))
+    return next(size for key, size in parts.items() if key.startswith(name))
+
+
+@pytest.mark.parametrize(
+    "zero, processes, accumulation, gradients, buckets",
+    [
+        (None, 1, 1, 0, 0),  # they come as the activations go
+        (None, 1, 2, 1, 0),
+        (None, 2, 2, 1, 1),
+        (ZERO2, 2, 1, 0, 0),
+        (ZERO2, 2, 2, 1 / 2, 0),
+        (ZERO3, 2, 1, 1 / 2, 0),
+        (ZERO3, 4, 2, 1 / 4, 0),
+    ],
+)
+def test_gradients_that_stay_and_ddps_buckets(
+    layout, weights, zero, processes, accumulation, gradients, buckets
+):
+    changed = replace(layout, zero=zero, processes=processes, accumulation=accumulation)
+    assert part(changed, "gradients") == 4 * weights * gradients
+    assert part(changed, "DDP's buckets") == 4 * weights * buckets
+
+
+@pytest.mark.parametrize("zero, copies", [(None, 0), (ZERO2, 4 / 2), (ZERO3, 0)])
+def test_float32_weights_are_copied_by_zero_2_alone(layout, weights, zero, copies):
+    assert part(replace(layout, zero=zero), "float32 copies") == copies * weights
+
+
+def test_a_paged_optimizer_is_in_the_memory_of_the_machine(layout, weights):
+    paged = replace(layout, zero=ZERO2, optimizer="paged_adamw_32bit", device="cuda")
+    assert part(paged, "optimizer") == 0
+    assert part(replace(paged, optimizer="adamw_torch"), "optimizer") == 8 * weights / 2
+    assert memory.host_parts(paged, student_pieces(paged))["paged optimizer"] == 8 * weights
+    alone = replace(paged, zero=None)
+    assert memory.host_parts(alone, student_pieces(alone))["paged optimizer"] == 2 * 8 * weights
+
+
+def test_states_of_a_sharded_teacher_fill_its_workspace_and_no_more(layout, models):
+    one = 2 * ROWS * LENGTH * 48 * 4  # of a micro-batch, two copies, float32
+    taught = replace(layout, teacher=str(models / "teacher"), accumulation=4)
+    assert memory.teacher_states(taught) == one
+    sharded = replace(taught, teacher_shards=ZERO3)
+    for workspace, states in ((0, one), (2.5 * one, 2.5 * one), (9 * one, 4 * one)):
+        assert memory.teacher_states(replace(sharded, teacher_workspace=workspace)) == states
+    assert memory.teacher_states(replace(taught, hidden_pairs=3)) == one / 2 * 5
+
+
+def test_own_answers_are_those_of_the_share_and_a_sharded_student_is_whole_for_them(layout):
+    settings = OnPolicySettings(student_fraction=0.25)
+    writing = replace(layout, micro=4, accumulation=3, on_policy=settings)
+    assert memory.own_rows(writing) == 6  # a quarter of 24, all of them of one process
+    assert memory.own_rows(replace(writing, processes=8)) == 12  # no more than it has
+    for zero, whole in ((ZERO2, 0.0), (ZERO3, sum(p.bytes for p in student_pieces(layout)))):
+        phase = plan(replace(writing, zero=zero)).phases["the student's writing"]
+        assert phase["student gathered to write"] == whole
+
+
+@pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
+def test_operations_of_a_step_are_those_that_pytorch_counts(layout, models, settings):
+    """Causal attention is half of the whole square that is counted; LoRA's first block needs less."""
+    model = AutoModelForCausalLM.from_pretrained(models / "student", attn_implementation="eager")
+    if settings.lora_rank:
+        model = get_peft_model(model, lora_config(settings, None))
+    backbone_only(causal_lm(model))
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 300
+    found = operations(replace(layout, model=settings))
+    attention = 2 * LENGTH * 32 * 2 * ROWS * LENGTH  # 32 wide, two blocks
+    with FlopCounterMode(display=False) as forward:
+        hidden = model(input_ids=ids)
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    if not settings.lora_rank:
+        assert forward.get_total_flops() == found["student's forward"] + attention
+        assert backward.get_total_flops() == found["student's backward"] + 2 * attention
+        return
+    # The adapters' own forward is counted with their backward, six for two and four.
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert found["student's forward"] + found["student's backward"] == pytest.approx(
+        counted - 3 * attention, rel=0.1
+    )
+
+
+def test_the_heads_operations_again_for_a_teacher_and_again_for_a_trained_weight(layout, models):
+    vocabulary = AutoModelForCausalLM.from_pretrained(models / "student").config.vocab_size
+    one = 2 * ROWS * LENGTH * vocabulary  # a number of H
+    taught = replace(layout, teacher=str(models / "teacher"))
+    for changed, numbers in (
+        (layout, 3 * 32),
+        (replace(layout, model=LORA), 2 * 32),
+        (taught, 3 * 32 + 48),
+        (replace(taught, accumulation=5), 5 * (3 * 32 + 48)),
+    ):
+        assert operations(changed)["heads and loss"] == one * numbers
+    again = operations(replace(layout, checkpointing=True))
+    assert again["student's forward again (checkpointing)"] == again["student's forward"]
+
+
+def test_what_is_unpacked_and_what_the_optimizer_moves(layout, weights):
+    assert optimizer_bytes(layout) == (2 * 8 + 16) * weights
+    assert optimizer_bytes(replace(layout, zero=ZERO2)) == (2 * 8 + 16) * weights / 2
+    packed = replace(layout, model=replace(LORA, quantization="nf4", dtype="bfloat16"))
+    frozen = sum(piece.bytes for piece in student_pieces(packed) if not piece.trained)
+    assert unpacked_bytes(layout) == 0 and unpacked_bytes(packed) == 2 * 9 * frozen
+    assert unpacked_bytes(replace(packed, checkpointing=True, accumulation=2)) == 6 * 9 * frozen
+
+
+def test_the_disk_holds_models_checkpoints_and_the_result(layout, weights):
+    for zero, module in ((None, 0), (ZERO2, 4)):
+        parts = disk_bytes(replace(layout, zero=zero), 3)
+        assert parts["3 checkpoints"] == 3 * weights * (4 + 4 + 8 + module)
+        assert parts["the trained model"] == 4 * weights
+        assert parts["student from the hub"] == 2 * weights

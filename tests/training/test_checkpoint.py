@@ -1,0 +1,204 @@
+"""Checkpoints: damage is noticed, the last good one stays, nobody is locked out, a full disk is said."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+from processes import start
+from small import small_rows
+
+from kd.recipe import as_flags
+from kd.training.checkpoints.checkpoint import (
+    checkpoints,
+    delete_old,
+    lack_of_space,
+    usable_checkpoint,
+)
+from kd.training.checkpoints.manifest import MANIFEST, damage, read_manifest, seal
+
+
+def flags(models, output, **changes) -> list[str]:
+    """Full training of the small student in one process; a checkpoint every second step."""
+    (models / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
+    settings = {
+        "student": models / "student",
+        "teacher": models / "teacher",
+        "data": json.dumps([{"path": str(models / "rows.jsonl")}]),
+        "global_batch_size": 4,
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "output_dir": output,
+    } | changes
+    return as_flags(settings)
+
+
+def distill(models, output, **changes):
+    return start("python", "train/distill.py", *flags(models, output, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    """A run of six steps that nobody disturbed, and what it printed; under a umask for a team."""
+    output = tmp_path_factory.mktemp("saving") / "run"
+    command = ["python", "train/distill.py", *flags(models, output)]
+    job = start("bash", "-c", 'umask 0007 && "$@"', "_", *command)
+    assert (output / "done.json").exists(), job.stdout[-4000:]
+    return output
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The same run as it was before its end: two checkpoints, no final weights."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "done.json").unlink()
+    (output / "model.safetensors").unlink()
+    return output
+
+
+def weights(output) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def test_damage_to_any_single_file_is_noticed(finished, tmp_path):
+    """Fifty at random: a file cut, one byte flipped, or deleted; each is mended again."""
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(finished / "checkpoint-6", folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) > 8 and damage(folder) is None
+    draw, missed = random.Random(0), []
+    for turn in range(50 + len(files)):  # and the deletion of every file
+        path = files[turn - 50] if turn >= 50 else draw.choice(files)
+        kind = "deleted" if turn >= 50 else draw.choice(["cut", "flipped", "deleted"])
+        whole = path.read_bytes()
+        place = draw.randrange(len(whole))
+        if kind == "deleted":
+            path.unlink()
+        elif kind == "cut":
+            path.write_bytes(whole[:place])
+        else:
+            flipped = bytes([whole[place] ^ (1 << draw.randrange(8))])
+            path.write_bytes(whole[:place] + flipped + whole[place + 1 :])
+        if damage(folder) is None:
+            missed.append((path.name, kind, place))
+        path.write_bytes(whole)
+    assert not missed and damage(folder) is None
+
+
+def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_the_end_is_the_same(
+    models, finished, unfinished
+):
+    torn = unfinished / "checkpoint-6" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    (unfinished / "saving-checkpoint-8").mkdir()  # of a run killed while it wrote
+    job = distill(models, unfinished)
+    assert "checkpoint-6: optimizer.pt has" in job.stdout, job.stdout[-3000:]
+    assert "set aside as torn-checkpoint-6" in job.stdout
+    assert f"going on from {unfinished}/checkpoint-4" in job.stdout
+    assert weights(unfinished) == weights(finished)
+    names = sorted(path.name for path in unfinished.glob("*checkpoint-*"))
+    assert names == ["checkpoint-4", "checkpoint-6", "torn-checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 5e-05 then, 0.001 now"),
+        ({"max_steps": 9}, "the learning rate of every step depends on the last one"),
+    ],
+)
+def test_a_changed_recipe_is_an_error_that_shows_the_difference(
+    models, unfinished, change, message
+):
+    job = distill(models, unfinished, **change)
+    assert job.returncode == 2 and message in job.stdout, job.stdout[-3000:]
+    assert "another output_dir" in job.stdout and "checkpoint-6" in job.stdout
+    record = json.loads((unfinished / "run.json").read_text())
+    assert record["recipe"]["learning_rate"] == 5e-5  # what the folder holds is still said rightly
+
+
+def test_another_number_of_processes_is_a_clear_error(models, unfinished):
+    two = ("torchrun", "--nproc-per-node", 2, "train/distill.py")
+    job = start(*two, *flags(models, unfinished, ddp_backend="gloo"))
+    assert job.returncode != 0 and "written with processes 1, and this start has 2" in job.stdout
+
+
+def test_what_changes_no_weight_may_change(models, finished, unfinished):
+    shutil.rmtree(unfinished / "checkpoint-6")
+    job = distill(models, unfinished, save_steps=5, logging_steps=2, dataloader_num_workers=1)
+    assert (unfinished / "done.json").exists(), job.stdout[-3000:]
+    assert weights(unfinished) == weights(finished)
+
+
+def test_weights_and_checkpoints_can_be_read_by_whom_the_umask_lets(finished):
+    files = [finished / "model.safetensors", *(finished / "checkpoint-6").rglob("*")]
+    assert len(files) > 8
+    modes = {path.name: path.stat().st_mode & 0o777 for path in files if path.is_file()}
+    assert set(modes.values()) == {0o660}, modes
+    assert (finished / "checkpoint-6").stat().st_mode & 0o777 == 0o770
+
+
+def sealed(output, *steps) -> None:
+    for step in steps:
+        folder = output / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(1000))
+        seal(folder, {"step": step})
+
+
+def test_the_limit_keeps_the_newest_and_the_best_and_never_the_last_whole_one_goes(tmp_path):
+    sealed(tmp_path, 2, 4, 6, 10)
+    for name in ("checkpoint-20", "torn-checkpoint-8"):  # no manifest: not whole
+        (tmp_path / name).mkdir()
+    delete_old(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-20", "checkpoint-10", "checkpoint-6", "checkpoint-2"} | {
+        "torn-checkpoint-8"
+    }
+    delete_old(tmp_path, 1, None)
+    assert [path.name for path in checkpoints(tmp_path) if read_manifest(path)] == ["checkpoint-10"]
+    assert usable_checkpoint(str(tmp_path)) == (str(tmp_path / "checkpoint-10"), {"step": 10})
+    assert (tmp_path / "torn-checkpoint-20").is_dir()
+
+
+def test_a_manifest_covers_itself(tmp_path):
+    sealed(tmp_path, 2)
+    manifest = tmp_path / "checkpoint-2" / MANIFEST
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"step": 2', '"step": 3'))
+    assert damage(tmp_path / "checkpoint-2") == f"{MANIFEST} is missing, torn or changed"
+
+
+def test_space_is_asked_for_before_anything_is_written(tmp_path):
+    sealed(tmp_path, 2)
+    assert lack_of_space(tmp_path, 1000) is None
+    problem = lack_of_space(tmp_path, 10**18)
+    assert (
+        "wanted 1,200,000,000,000 MB" in problem
+        and "last good checkpoint is checkpoint-2" in problem
+    )
+
+
+def can_mount() -> bool:
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="a small disk is made by mount, which only root may do")
+def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(models, tmp_path):
+    """A real disk of a size that holds one checkpoint and not a second."""
+    output = tmp_path / "run"
+    output.mkdir()
+    command = [sys.executable, "train/distill.py", *flags(models, output)]
+    script = 'mount -t tmpfs -o size="$0" none "$1" && shift && "$@"; rc=$?; ls -R "$OUT"; exit $rc'
+    job = start("unshare", "-m", "bash", "-c", script, "700k", output, *command, OUT=str(output))
+    assert job.returncode == 2, job.stdout[-3000:]
+    assert "the last good checkpoint is checkpoint-2" in job.stdout, job.stdout[-3000:]
+    assert "saving-checkpoint" not in job.stdout.split("error:")[1]

@@ -1,0 +1,200 @@
+"""A run that goes wrong says so: what, which rows, which rank, which machine."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from processes import ROOT, start
+from small import small_rows
+from transformers import AutoModelForCausalLM
+
+from kd.data.tokenizer import load_tokenizer
+from kd.recipe import as_flags
+from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.training import TrainingSettings
+from kd.training.out_of_memory import names_what_to_change
+from kd.training.stragglers import straggler
+
+BAD = "Zebra quartz"  # in one row only, and its tokens have no finite embedding
+
+
+@pytest.fixture(scope="module")
+def work(models, tmp_path_factory):
+    """Rows of which one ruins its loss: the student's embedding of a token that only it has."""
+    folder = tmp_path_factory.mktemp("health")
+    tokenizer = load_tokenizer(str(models / "student"))
+    rows = [{"text": row["text"]} for row in small_rows(60) if "text" in row]
+    known = {i for row in rows for i in tokenizer(row["text"])["input_ids"]}
+    bad = next(i for i in tokenizer(BAD)["input_ids"] if i not in known)
+    (folder / "good.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows[17] = {"text": BAD}
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    student.config.tie_word_embeddings = False
+    embedding = student.get_input_embeddings().weight.data
+    student.lm_head.weight = torch.nn.Parameter(embedding.clone())
+    embedding[bad] = math.nan
+    student.save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    return folder
+
+
+def flags(models, work, output, **changes) -> list[str]:
+    settings = {
+        "student": work / "student",
+        "teacher": models / "teacher",
+        "lora_rank": 4,
+        "data": json.dumps([{"path": str(work / "rows.jsonl")}]),
+        "global_batch_size": 4,
+        "max_per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "output_dir": output,
+    } | changes
+    return as_flags(settings)
+
+
+def test_a_step_without_a_finite_loss_is_named_and_left_out(models, work, tmp_path):
+    command = flags(models, work, tmp_path / "run")
+    job = start("python", "train/distill.py", *command)
+    assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
+    named = re.search(r"step (\d+): no finite loss in (.*)", job.stdout)
+    assert f"row 17 ('{BAD}')" in named.group(2)
+    assert f"step {named.group(1)} is left out (1 of 3 in a row)" in job.stdout
+    curve = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in curve if "loss" in entry]
+    assert [math.isfinite(loss) for loss in losses].count(False) == 1  # and the next are good
+
+
+def test_too_many_of_them_end_the_run_with_the_rank_the_rows_and_the_message_last(
+    models, work, tmp_path
+):
+    """Two ranks, DeepSpeed: the launcher's last words are the first failure's."""
+    command = flags(models, work, tmp_path / "run", max_skipped_steps=0)
+    job = start("launch/cpu.sh", "--torchrun", "train/distill.py", *command)
+    assert job.returncode != 0 and not (tmp_path / "run" / "done.json").exists()
+    named = [line for line in job.stdout.splitlines() if f"row 17 ('{BAD}')" in line]
+    assert len(named) == 1 and named[0].startswith("[rank "), job.stdout[-4000:]
+    end = job.stdout.split("Root Cause (first observed failure)")[1]
+    assert "ValueError: 1 steps in a row were not finite" in end
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_and_a_silent_one_ends_the_run(models, work, tmp_path):
+    """Rank 1 is stopped nine tenths of the time, then for good.
+
+    A forward of 128 rows takes many of these cycles: a short one could fall between two stops each time.
+    """
+    rows = (work / "good.jsonl").read_text().split("\n")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows * (512 // len(rows))))
+    data = json.dumps([{"path": str(tmp_path / "rows.jsonl")}])
+    changes = {"max_steps": 100_000, "save_steps": 100_000, "ddp_timeout": 40, "data": data}
+    changes |= {"global_batch_size": 256, "max_per_device_train_batch_size": 128}
+    command = flags(models, work, tmp_path / "run", **changes)
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    job = subprocess.Popen(
+        ["launch/cpu.sh", "--torchrun", "train/distill.py", *command],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=open(tmp_path / "log", "w"),  # noqa: SIM115
+        stderr=subprocess.STDOUT,
+    )
+    printed = (tmp_path / "log").read_text
+    await_text(lambda: printed().count("'grad_norm'") > 3, job, printed)
+    rank = next(p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1")
+    end = time.monotonic() + 300
+    while "rank 1 on" not in printed() and time.monotonic() < end:
+        rank.suspend()
+        time.sleep(0.036)
+        rank.resume()
+        time.sleep(0.004)
+    assert "rank 1 on" in printed() and "the others' time for a token" in printed(), printed()
+    seen = printed().count("'grad_norm'")
+    await_text(lambda: printed().count("'grad_norm'") > seen + 2, job, printed)
+    rank.send_signal(signal.SIGSTOP)
+    assert job.wait(400) != 0
+    last = printed().split("Root Cause (first observed failure)")[1]
+    assert f"Not heard of since: pid {rank.pid} on" in last, printed()[-4000:]
+    assert not rank.is_running()
+
+
+def await_text(condition, job, printed) -> None:
+    while not condition():
+        assert job.poll() is None, printed()[-4000:]
+        time.sleep(0.1)
+
+
+def test_check_over_fits_eight_rows_and_leaves_the_run_untouched(models, work, tmp_path):
+    data = json.dumps([{"path": str(work / "good.jsonl")}])
+    command = flags(models, work, tmp_path / "run", data=data, learning_rate=1e-2)
+    job = start("launch/cpu.sh", "--torchrun", "train/distill.py", *command, "--check")
+    assert job.returncode == 0, job.stdout[-4000:]
+    fell = re.search(r"check: the loss fell from (\S+) to (\S+) in 10 steps on 8 rows", job.stdout)
+    assert float(fell.group(2)) < 0.9 * float(fell.group(1))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["check"]
+
+
+def test_check_refuses_what_does_not_learn(models, work, tmp_path):
+    data = json.dumps([{"path": str(work / "good.jsonl")}])
+    command = flags(models, work, tmp_path / "run", data=data, learning_rate=0.0)
+    job = start("python", "train/distill.py", *command, "--check")
+    assert job.returncode == 2 and "wanted a fall of 10% or more" in job.stdout, job.stdout[-2000:]
+
+
+def test_out_of_memory_names_what_this_run_has_not_tried(tmp_path):
+    training = TrainingSettings(
+        output_dir=str(tmp_path), global_batch_size=8, use_cpu=True, report_to=["none"]
+    )
+    teacher = TeacherSettings(teacher="t", teacher_deepspeed="ds_configs/teacher_zero3.json")
+    with (
+        pytest.raises(ValueError, match="tried to allocate") as caught,
+        names_what_to_change(
+            training, ModelSettings(lora_rank=8), 1024, teacher, ObjectiveSettings()
+        ),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)  # the CPU's allocator refuses it
+    message = str(caught.value)
+    for change in ("--max_per_device_train_batch_size 4 (now 8)", "teacher_zero3_offload.json"):
+        assert change in message
+    for change in ("--gradient_checkpointing true", "quantization: nf4", "less than 1024"):
+        assert change in message
+    assert "lora_rank: 16" not in message
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    training = TrainingSettings(
+        output_dir=str(tmp_path), global_batch_size=8, use_cpu=True, report_to=["none"]
+    )
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        names_what_to_change(training, ModelSettings(), 8),
+    ):
+        raise RuntimeError("another")
+
+
+@pytest.mark.gpu
+def test_out_of_memory_of_a_gpu_is_explained(tmp_path):
+    training = TrainingSettings(output_dir=str(tmp_path), global_batch_size=8, report_to=["none"])
+    with (
+        pytest.raises(ValueError, match="out of memory on cuda"),
+        names_what_to_change(training, ModelSettings(), 8),
+    ):
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+
+
+def test_a_straggler_is_the_rank_whose_lead_would_save_the_most():
+    ranks = [(0.001, 1000, "a"), (0.004, 1000, "b"), (0.001, 1000, "b"), (0.0012, 1000, "a")]
+    assert straggler(ranks, passed=10.0) == ((1, "b"), 4.0, pytest.approx(0.3))
+    assert straggler(ranks[:1], passed=10.0)[2] == 0.0
