@@ -1,11 +1,12 @@
-"""The plan of memory beside what real runs take: two processes on a CPU, or one GPU, layout after layout.
+"""Planned memory and measured memory of real runs: two processes on a CPU, or one GPU.
 
 python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 
-Measured on a GPU: the most that PyTorch has allocated. On a CPU: the peak of RssAnon (anonymous memory: no mapped file, no library) of the heavier rank
-from before the student is loaded to the end of training, above its value before. Planned: what
-run.json says, without the allowance for the libraries. Blocks of the allocator go back to the
-system when they are freed (MALLOC_MMAP_THRESHOLD_), or its caches would be measured.
+On a GPU, measured is the peak that PyTorch allocated. On a CPU it is the peak of RssAnon (anonymous
+memory, without mapped files and libraries) of the larger rank, above its value before the student is
+loaded, until the end of training. Planned is the value in run.json without the allowance for
+libraries. MALLOC_MMAP_THRESHOLD_ makes the allocator return freed blocks to the system; otherwise
+its caches would be measured.
 """
 
 import ctypes
@@ -26,9 +27,10 @@ import torch.distributed as dist
 from random_checkpoint import qwen_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
+from kd.losses.objective import Objective
 from kd.recipe import parse, setting
 from kd.run.exit import leave
-from kd.settings.distillation import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import DataSettings, ModelSettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.training import run_training as session
 from kd.training.trainer import DistillationTrainer
@@ -66,24 +68,26 @@ LAYOUTS = {
 @dataclass
 class BenchmarkSettings:
     layouts: list[str] = field(
-        default_factory=lambda: list(LAYOUTS), metadata={"help": "names of layouts"}
+        default_factory=lambda: list(LAYOUTS), metadata={"help": "Names of layouts."}
     )
     student: list[int] = field(
-        default_factory=lambda: [640, 6], metadata={"help": "width and blocks: 120 MB in float32"}
+        default_factory=lambda: [640, 6],
+        metadata={"help": "Width and layers of the student; the default takes 120 MB in float32."},
     )
     teacher: list[int] = field(
-        default_factory=lambda: [768, 8], metadata={"help": "width and blocks: 250 MB in float32"}
+        default_factory=lambda: [768, 8],
+        metadata={"help": "Width and layers of the teacher; the default takes 250 MB in float32."},
     )
-    micro: int = setting(2, "rows at a time")
-    length: int = setting(256, "tokens a row")
-    json: str | None = setting(None, "file for the rows")
-    rank_of: str | None = setting(None, "internal: be one rank of a run with these flags")
+    micro: int = setting(2, "Rows per micro-batch.")
+    length: int = setting(256, "Tokens per row.")
+    json: str | None = setting(None, "Output file.")
+    rank_of: str | None = setting(None, "Internal: run one rank with these flags.")
 
 
 def main() -> None:
     (settings,) = parse(BenchmarkSettings, description=__doc__)
     if settings.rank_of:
-        be_a_rank(json.loads(settings.rank_of))
+        run_rank(json.loads(settings.rank_of))
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +107,7 @@ def main() -> None:
 
 
 def make_inputs(work: Path, settings: BenchmarkSettings) -> None:
-    """Two models with random weights, and rows that are longer than a row may be."""
+    """Write two models with random weights, and rows longer than max_length."""
     shipped = ROOT / "data" / "quickstart" / "teacher"
     for name, (width, blocks) in (("student", settings.student), ("teacher", settings.teacher)):
         shape = (width, 8 * width // 3, blocks, width // 64, width // 128, 8192)
@@ -160,14 +164,14 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
     }
 
 
-def be_a_rank(flags: list[str]) -> None:
+def run_rank(flags: list[str]) -> None:
     student, *flags = flags
     deepspeed.init_distributed(
         "nccl" if CUDA else "gloo"
-    )  # before DeepSpeed asks how many ranks there are
+    )  # before DeepSpeed reads the number of ranks
     kinds = [ModelSettings, DataSettings, TrainingSettings]
     teacher = "--teacher" in flags
-    kinds += [TeacherSettings, ObjectiveSettings] if teacher else []
+    kinds += [TeacherSettings, Objective] if teacher else []
     model, data, training, *more = parse(*kinds, argv=flags)
     peak = GpuPeak() if CUDA else Peak()
     load, run = session.load_trained, DistillationTrainer.train
@@ -187,7 +191,7 @@ def be_a_rank(flags: list[str]) -> None:
 
 
 class Peak:
-    """The most anonymous memory of this process between start and stop, looked at every ms."""
+    """Peak anonymous memory of this process between start and stop, sampled every millisecond."""
 
     def start(self) -> None:
         gc.collect()
@@ -208,7 +212,7 @@ class Peak:
 
 
 class GpuPeak:
-    """The most that PyTorch's allocator gave out between start and stop."""
+    """Peak of PyTorch's CUDA allocator between start and stop."""
 
     def start(self) -> None:
         torch.cuda.reset_peak_memory_stats()

@@ -15,9 +15,9 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its line of `--help`."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field with its `--help` text; `options` are those of `dataclasses.field`."""
+    return field(default=default, metadata={"help": help}, **options)
 
 
 def require_file(key: str, path: str | None) -> None:

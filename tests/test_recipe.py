@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from kd.losses.objective import Objective
 from kd.recipe import parse, setting
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     OnPolicySettings,
     StudentSettings,
     TeacherSettings,
@@ -81,11 +81,11 @@ def test_wrong_flags_are_stopped_with_the_reason(argv, message):
         (ModelSettings, {"quantization": "nf4"}, "set lora_rank"),
         (ModelSettings, {"train_template_tokens": True}, "lora_rank: 0"),
         (ModelSettings, {"chat_template": "no.jinja"}, "no file no.jinja"),
-        (ObjectiveSettings, {"soft_weight": 1.5}, "wanted 0 to 1"),
-        (ObjectiveSettings, {"temperature": 0.0}, "wanted more than 0"),
-        (ObjectiveSettings, {"skew": 1.0}, "skew: 1.0; wanted more than 0 and less than 1"),
-        (ObjectiveSettings, {"jensen_shannon_weight": 0.0}, "jensen_shannon_weight: 0.0; wanted"),
-        (ObjectiveSettings, {"loss_workspace_mb": 16}, "wanted 128 or more"),
+        (Objective, {"soft_weight": 1.5}, "wanted 0 to 1"),
+        (Objective, {"temperature": 0.0}, "wanted more than 0"),
+        (Objective, {"skew": 1.0}, "skew: 1.0; wanted more than 0 and less than 1"),
+        (Objective, {"jensen_shannon_weight": 0.0}, "jensen_shannon_weight: 0.0; wanted"),
+        (Objective, {"loss_workspace_mb": 16}, "wanted 128 or more"),
         (OnPolicySettings, {"student_fraction": 1.5}, "student_fraction: 1.5; wanted 0 to 1"),
         (OnPolicySettings, {"top_p": 0.0}, "top_p: 0.0; wanted more than 0"),
         (OnPolicySettings, {"max_new_tokens": 0}, "max_new_tokens: 0; wanted 1 or more"),
@@ -112,8 +112,8 @@ def test_contradictions_are_found_before_anything_is_loaded(settings, changes, m
 
 def test_the_ends_of_what_is_allowed_are_allowed():
     """And a teacher that is the student's own base is not sharded by a profile."""
-    ObjectiveSettings(soft_weight=0.0)
-    ObjectiveSettings(soft_weight=1.0, loss_workspace_mb=128)
+    Objective(soft_weight=0.0)
+    Objective(soft_weight=1.0, loss_workspace_mb=128)
     OnPolicySettings(student_fraction=1.0, top_p=1.0, top_k=0, generation_temperature=0.0)
     TeacherSettings(teacher="t", cache_top_k=0, cache_check_tokens=0, teacher_workspace_mb=0)
     TeacherSettings(teacher_cache="folder")

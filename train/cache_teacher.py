@@ -7,12 +7,12 @@ of the training; run train/distill.py with the same --teacher_cache afterwards. 
 by the same command.
 """
 
+from kd.losses.objective import Objective
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     StudentSettings,
     TeacherSettings,
 )
@@ -27,7 +27,7 @@ def main() -> None:
     student, teacher, objective, model, data, training = parse(
         StudentSettings,
         TeacherSettings,
-        ObjectiveSettings,
+        Objective,
         ModelSettings,
         DataSettings,
         TrainingSettings,

@@ -3,12 +3,12 @@
 launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 """
 
+from kd.losses.objective import Objective
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     OnPolicySettings,
     StudentSettings,
     TeacherSettings,
@@ -21,7 +21,7 @@ def main() -> None:
     student, teacher, objective, on_policy, model, data, training = parse(
         StudentSettings,
         TeacherSettings,
-        ObjectiveSettings,
+        Objective,
         OnPolicySettings,
         ModelSettings,
         DataSettings,

@@ -29,7 +29,6 @@ from kd.run.exit import run
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
 )
@@ -80,7 +79,7 @@ def main() -> None:
     settings, teacher, objective_settings, on_policy, model, data, training = parse(
         PlanSettings,
         PlannedTeacher,
-        ObjectiveSettings,
+        Objective,
         OnPolicySettings,
         ModelSettings,
         DataSettings,
@@ -93,7 +92,7 @@ def main() -> None:
     machine = planned_machine(settings, training)
     training.settle_batch(machine.processes)
     model = with_dtype(model, training, machine.zero is not None)
-    objective, hidden = Objective(), None
+    objective, hidden = Objective(soft_weight=0.0), None
     if settings.student and teacher.teacher:
         objective, hidden = objectives(objective_settings, name, teacher.teacher)
     pairs = len(hidden.layers) if hidden else 0

@@ -25,7 +25,7 @@ class Layout:
     teacher_shards: dict | None = field(default=None, hash=False)  # the ZeRO-3 JSON
     teacher_workspace: float = 0.0  # bytes for the states of a sharded teacher
     zero: dict | None = field(default=None, hash=False)  # the student's JSON, None without it
-    objective: Objective = Objective()
+    objective: Objective = Objective(soft_weight=0.0)
     hidden_pairs: int = 0
     half: str | None = None  # bfloat16, float16: the precision of the launch profile
     checkpointing: bool = False

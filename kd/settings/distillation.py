@@ -5,16 +5,6 @@ from typing import Literal
 
 from kd.recipe import parse_json_list, parse_json_object, require_file, setting
 
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "soft_cross_entropy",
-]
-
 OWN_BASE = "self"  # the teacher that is the student with its adapters off
 
 
@@ -103,50 +93,6 @@ class DataSettings:
                 raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
         if self.data_workers < 0:
             raise ValueError(f"data_workers: {self.data_workers}; wanted 0 (all cores) or more")
-
-
-@dataclass
-class ObjectiveSettings:
-    """loss = soft_weight * divergence + (1 - soft_weight) * cross-entropy, a target token."""
-
-    divergence: Divergence = setting("forward_kl", "between teacher and student distributions")
-    soft_weight: float = setting(1.0, "1: divergence alone (distill); 0: cross-entropy alone (sft)")
-    temperature: float = setting(1.0, "divides both models' logits in the divergence")
-    temperature_squared: bool = setting(
-        False, "multiply the divergence (value and gradient) by temperature^2, as Hinton (2015)"
-    )
-    jensen_shannon_weight: float = setting(
-        0.5, "the teacher's share of the mixture in jensen_shannon; 0.5 is the symmetric one"
-    )
-    skew: float = setting(
-        0.1, "share of the first distribution in the mixture of skew_forward_kl, skew_reverse_kl"
-    )
-    loss_workspace_mb: int = setting(
-        512, "MiB of a device for the loss's logits; its tiles of tokens are cut to fit"
-    )
-    hidden_weight: float = setting(0.0, "of the loss between hidden states; 0: none")
-    hidden_loss: Literal["cosine", "mse"] = setting("cosine", "between hidden states of the map")
-    hidden_layers: list[str] | None = setting(
-        None,
-        "student:teacher pairs, 0 the embeddings; without: all blocks, to those that an inherited "
-        "student's were, else to evenly spaced ones",
-    )
-
-    def __post_init__(self) -> None:
-        if self.hidden_weight < 0.0:
-            raise ValueError(f"hidden_weight: {self.hidden_weight}; wanted 0 or more")
-        if not 0.0 <= self.soft_weight <= 1.0:
-            raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature: {self.temperature}; wanted more than 0")
-        for key in ("jensen_shannon_weight", "skew"):
-            if not 0.0 < getattr(self, key) < 1.0:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)}; wanted more than 0 and less than 1 "
-                    "(divergence: forward_kl or reverse_kl for the ends)"
-                )
-        if self.loss_workspace_mb < 128:
-            raise ValueError(f"loss_workspace_mb: {self.loss_workspace_mb}; wanted 128 or more")
 
 
 @dataclass

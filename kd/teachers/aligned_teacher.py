@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from kd.data.vocabularies import SharedVocabulary, Side
+from kd.losses.objective import Objective
 from kd.losses.segments import AlignedSignal, Classes
-from kd.settings.distillation import OWN_BASE, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import OWN_BASE, TeacherSettings
 from kd.teachers.live import LiveTeacher
 
 LEAST_ALIGNED, ENOUGH = 0.1, 0.8  # of the target tokens
 
 
-def check_alignable(teacher: TeacherSettings, objective: ObjectiveSettings | None) -> None:
+def check_alignable(teacher: TeacherSettings, objective: Objective | None) -> None:
     """Raise ValueError for what a teacher with another tokenizer cannot be asked for."""
     if teacher.teacher_cache:
         raise ValueError(

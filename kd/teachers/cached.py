@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.row_cache import TokenisedRows
+from kd.losses.objective import Objective
 from kd.losses.sparse import SparseSignal
-from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, rows_manifest, teacher_manifest
 
@@ -22,7 +23,7 @@ PREFIX = "teacher_"  # of a batch's keys
 
 def open_cache(
     settings: TeacherSettings,
-    objective: ObjectiveSettings,
+    objective: Objective,
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TeacherCache:

@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.losses.objective import Objective
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.cache_files import FORMAT
 
 NO_HIDDEN_STATES = (
@@ -19,7 +20,7 @@ BLOCK, BLOCKS = 4096, 64  # bytes that are read of a file of weights, evenly spa
 
 def manifest_of(
     settings: TeacherSettings,
-    objective: ObjectiveSettings,
+    objective: Objective,
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
@@ -34,7 +35,7 @@ def manifest_of(
 
 
 def rows_manifest(
-    objective: ObjectiveSettings, model: ModelSettings, tokenizer: PreTrainedTokenizerBase
+    objective: Objective, model: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> dict:
     """What a training run must share with its cache, and knows with no teacher.
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kd.settings.distillation import OWN_BASE, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.losses.objective import Objective
+from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 
 SMALL_WORKSPACE = 128
@@ -17,7 +18,7 @@ def names_what_to_change(
     model: ModelSettings,
     max_length: int,
     teacher: TeacherSettings | None = None,
-    objective: ObjectiveSettings | None = None,
+    objective: Objective | None = None,
 ) -> Iterator[None]:
     """Turn an allocator's error into a ValueError with the remedies, cheapest first."""
     try:
@@ -39,7 +40,7 @@ def remedies(
     model: ModelSettings,
     max_length: int,
     teacher: TeacherSettings | None,
-    objective: ObjectiveSettings | None,
+    objective: Objective | None,
 ) -> list[str]:
     micro, found = training.per_device_train_batch_size, []
     if micro > 1:

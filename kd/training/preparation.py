@@ -34,7 +34,6 @@ from kd.settings.distillation import (
     OWN_BASE,
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
 )
@@ -44,7 +43,7 @@ from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import Documents, open_cache
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, manifest_of
 from kd.training.checkpoints.checkpoint import usable_checkpoint
-from kd.training.checkpoints.same_run import about_run, check_same_rows, check_same_run
+from kd.training.checkpoints.same_run import check_same_rows, check_same_run, identify_run
 from kd.training.on_policy import check_on_policy
 from kd.training.overfit_check import check_rows
 
@@ -79,7 +78,7 @@ def prepare(
     data: DataSettings,
     training: TrainingSettings,
     teacher: TeacherSettings | None,
-    objective_settings: ObjectiveSettings | None,
+    objective_settings: Objective | None,
     on_policy: OnPolicySettings | None = None,
 ) -> Prepared:
     check_sources(data.sources)
@@ -98,7 +97,7 @@ def prepare(
         live = [base_model(teacher, name)] if teacher and not cache else []
         for model_name in [name, *live]:
             check_packing(AutoConfig.from_pretrained(model_name), model_name)
-    objective, hidden = Objective(), None
+    objective, hidden = Objective(soft_weight=0.0), None
     if teacher and objective_settings:
         objective, hidden = objectives(objective_settings, name, base_model(teacher, name))
     parts = (model, data, training, teacher, objective_settings, on_policy)
@@ -135,7 +134,7 @@ def shared_tokenizer(
     model: ModelSettings,
     training: TrainingSettings,
     teacher: TeacherSettings | None,
-    objective: ObjectiveSettings | None,
+    objective: Objective | None,
 ) -> tuple[PreTrainedTokenizerBase, TeacherCache | None]:
     """The tokenizer with the template that all of a run reads, and the cache where there is one."""
     tokenizer, cache = load_tokenizer(name, model.chat_template), None
@@ -169,7 +168,7 @@ def prepare_scoring(
     data: DataSettings,
     training: TrainingSettings,
     teacher_settings: TeacherSettings,
-    objective_settings: ObjectiveSettings,
+    objective_settings: Objective,
 ) -> tuple[ModelSettings, Objective, PreTrainedTokenizerBase, dict, Documents]:
     """(settings, objective, tokenizer, manifest, documents) for train/cache_teacher.py.
 
@@ -213,7 +212,7 @@ def resume_point(training: TrainingSettings, recipe: dict) -> tuple[dict, str | 
     """
     plugin = getattr(training, "deepspeed_plugin", None)
     stage = plugin.hf_ds_config.get_value("zero_optimization.stage") if plugin else None
-    about = about_run(training, recipe, stage)
+    about = identify_run(training, recipe, stage)
     found = usable_checkpoint(training.output_dir)
     if training.process_index == 0:
         (Path(training.output_dir) / STOPPED).unlink(missing_ok=True)
@@ -290,19 +289,15 @@ def share_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeniz
 
 
 def objectives(
-    settings: ObjectiveSettings, student: str, teacher: str
+    settings: Objective, student: str, teacher: str
 ) -> tuple[Objective, HiddenObjective | None]:
     """The loss at the head, and the one between hidden states; of the models only configurations."""
-    names = {field.name for field in dataclasses.fields(Objective)}
-    values = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
     if not settings.hidden_weight:
-        return Objective(**values), None
+        return settings, None
     configs = [AutoConfig.from_pretrained(name).get_text_config() for name in (student, teacher)]
     pairs = settings.hidden_layers or inherited_pairs(*configs)
     layers = layer_map(pairs, *(config.num_hidden_layers for config in configs))
-    return Objective(**values), HiddenObjective(
-        settings.hidden_weight, settings.hidden_loss, layers
-    )
+    return settings, HiddenObjective(settings.hidden_weight, settings.hidden_loss, layers)
 
 
 def set_template(

@@ -11,6 +11,7 @@ from kd.data.show import log_lengths, write_summary
 from kd.data.vocabularies import shared_vocabulary
 from kd.distributed import print_rank0
 from kd.losses.hidden import add_projections
+from kd.losses.objective import Objective
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained, parameter_counts
 from kd.planning.throughput import matrix_work
@@ -19,7 +20,6 @@ from kd.run.run_record import write_record
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
-    ObjectiveSettings,
     OnPolicySettings,
     TeacherSettings,
 )
@@ -28,11 +28,11 @@ from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedCollator, CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoints.checkpoint import open_to_umask
-from kd.training.on_policy import StudentRows
+from kd.training.on_policy import OnPolicyRows
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.overfit_check import report_check
 from kd.training.preparation import Prepared, prepare
-from kd.training.rollouts import Writer
+from kd.training.rollouts import RolloutGenerator
 from kd.training.tensorboard import write_hparams, write_no_step_twice
 from kd.training.trainer import DistillationTrainer
 
@@ -43,7 +43,7 @@ def train(
     data: DataSettings,
     training: TrainingSettings,
     teacher_settings: TeacherSettings | None = None,
-    objective_settings: ObjectiveSettings | None = None,
+    objective_settings: Objective | None = None,
     on_policy: OnPolicySettings | None = None,
 ) -> None:
     """Train the model `name`, resuming where an earlier run of the same command stopped.
@@ -101,8 +101,8 @@ def load_trainer(
         add_projections(causal_lm(model), run.hidden, teacher.width)
     rows = None
     if on_policy and on_policy.student_fraction:
-        writer = Writer(causal_lm(model), on_policy, run.tokenizer)
-        rows = StudentRows(on_policy, writer, collator, run.max_length)
+        writer = RolloutGenerator(causal_lm(model), on_policy, run.tokenizer)
+        rows = OnPolicyRows(on_policy, writer, collator, run.max_length)
     trainer = DistillationTrainer(
         model=model,
         args=training,
@@ -116,7 +116,7 @@ def load_trainer(
         hidden=run.hidden,
         about=run.about,
         work=work,
-        student_rows=rows,
+        on_policy_rows=rows,
     )
     board = f"{training.output_dir}/tensorboard"
     write_no_step_twice(trainer, board, run.checkpoint)
@@ -159,7 +159,7 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
         f"tokens\npadding: {padding:.0%} of a micro-batch\n"
         f"objective: {trainer.objective}"
         + (f"\nhidden states: {trainer.hidden}" if trainer.hidden else "")
-        + (f"\n{trainer.student_rows}" if trainer.student_rows else "")
+        + (f"\n{trainer.on_policy_rows}" if trainer.on_policy_rows else "")
     )
 
 

@@ -119,7 +119,7 @@ def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenize
         return_loss(model)
         for batch in part:
             inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-            loss_inputs = LossInputs(batch["labels"], Objective(), len(tokenizer))
+            loss_inputs = LossInputs(batch["labels"], Objective(soft_weight=0.0), len(tokenizer))
             loss = model(**inputs, loss_inputs=loss_inputs)["loss"]
             loss.backward()
             total += loss.item()
@@ -288,7 +288,7 @@ def loss_and_gradients(tokenizer, way: str) -> tuple[float, dict]:
     return_loss(model)
     total = 0.0
     for batch in batches(tokenizer, way):
-        inputs = LossInputs(batch.pop("labels"), Objective(), len(tokenizer), None, None, None)
+        inputs = LossInputs(batch.pop("labels"), Objective(soft_weight=0.0), len(tokenizer), None, None, None)
         loss = model(**batch, loss_inputs=inputs)["loss"]
         loss.backward()
         total += loss.item()

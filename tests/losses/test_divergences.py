@@ -22,7 +22,7 @@ from kd.losses.divergences import (
     total_variation,
 )
 from kd.losses.elementwise import CLOSED_FORMS
-from kd.settings.distillation import Divergence
+from kd.losses.objective import Divergence
 
 
 def test_recipe_reference_and_fused_loss_know_the_same_divergences():

@@ -105,8 +105,8 @@ def test_tile_and_block_sizes_change_no_gradient(tile, block):
 
 def test_sft_is_cross_entropy_alone_and_needs_no_teacher():
     problem = Problem()
-    loss, sums = problem.fused(Objective(), with_teacher=False)
-    truth, wanted = problem.expected(Objective())
+    loss, sums = problem.fused(Objective(soft_weight=0.0), with_teacher=False)
+    truth, wanted = problem.expected(Objective(soft_weight=0.0))
     torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
     found = figures(sums)
     assert found["divergence"] == found["teacher_cross_entropy"] == found["top1_agreement"] == 0.0
@@ -310,10 +310,13 @@ def test_the_tile_follows_from_the_workspace():
     """Buffers and temporaries of a tile fit, at the vocabulary of Qwen 2.5 and a GPU's 512 MiB."""
     gpu, full, half = torch.device("cuda"), torch.float32, torch.bfloat16
     vocabulary = 152_064
-    found = tile_tokens(Objective(), vocabulary, full, [half, half], gpu)
+    found = tile_tokens(Objective(soft_weight=0.0), vocabulary, full, [half, half], gpu)
     assert found == 256 and found * vocabulary * (4 + 4 + 2) < 512 * 2**20
-    assert tile_tokens(Objective(), vocabulary, full, [full, full], torch.device("cpu")) == 256
-    small = Objective(loss_workspace_mb=128)
+    assert (
+        tile_tokens(Objective(soft_weight=0.0), vocabulary, full, [full, full], torch.device("cpu"))
+        == 256
+    )
+    small = Objective(soft_weight=0.0, loss_workspace_mb=128)
     assert 1 <= tile_tokens(small, vocabulary, full, [half, half], gpu) < 64
 
 
@@ -321,6 +324,8 @@ def test_loss_takes_labels_of_the_last_real_id():
     problem = Problem(tokens=2)
     problem.labels = torch.tensor([0, problem.real - 1])
     found, _ = linear_distillation_loss(
-        problem.hidden, problem.labels, problem.head, Objective(), problem.real
+        problem.hidden, problem.labels, problem.head, Objective(soft_weight=0.0), problem.real
     )
-    torch.testing.assert_close(found, problem.expected(Objective())[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        found, problem.expected(Objective(soft_weight=0.0))[0], rtol=1e-12, atol=0
+    )

@@ -55,7 +55,7 @@ def test_scale_and_softcap_of_real_heads_are_in_the_loss(build):
     labels = torch.cat([torch.full((2, 1), -100), ids[:, 1:]], 1)
     return_loss(model)
     positions = torch.arange(12).expand(2, 12)
-    found = model(ids, positions, LossInputs(labels, Objective(), 64))["loss"]
+    found = model(ids, positions, LossInputs(labels, Objective(soft_weight=0.0), 64))["loss"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
     assert head_of(model).scale != 1.0 or head_of(model).softcap == 3.0
 
@@ -80,7 +80,7 @@ def test_trained_embeddings_get_the_gradient_of_plain_logits(tmp_path, trained, 
         model = load_trained(str(tmp_path / "model"), settings, tokenizer)
         if fused:
             return_loss(causal_lm(model))
-            inputs = LossInputs(labels, Objective(), len(tokenizer))
+            inputs = LossInputs(labels, Objective(soft_weight=0.0), len(tokenizer))
             loss = model(ids, position_ids=torch.arange(8)[None], loss_inputs=inputs)["loss"]
         else:
             logits = model(input_ids=ids).logits[0, :-1, : len(tokenizer)]

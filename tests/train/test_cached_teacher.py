@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
 from kd.data.tokenizer import load_tokenizer
+from kd.losses.objective import Objective
 from kd.recipe import as_flags
-from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import open_cache
 
@@ -176,7 +177,7 @@ def test_killed_and_finished_by_two_processes_a_cache_has_the_same_bits(models, 
 def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_path):
     tokenizer = load_tokenizer(str(models / "student"))
     settings = TeacherSettings(teacher=str(models / "teacher"), teacher_cache=str(whole_cache[0]))
-    objective, model = ObjectiveSettings(), ModelSettings()
+    objective, model = Objective(), ModelSettings()
     open_cache(settings, objective, model, tokenizer)
 
     def refused(settings=settings, objective=objective, model=model, tokenizer=tokenizer) -> str:
@@ -184,8 +185,8 @@ def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_pat
             open_cache(settings, objective, model, tokenizer)
         return str(error.value)
 
-    assert "another temperature: 1.0" in refused(objective=ObjectiveSettings(temperature=2.0))
-    assert "no hidden states" in refused(objective=ObjectiveSettings(hidden_weight=1.0))
+    assert "another temperature: 1.0" in refused(objective=Objective(temperature=2.0))
+    assert "no hidden states" in refused(objective=Objective(hidden_weight=1.0))
     assert "another vocabulary" in refused(tokenizer=small_tokenizer(330))
     other = save_small(tmp_path / "teacher", hidden=48, seed=2, tie_word_embeddings=False)
     moved = TeacherSettings(teacher=str(other), teacher_cache=str(whole_cache[0]))

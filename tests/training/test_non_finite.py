@@ -17,8 +17,9 @@ from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.data.tokenizer import load_tokenizer
+from kd.losses.objective import Objective
 from kd.recipe import as_flags
-from kd.settings.distillation import ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.training.out_of_memory import names_what_to_change
 from kd.training.stragglers import straggler
@@ -161,7 +162,7 @@ def test_out_of_memory_names_what_this_run_has_not_tried(tmp_path):
     with (
         pytest.raises(ValueError, match="tried to allocate") as caught,
         names_what_to_change(
-            training, ModelSettings(lora_rank=8), 1024, teacher, ObjectiveSettings()
+            training, ModelSettings(lora_rank=8), 1024, teacher, Objective()
         ),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)  # the CPU's allocator refuses it
