@@ -1,10 +1,11 @@
-"""What a teacher's cache costs and loses, by the number of ids that it keeps of a token.
+"""Size and error of a teacher cache, by the number of top-k ids that it keeps per token.
 
 python benchmarks/cache.py --json benchmarks/results/cache_cpu.json
 
-Of held-out conversations of the quickstart (python data/quickstart/docstrings.py makes them), its untrained
-student and its teacher: bytes a token, the mass that the ids have of the teacher's distribution, and
-the forward KL and the gradient of the student's hidden states beside those of the live loss.
+Measured with the quickstart's held-out conversations (python data/quickstart/docstrings.py
+--out_dir runs/quickstart/data writes them), its untrained student and its teacher: bytes per token,
+the probability mass of the kept ids, and forward KL and gradient with respect to the student's
+hidden states, compared with those of the live teacher.
 """
 
 import json
@@ -22,21 +23,22 @@ from kd.recipe import parse, setting
 from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cache_files import record_type
-from kd.teachers.cached import signal_of
+from kd.teachers.cached import outputs_of
 from kd.teachers.live import LiveTeacher
 from kd.teachers.scoring import score_batch
 
 
 @dataclass
 class BenchmarkSettings:
-    teacher: str = setting("data/quickstart/teacher", "hub name or folder")
-    student: str = setting("data/quickstart/student", "hub name or folder")
-    data: str = setting("runs/quickstart/data/chat_heldout.jsonl", "rows")
-    count: int = setting(64, "of them")
+    teacher: str = setting("data/quickstart/teacher", "Hub name or folder of the teacher.")
+    student: str = setting("data/quickstart/student", "Hub name or folder of the student.")
+    data: str = setting("runs/quickstart/data/chat_heldout.jsonl", "File of rows.")
+    count: int = setting(64, "Number of rows.")
     top_k: list[int] = field(
-        default_factory=lambda: [4, 16, 64, 256, 0], metadata={"help": "0: the whole vocabulary"}
+        default_factory=lambda: [4, 16, 64, 256, 0],
+        metadata={"help": "Ids kept per token; 0: all."},
     )
-    json: str | None = setting(None, "file for the table")
+    json: str | None = setting(None, "Output file.")
 
 
 def main() -> None:
@@ -62,13 +64,15 @@ def main() -> None:
         return [score_batch(teacher, [row], manifest, pad, cpu)[0] for row in documents], manifest
 
     live, form = scored(0, "float32")
-    whole = [signal_of(records, form) for records in live]
+    whole = [outputs_of(records, form) for records in live]
     table = []
     for top_k in settings.top_k:
         for dtype in ("float16", "float32"):
             records, manifest = scored(top_k, dtype)
-            known = [signal_of(part, manifest) for part in records]
-            error = student.error(Objective(), zip(documents, known, whole, strict=True))
+            known = [outputs_of(part, manifest) for part in records]
+            error = student.error(
+                Objective(soft_weight=0.0), zip(documents, known, whole, strict=True)
+            )
             tail = np.concatenate([part["scalars"][:, 0] for part in records]).astype(np.float64)
             size = record_type(manifest).itemsize
             table.append(

@@ -1,13 +1,13 @@
-"""Rows a second from files to batches, beside TRL's SFTTrainer on the same rows.
+"""Rows per second from files to batches, ours and TRL's SFTTrainer on the same rows.
 
 python benchmarks/data.py --quick --json benchmarks/results/data_cpu.json
 
-The rows are questions on Python objects and the docstrings that answer them, in conversations of
-several turns. Both sides must make the same tokens and the same targets. `prepare` is from a file of
-rows to packed tokens (ours: cache written), `again` a second start, `load` from there to padded
-batches; `prepare_cpu_s` counts the processor's time of all processes, which other jobs on the
-machine disturb least. TRL 1.16.0 is measured where it is installed (pip install --no-deps trl==1.16.0); without it
-its columns are null. The share of a step is that of the shipped small model on this machine.
+The rows are conversations of several turns: questions about Python objects, answered by their
+docstrings. Both sides must produce the same tokens and the same targets. `prepare` goes from a file
+of rows to packed tokens (ours: cache written), `again` is a second start, `load` goes from there to
+padded batches. `prepare_cpu_s` is the CPU time of all processes, which other jobs on the machine
+disturb least. TRL 1.16.0 is measured where it is installed (pip install --no-deps trl==1.16.0);
+otherwise its columns are null. The share of a step is measured with the shipped small model.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from typing import Any
 
 import datasets
 import torch
-from kd.data.docstrings import read_docstrings, source_files
+from texts import read_docs
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,7 +39,8 @@ from kd.training.trainer import DistillationTrainer
 
 MODEL = "data/quickstart/student"
 MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -50,12 +51,12 @@ TIMES = ("prepare_s", "prepare_cpu_s", "again_s", "load_s")
 
 @dataclass
 class BenchmarkSettings:
-    quick: bool = setting(False, "2 000 conversations: two minutes on two cores")
-    rows: int = setting(20_000, "conversations")
-    max_length: int = setting(1024, "tokens a row")
-    steps: int = setting(6, "training steps for the share of a step")
-    repeats: int = setting(3, "turns, each from nothing; the best time counts")
-    json: str | None = setting(None, "file for the figures")
+    quick: bool = setting(False, "Use 2 000 conversations: 2 minutes on two cores.")
+    rows: int = setting(20_000, "Number of conversations.")
+    max_length: int = setting(1024, "Maximum number of tokens per row.")
+    steps: int = setting(6, "Training steps to measure the share of a step.")
+    repeats: int = setting(3, "Number of repetitions, each without a cache; the best time counts.")
+    json: str | None = setting(None, "Output file.")
 
 
 def main() -> None:
@@ -69,7 +70,9 @@ def main() -> None:
         runs = [
             (run, workers)
             for run in (ours_marked, ours_unmarked, *([trl] if found else []))
-            for workers in sorted({1, cores if count >= SMALL * CHUNK else 1})  # fewer take one
+            for workers in sorted(
+                {1, cores if count >= SMALL * CHUNK else 1}
+            )  # small data uses one worker
         ]
         turns = []
         for turn in range(settings.repeats):
@@ -86,7 +89,7 @@ def main() -> None:
             "preparation": [best(rows) for rows in zip(*turns, strict=True)],
             "step": share_of_a_step(path, work, settings.steps),
         }
-    require_agreement(report["preparation"])
+    check_equal_tokens(report["preparation"])
     for row in report["preparation"]:
         print("  ".join(f"{key} {shown(value)}" for key, value in row.items()))
     print("  ".join(f"{key} {shown(value)}" for key, value in report["step"].items()))
@@ -95,7 +98,7 @@ def main() -> None:
 
 
 def best(rows: tuple[dict, ...]) -> dict:
-    """The best time of each kind over all turns, and the rates that follow."""
+    """The best of each time over all repetitions, and the rates that follow."""
     row = rows[0] | {key: min(r[key] for r in rows) for key in TIMES}
     row["prepare_rows_per_s"] = row["rows"] / row["prepare_s"]
     row["load_rows_per_s"] = row["rows"] / row["load_s"]
@@ -104,8 +107,8 @@ def best(rows: tuple[dict, ...]) -> dict:
 
 
 def write_conversations(path: Path, count: int) -> str:
-    """Conversations of one to five questions; the answers are docstrings, whole."""
-    docs = [doc for source in source_files()[:300] for doc in read_docstrings(source)]
+    """Conversations of one to five questions, answered by whole docstrings."""
+    docs = read_docs(300)
     draw = random.Random(0)
     with open(path, "w") as file:
         for _ in range(count):
@@ -131,7 +134,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the children it has waited for."""
     found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(used.ru_utime + used.ru_stime for used in found)
 
@@ -164,7 +167,7 @@ def ours(path: str, work: str, max_length: int, marked: bool, workers: int) -> d
     again, rows = timed(prepare)
     loader = DataLoader(rows, BATCH, collate_fn=Collator(tokenizer.pad_token_id))
     name = "ours, template with markers" if marked else "ours, template without markers"
-    return figures(name, workers, rows.report.kept, first, cpu, again, loader)
+    return table_row(name, workers, rows.report.kept, first, cpu, again, loader)
 
 
 def trl(path: str, work: str, max_length: int, workers: int) -> dict:
@@ -203,7 +206,7 @@ def trl(path: str, work: str, max_length: int, workers: int) -> dict:
         )
         seconds[-1] += read
     loader = DataLoader(trainer.train_dataset, BATCH, collate_fn=trainer.data_collator)
-    return figures(
+    return table_row(
         "TRL 1.16.0, template with markers",
         workers,
         len(raw),
@@ -214,7 +217,7 @@ def trl(path: str, work: str, max_length: int, workers: int) -> dict:
     )
 
 
-def figures(
+def table_row(
     name: str,
     workers: int,
     kept: int,
@@ -223,7 +226,7 @@ def figures(
     again: float,
     loader: DataLoader,
 ) -> dict:
-    """One row of the table; the batches are counted as well as timed."""
+    """One row of the table: times, and the counts of tokens and targets."""
 
     def load() -> tuple[int, int]:
         tokens = targets = 0
@@ -233,7 +236,7 @@ def figures(
             targets += int((labels != -100).sum())
         return tokens, targets
 
-    tokens, targets = load()  # libraries and the disk, too
+    tokens, targets = load()  # untimed: loads libraries and warms the disk cache
     seconds, _ = timed(lambda: [len(batch) for batch in loader])
     return {
         "name": name,
@@ -253,15 +256,15 @@ def loader_pad(loader: DataLoader) -> int:
     return loader.collate_fn.pad_token_id
 
 
-def require_agreement(rows: list[dict]) -> None:
-    """A time for other tokens is no comparison."""
+def check_equal_tokens(rows: list[dict]) -> None:
+    """Assert that all implementations produced the same rows, tokens and targets."""
     for row in rows:
         for key in ("rows", "tokens", "targets"):
             assert row[key] == rows[0][key], (key, row, rows[0])
 
 
 def share_of_a_step(path: str, work: str, steps: int) -> dict:
-    """What part of a step of plain fine-tuning is spent on getting its batch."""
+    """The share of a fine-tuning step that is spent on getting its batch."""
     tokenizer = load_tokenizer(False)
     rows = tokenised_rows(
         [{"path": path}], RowSettings(256), tokenizer, f"{work}/cache-step", progress=False
@@ -280,8 +283,8 @@ def share_of_a_step(path: str, work: str, steps: int) -> dict:
         train_dataset=rows,
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        objective=Objective(),
-        vocabulary=len(tokenizer),
+        objective=Objective(soft_weight=0.0),
+        vocab_size=len(tokenizer),
     )
     train, _ = timed(trainer.train)
     load, _ = timed(

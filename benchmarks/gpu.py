@@ -1,11 +1,12 @@
-"""The GPU tests and all benchmarks, part by part in the order of their worth: benchmarks/gpu.sh calls it.
+"""Run the GPU tests and all benchmarks, most valuable first; called by benchmarks/gpu.sh.
 
 python benchmarks/gpu.py --dry_run
 
-Each part has a limit of its own, and all together --minutes; one that fails or is stopped leaves the
-others alone. Written after every part, so that a stop from outside loses no more than the present
-one: gpu.json (state, seconds, figures and the last lines of each), table.txt and log.txt. Ends with
-0 where every part is well, 1 where one is not, 2 where there is no GPU. Needs only PyTorch itself.
+Each part has a time limit, and --minutes limits the whole run. A part that fails or times out does
+not affect the others. Three files are written after every part, so an interruption loses at most
+the current one: gpu.json (state, seconds, metrics and last output lines of each part), table.txt
+and log.txt. The exit code is 0 if all parts succeeded, 1 if one did not, 2 without a GPU. The
+script itself needs only PyTorch.
 """
 
 import argparse
@@ -24,10 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-FIGURES, FOLDER = "{figures}", "{folder}"  # in a command: the part's JSON, a folder to work in
-LEAST_S = 10  # a part is not begun with less time
-TAIL = 40  # lines of a part that did not end well
-MACHINE = (  # in a process of its own: CUDA is not initialised in this one
+METRICS, FOLDER = "{metrics}", "{folder}"  # placeholders: the part's JSON, its working folder
+LEAST_S = 10  # a part does not start with less time left
+TAIL = 40  # output lines kept of a part that failed
+MACHINE = (  # runs in another process, so that this one does not initialise CUDA
     "import json, platform, torch; on = torch.cuda.is_available(); print(json.dumps({'device': "
     "torch.cuda.get_device_name() if on else None, 'memory_gib': torch.cuda.get_device_properties"
     "(0).total_memory / 2**30 if on else None, 'torch': torch.__version__, 'cuda': "
@@ -75,19 +76,27 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/gpu"), help="folder")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts, with --began")
-    parser.add_argument("--began", type=float, help="seconds since 1970; now, if not given")
-    parser.add_argument("--parts", help="JSON file of other parts: name, command, limit_s of each")
-    parser.add_argument("--without_gpu", action="store_true", help="run them without a GPU, too")
-    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
-    parser.add_argument("--dry_run", action="store_true", help="print the parts")
+    parser.add_argument(
+        "--out", default=str(ROOT / "benchmarks/results/gpu"), help="Folder for the report."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="Time limit of all parts together."
+    )
+    parser.add_argument(
+        "--began", type=float, help="Start time as seconds since 1970; default: now."
+    )
+    parser.add_argument("--parts", help="JSON file with other parts: name, command, limit_s.")
+    parser.add_argument(
+        "--without_gpu", action="store_true", help="Also run where there is no GPU."
+    )
+    parser.add_argument("--commit", help="Commit to record where git is not available.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the parts and exit.")
     return parser.parse_args()
 
 
 def known_parts() -> list[Part]:
     def benchmark(name: str, *flags: str) -> list[str]:
-        return [PYTHON, f"benchmarks/{name}.py", *flags, "--json", FIGURES]
+        return [PYTHON, f"benchmarks/{name}.py", *flags, "--json", METRICS]
 
     loss = ["--tokens", "4096", "16384", "--divergences", "forward_kl", "jensen_shannon"]
     return [
@@ -108,17 +117,17 @@ PLANNED = ["--student", "1024", "12", "--teacher", "1280", "16", "--length", "10
 PLANNED += ["--layouts", "full, ZeRO-2, bf16, teacher sharded"]
 PLANNED += ["QLoRA, ZeRO-2, bf16, teacher sharded", "LoRA, DDP, checkpointing"]
 PYTEST = ["-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
-# A profile as it is, on small models: the one road on which launcher, DeepSpeed, NF4 and NCCL meet.
+# A launch profile on small models: the only part with launcher, DeepSpeed, NF4 and NCCL together.
 TRAINING = (
     f"set -e; {shlex.quote(PYTHON)} data/quickstart/docstrings.py --out_dir runs/quickstart/data; "
     "launch/h100.sh train/distill.py --config recipes/small/d_distill.yaml --max_steps 8 "
     f"--teacher_deepspeed ds_configs/teacher_zero3.json --output_dir {FOLDER}/run; "
-    f"cp {FOLDER}/run/done.json {FIGURES}"
+    f"cp {FOLDER}/run/done.json {METRICS}"
 )
 
 
 def gpu_test_files() -> list[str]:
-    """Only these: other test files import packages that are not among the wheels."""
+    """Files with GPU tests; other test files import packages that are not among the wheels."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     chosen = [file for file in files if "pytest.mark.gpu" in file.read_text()]
     return [str(file.relative_to(ROOT)) for file in chosen]
@@ -126,10 +135,10 @@ def gpu_test_files() -> list[str]:
 
 def run(part: Part, limit_s: float, log: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        figures = Path(folder) / "figures.json"
-        places = {FIGURES: str(figures), FOLDER: folder}
+        metrics = Path(folder) / "metrics.json"
+        values = {METRICS: str(metrics), FOLDER: folder}
         command = part.command
-        for mark, value in places.items():
+        for mark, value in values.items():
             command = [word.replace(mark, value) for word in command]
         began = time.time()
         with open(Path(folder) / "output", "w+") as output:
@@ -140,14 +149,14 @@ def run(part: Part, limit_s: float, log: Path) -> dict:
         with open(log, "a") as file:
             file.write(f"==== {part.name}: {state}, {seconds:.0f} s\n{text}\n")
         row = asdict(part) | {"state": state, "seconds": seconds}
-        row["figures"] = read_figures(figures) or count_tests(text)
+        row["metrics"] = read_metrics(metrics) or count_tests(text)
         if state != "ok":
             row["output"] = text.splitlines()[-TAIL:]
         return row
 
 
 def outcome(command: list[str], limit_s: float, output) -> str:
-    """ok, failed (with the exit code), or stopped at its limit with all that it started."""
+    """Run a command: "ok", "failed" with the exit code, or "stopped" together with its children."""
     try:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -160,13 +169,13 @@ def outcome(command: list[str], limit_s: float, output) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {limit_s:.0f} s"
     finally:
-        with contextlib.suppress(ProcessLookupError):  # ranks that outlived a failed parent, too
+        with contextlib.suppress(ProcessLookupError):  # also ranks that outlive a failed parent
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def read_figures(file: Path):
-    """What the part has written; rows are whole even where it was stopped between two of them."""
+def read_metrics(file: Path):
+    """The JSON that a part wrote; None if there is none."""
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
@@ -192,8 +201,8 @@ def write(out: Path, report: dict) -> None:
     lines += [
         f"{row['name']:<18}{row['seconds']:6.0f} s  {row['state']}" for row in report["parts"]
     ]
-    figures = output_of(PYTHON, "benchmarks/readme.py", "--gpu", str(out / "gpu.json"))
-    (out / "table.txt").write_text("\n".join(lines) + f"\n\n{figures}")
+    tables = output_of(PYTHON, "benchmarks/readme.py", "--gpu", str(out / "gpu.json"))
+    (out / "table.txt").write_text("\n".join(lines) + f"\n\n{tables}")
 
 
 def commit(given: str | None) -> str | None:
@@ -201,7 +210,7 @@ def commit(given: str | None) -> str | None:
 
 
 def output_of(*command: str) -> str:
-    """What it prints; nothing where it fails."""
+    """The standard output of a command; empty if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     except OSError:

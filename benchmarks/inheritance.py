@@ -1,14 +1,15 @@
-"""Which blocks to inherit, and how to train them on: experiment C in small, on one CPU core.
+"""Which layers to inherit, and how to train them: experiment C in small, on one CPU core.
 
-python benchmarks/inheritance.py --json benchmarks/results/inheritance_cpu.json
+python benchmarks/inheritance.py --rows 300 --heldout 120 --json runs/inheritance.json
 
-Students of half of the quickstart's teacher: the first blocks, evenly spaced ones, and those chosen
-by measured influence; each trained on text and distilled, from every seed, by the small recipes of
-experiment C. The evenly spaced ones also with DistilBERT's three terms, and in the time that
-distillation takes: more steps on text, fewer with three terms. A seed draws the rows and their
-order, the same for all students. Time is CPU time of one process with one thread, so that other
-work on the machine does not count. Finished runs are kept in --out_dir: run it again to go on. The
-committed figures are of 13 of the 27 runs: measured blocks from one seed, no equal times.
+Students take half of the layers of the quickstart's teacher: the first layers, evenly spaced
+layers, and layers chosen by measured influence. Each is trained on text and distilled with the
+small recipes of experiment C, from every seed. The evenly spaced layers are also trained with
+DistilBERT's three terms, and within the time that distillation takes: more steps on text, fewer
+with three terms. A seed selects the rows and their order, which are the same for all students. Time
+is the CPU time of one single-threaded process, so other work on the machine does not count.
+Finished runs stay in --out_dir; run the command again to continue. The committed results cover 13
+of the 27 runs: one seed for the measured layers, and no runs of equal time for them.
 """
 
 import json
@@ -28,7 +29,7 @@ import torch
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
-import kd.training.run_training  # noqa: F401  every run is forked from here, its libraries loaded
+import kd.training.run_training  # noqa: F401  runs are forked with the libraries already loaded
 from kd.evaluation.report.statistics import difference, holm, spread
 from kd.recipe import parse, setting
 from kd.run.run_record import commit
@@ -42,18 +43,20 @@ METRICS = ("perplexity", "forward_kl", "top1_agreement")
 class InheritanceSettings:
     choices: list[str] = field(
         default_factory=lambda: ["even", "first", "angular", "perplexity"],
-        metadata={"help": "of train/inherit.py; the first one is trained in every way"},
+        metadata={
+            "help": "Choices of train/inherit.py; the first one is trained with every method."
+        },
     )
     seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "of the rows and of their order"}
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the rows and their order."}
     )
-    keep: int = setting(3, "blocks of a student; the parent has 6")
-    rows: int = setting(400, "training rows, read once where tokens are equal")
-    heldout: int = setting(150, "rows that all students are measured on")
-    tokens: int = setting(10_000, "that influence is measured on, of training rows")
-    minutes: float = setting(math.inf, "start no training after so many; run again to go on")
-    out_dir: str = setting("runs/inheritance", "folder of students and their results")
-    json: str | None = setting(None, "file for the figures")
+    keep: int = setting(3, "Layers of a student; the parent has 6.")
+    rows: int = setting(400, "Training rows, read once when token budgets are equal.")
+    heldout: int = setting(150, "Held-out rows.")
+    tokens: int = setting(10_000, "Training tokens on which influence is measured.")
+    minutes: float = setting(math.inf, "Start no training after this many minutes.")
+    out_dir: str = setting("runs/inheritance", "Folder of the students and their results.")
+    json: str | None = setting(None, "Output file.")
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ def main() -> None:
         if done.is_file():
             finished[cell] = json.loads(done.read_text())
     measure([*distinct(students), *(cell.name for cell in finished)], settings, out)
-    figures = summarise(settings, students, finished, out)
-    show(figures)
+    report = summarise(settings, students, finished, out)
+    show(report)
     if settings.json:
-        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def make_students(settings: InheritanceSettings, out: Path) -> dict[str, dict]:
@@ -107,7 +110,7 @@ def make_students(settings: InheritanceSettings, out: Path) -> dict[str, dict]:
 
 
 def distinct(students: dict[str, dict]) -> dict[str, list[int]]:
-    """{choice: blocks} without the choices whose blocks an earlier one has."""
+    """{choice: layers}, without choices whose layers an earlier choice has."""
     found: dict[str, list[int]] = {}
     for choice, done in students.items():
         if done["layers"] not in found.values():
@@ -125,12 +128,12 @@ def cells(choices: list[str], seeds: list[int]) -> list[Cell]:
 
 
 def train(cell: Cell, settings: InheritanceSettings, out: Path, finished: dict) -> None:
-    """One run by the small recipe, and its cell.json: steps and CPU seconds."""
+    """Train one student with the small recipe and write its cell.json: steps, CPU seconds."""
     steps = None
     if cell.budget == "time":
         steps = steps_in_the_time_of_distillation(cell, settings, out, finished)
         if steps is None:
-            return  # what it is measured by is still missing
+            return  # the runs that define the budget are not finished
     seconds = run_recipe(cell, settings, out, cell.name, steps)
     state = json.loads((out / cell.name / "trainer_state.json").read_text())
     record = {"steps": state["global_step"], "cpu_s": seconds}
@@ -140,7 +143,7 @@ def train(cell: Cell, settings: InheritanceSettings, out: Path, finished: dict) 
 def steps_in_the_time_of_distillation(
     cell: Cell, settings: InheritanceSettings, out: Path, finished: dict
 ) -> int | None:
-    """The run's fixed cost is that of a run of one step, which is measured here."""
+    """Steps of equal time; the fixed cost of a run is measured with a run of one step."""
     own, theirs = (
         [finished.get(Cell(cell.choice, method, "tokens", seed)) for seed in settings.seeds]
         for method in (cell.method, "distill")
@@ -176,7 +179,7 @@ def has_bf16() -> str:
 
 
 def run(script: str, *flags, log: Path) -> float:
-    """CPU seconds of a script in a process of its own; its output goes to LOG.log."""
+    """Run a script in a new process and return its CPU seconds; its output goes to LOG.log."""
     pid = os.fork()
     if not pid:
         code = 1
@@ -210,16 +213,16 @@ def measure(names: list[str], settings: InheritanceSettings, out: Path) -> None:
 def summarise(
     settings: InheritanceSettings, students: dict, finished: dict[Cell, dict], out: Path
 ) -> dict[str, Any]:
-    """All that is written: choices, runs, means with intervals, differences with tests."""
+    """The report: choices, runs, means with intervals, differences with tests."""
     runs = [
-        asdict(cell) | {"setting": cell.setting} | record | figures_of(cell.name, out)
+        asdict(cell) | {"setting": cell.setting} | record | metrics_of(cell.name, out)
         for cell, record in finished.items()
     ]
     by_setting: dict[str, list[dict]] = {}
     for found in runs:
         by_setting.setdefault(found["setting"], []).append(found)
     choices = {
-        choice: done | figures_of(same_blocks(choice, students), out)
+        choice: done | metrics_of(same_blocks(choice, students), out)
         for choice, done in students.items()
     }
     teacher = json.loads((out / "results/perplexity/teacher.json").read_text())
@@ -238,18 +241,18 @@ def summarise(
 
 
 def same_blocks(choice: str, students: dict) -> str:
-    """The choice that was measured in its place: the first one with its blocks."""
+    """The first choice with the same layers; it was measured instead."""
     return next(c for c, done in students.items() if done["layers"] == students[choice]["layers"])
 
 
-def figures_of(name: str, out: Path) -> dict[str, float]:
+def metrics_of(name: str, out: Path) -> dict[str, float]:
     means = json.loads((out / "results" / "agreement" / f"{name}.json").read_text())["overall"]
     perplexity = math.exp(means["cross_entropy"])
     return {"perplexity": perplexity, **{m: means[m] for m in METRICS[1:]}}
 
 
 def means(runs: list[dict]) -> dict[str, Any]:
-    """Mean, deviation between seeds and 95 % interval of the mean (Student's t) of each metric."""
+    """Mean, standard deviation over seeds and 95 % t interval of the mean, for each metric."""
     found: dict[str, Any] = {
         "seeds": [run["seed"] for run in runs],
         "steps": [run["steps"] for run in runs],
@@ -265,7 +268,7 @@ def means(runs: list[dict]) -> dict[str, Any]:
 
 
 def differences(by_setting: dict[str, list[dict]]) -> list[dict]:
-    """Welch's tests in perplexity and KL of what the experiment asks, p corrected by Holm."""
+    """Welch tests of the planned comparisons in perplexity and KL, with Holm's correction."""
     asked = [
         (first, second)
         for i, first in enumerate(by_setting)
@@ -288,22 +291,23 @@ def differences(by_setting: dict[str, list[dict]]) -> list[dict]:
 
 
 def is_asked(a: dict, b: dict) -> bool:
-    """Blocks compared under one method, or methods on one choice of blocks under one budget."""
+    """Compare layers under one method, or methods on the same layers under one budget."""
     if a["choice"] != b["choice"]:
         return a["method"] == b["method"] and a["budget"] == b["budget"] == "tokens"
-    # Distillation is the measure of both budgets.
+    # Distillation defines both budgets.
     return a["budget"] == b["budget"] or "distill" in (a["method"], b["method"])
 
 
-def show(figures: dict[str, Any]) -> None:
-    print(f"teacher: perplexity {figures['teacher_perplexity']:.2f}")
-    for choice, done in figures["choices"].items():
+def show(report: dict[str, Any]) -> None:
+    print(f"teacher: perplexity {report['teacher_perplexity']:.2f}")
+    for choice, done in report["choices"].items():
         print(
-            f"{choice}, as inherited: blocks {done['layers']}, perplexity {done['perplexity']:.1f}"
+            f"{choice}, before training: layers {done['layers']}, "
+            f"perplexity {done['perplexity']:.1f}"
         )
-    for name, found in figures["means"].items():
+    for name, found in report["means"].items():
         print(f"{name}: {shown(found)}")
-    for d in figures["differences"]:
+    for d in report["differences"]:
         p = d["note"] if d["p_holm"] is None else f"p {d['p_holm']:.2g}"
         print(f"{d['metric']}: {d['first']} - {d['second']}: {d['value']:+.3f} ({p})")
 

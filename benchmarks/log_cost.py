@@ -1,10 +1,10 @@
-"""What logging costs: the same steps with TensorBoard at the default interval, and with no log at all.
+"""Cost of logging: the same steps with TensorBoard at the default interval, and without any log.
 
 python benchmarks/log_cost.py --json benchmarks/results/log_cost_cpu.json
 
-One process distils the shipped teacher into random weights; both ways in turns, the fastest of each
-counts. `log_share` is the time inside of the log calls themselves over that of the whole run, which
-other processes on the machine disturb less than the difference of two runs.
+One process distils the shipped teacher into random weights. Both variants alternate; the fastest
+run of each counts. `log_share` is the time spent in the log calls divided by the time of the run.
+Other processes on the machine disturb it less than they disturb the difference of two runs.
 """
 
 import json
@@ -32,11 +32,11 @@ TEACHER = str(Path(__file__).parents[1] / "data/quickstart/teacher")
 
 @dataclass
 class BenchmarkSettings:
-    steps: int = setting(60, "optimizer steps of a training")
-    rows: int = setting(8, "rows a step")
-    length: int = setting(128, "tokens a row")
-    repeats: int = setting(3, "turns; the fastest of each way counts")
-    json: str | None = setting(None, "file for the figures")
+    steps: int = setting(60, "Optimizer steps per run.")
+    rows: int = setting(8, "Rows per step.")
+    length: int = setting(128, "Tokens per row.")
+    repeats: int = setting(3, "Number of repetitions; the fastest of each variant counts.")
+    json: str | None = setting(None, "Output file.")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         for logged in runs:
             runs[logged].append(seconds_of_training(settings, logged))
     on, off = min(runs[True]), min(runs[False])
-    figures = {
+    metrics = {
         "with_log_s": on[0],
         "without_log_s": off[0],
         "on_over_off": on[0] / off[0],
@@ -58,13 +58,13 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(metrics, indent=1))
     if settings.json:
-        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(settings.json).write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def seconds_of_training(settings: BenchmarkSettings, logged: bool) -> tuple[float, float]:
-    """(seconds of all steps but the first, seconds of them inside of the log calls)."""
+    """(seconds of all steps but the first, seconds of these spent in log calls)."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(settings, logged, folder)
         inside, begun = 0.0, None
@@ -110,7 +110,7 @@ def make_trainer(settings: BenchmarkSettings, logged: bool, folder: str) -> Dist
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         objective=Objective(soft_weight=0.5),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=LiveTeacher(TeacherSettings(teacher=TEACHER), model, training.device),
     )
     write_no_step_twice(trainer, f"{folder}/tensorboard", None)

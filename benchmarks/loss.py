@@ -2,12 +2,12 @@
 
 python benchmarks/loss.py --quick --json benchmarks/results/loss_cpu.json
 
-Forward and backward to the student's hidden states, both heads frozen. All implementations run in
-turns in one process, and must agree; the best time of each counts. `limit_s` is the time of the
-three matrix products alone, in the faster of two tilings. Memory is the peak above the inputs, on a
-CPU of a fresh process for each. TRL 1.16.0 is measured where it is installed (its kernel needs no
-other of its packages: pip install --no-deps trl==1.16.0), Liger 0.8.5 likewise and on CUDA alone;
-without them their columns are null.
+Forward and backward to the student's hidden states, with both heads frozen. The implementations
+alternate in one process and must agree; the best time of each counts. `limit_s` is the time of the
+three matrix products alone, with the faster of two tile sizes. Memory is the peak above the inputs;
+on a CPU each implementation is measured in a new process. TRL 1.16.0 is measured where it is
+installed (pip install --no-deps trl==1.16.0 is enough for its kernel), Liger 0.8.5 where it is
+installed and CUDA is available. Columns of a missing implementation are null.
 """
 
 import gc
@@ -29,7 +29,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from kd.losses import fused
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.losses.fused import Head, Objective, TeacherOutputs, linear_distillation_loss
 from kd.recipe import parse, setting
 
 MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
@@ -39,24 +39,28 @@ QUICK = [("1.5B->0.5B", 1024, "forward_kl"), ("1.5B->0.5B", 256, "jensen_shannon
 
 @dataclass
 class BenchmarkSettings:
-    quick: bool = setting(False, "one pair, two divergences: five minutes on two cores")
+    quick: bool = setting(
+        False, "Measure one model pair and two divergences: 5 minutes on two cores."
+    )
     pairs: list[str] = field(
         default_factory=lambda: list(WIDTHS),
-        metadata={"help": f"of {', '.join(WIDTHS)}, or two widths, teacher->student: 64->32"},
+        metadata={
+            "help": f"Pairs: {', '.join(WIDTHS)}, or hidden sizes, teacher->student: 64->32."
+        },
     )
     tokens: list[int] = field(
-        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "target tokens"}
+        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Numbers of target tokens."}
     )
     divergences: list[str] = field(
         default_factory=lambda: ["forward_kl", "reverse_kl", "jensen_shannon"],
-        metadata={"help": f"of {', '.join(DIVERGENCES)}"},
+        metadata={"help": f"Divergences: {', '.join(DIVERGENCES)}."},
     )
-    vocabulary: int = setting(152_064, "rows of both heads")
-    loss_workspace_mb: int = setting(512, "as in a recipe")
-    tile: int = setting(fused.TILE, "tokens a tile at most on a CPU, to find the best")
-    repeats: int = setting(3, "turns; the best time of each implementation counts")
-    json: str | None = setting(None, "file for the rows")
-    peak_of: str | None = setting(None, "internal: print one implementation's peak in MiB")
+    vocabulary: int = setting(152_064, "Vocabulary size: rows of both heads.")
+    loss_workspace_mb: int = setting(512, "Workspace of the loss in MiB, as in a recipe.")
+    tile: int = setting(fused.TILE, "Maximum number of tokens per tile on a CPU.")
+    repeats: int = setting(3, "Number of repetitions; the best time of each implementation counts.")
+    json: str | None = setting(None, "Output file.")
+    peak_of: str | None = setting(None, "Internal: print the peak of one implementation in MiB.")
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,14 @@ def main() -> None:
 
 
 def cells(settings: BenchmarkSettings) -> list[Cell]:
-    wanted = [
+    grid = [
         (pair, tokens, divergence)
         for pair in settings.pairs
         for tokens in settings.tokens
         for divergence in settings.divergences
     ]
     made = []
-    for pair, tokens, divergence in QUICK if settings.quick else wanted:
+    for pair, tokens, divergence in QUICK if settings.quick else grid:
         widths = WIDTHS.get(pair) or tuple(int(width) for width in pair.split("->"))
         shape = f"{pair} H={widths[0]}->{widths[1]} N={tokens} V={settings.vocabulary}"
         limits = (settings.loss_workspace_mb, settings.tile)
@@ -113,14 +117,14 @@ def cells(settings: BenchmarkSettings) -> list[Cell]:
 
 
 def measure(cell: Cell, repeats: int) -> dict[str, Any]:
-    """One row: the best time of each in turns, the peaks, and what they were measured with."""
+    """One row: best times, peaks, and the machine they were measured on."""
     inputs = make_inputs(cell)
-    limits = sorted({cell.tile, 1024})  # tokens a product
+    limits = sorted({cell.tile, 1024})  # tokens per matrix product
     runnable = {name: run for name, run in IMPLEMENTATIONS.items() if can_run(name, cell)}
     times: dict[str | int, list[float]] = {name: [] for name in [*runnable, *limits]}
     gradients: dict[str, Tensor] = {}
     for turn in range(-1, repeats):
-        few = 2 if turn < 0 else cell.tokens  # first of all, load the libraries' code
+        few = 2 if turn < 0 else cell.tokens  # the first, untimed run loads the libraries
         part = Inputs(
             inputs.hidden[:few],
             inputs.weight,
@@ -138,8 +142,8 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
             seconds = time_products(part, min(tile, few))
             if turn >= 0:
                 times[tile].append(seconds)
-    require_agreement(gradients)
-    del inputs, part  # room for the processes that measure memory
+    check_equal_gradients(gradients)
+    del inputs, part  # free memory for the processes that measure the peaks
     best = {name: min(values) for name, values in times.items()}
     peaks = {name: peak(name, cell) if name in runnable else None for name in IMPLEMENTATIONS}
     row = asdict(cell) | {f"{name}_s": best.get(name) for name in IMPLEMENTATIONS}
@@ -180,7 +184,7 @@ def device_and_dtype() -> tuple[str, torch.dtype]:
 def ours(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
     fused.TILE = cell.tile
     objective = Objective(1.0, cell.divergence, loss_workspace_mb=cell.loss_workspace_mb)
-    teacher = TeacherSignal(inputs.teacher_hidden, Head(inputs.teacher_weight))
+    teacher = TeacherOutputs(inputs.teacher_hidden, Head(inputs.teacher_weight))
     loss, _ = linear_distillation_loss(
         hidden, inputs.labels, Head(inputs.weight), objective, cell.vocabulary, teacher
     )
@@ -188,7 +192,7 @@ def ours(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
 
 
 class Absent(types.ModuleType):
-    """Stands for a package that TRL's modules name on being imported, and its kernel never uses."""
+    """Stand-in for a package that TRL's modules import and its kernel never uses."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -234,7 +238,7 @@ def liger(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
 
 
 def naive(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
-    """Whole logits and autograd, as most trainers do it."""
+    """Full logits and autograd, as most trainers do it."""
     student = (hidden @ inputs.weight.T).float()  # (N, V)
     with torch.no_grad():
         teacher = (inputs.teacher_hidden @ inputs.teacher_weight.T).float()  # (N, V)
@@ -260,7 +264,7 @@ def can_run(name: str, cell: Cell) -> bool:
         return importlib.util.find_spec("trl") is not None
     if name == "liger":
         return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
-    if name == "naive":  # about eight (N, V) in float32
+    if name == "naive":  # about eight (N, V) tensors in float32
         needed = 8 * 4 * cell.tokens * cell.vocabulary
         return needed < available_bytes() - 4 * cell.vocabulary * (
             cell.teacher_width + cell.student_width
@@ -291,11 +295,11 @@ def wait() -> None:
 
 
 def time_products(inputs: Inputs, tile: int) -> float:
-    """The student's logits, the teacher's, the gradient to the hidden states: no more than that."""
+    """Seconds of the three matrix products: two logits, and the gradient to the hidden states."""
     device, dtype = device_and_dtype()
     types = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
     logits = torch.zeros(tile, len(inputs.weight), device=device)
-    gradient = torch.randn_like(logits).to(dtype)  # a GPU multiplies zeros faster
+    gradient = torch.randn_like(logits).to(dtype)  # zeros would be multiplied faster on a GPU
     out = torch.empty(tile, inputs.hidden.shape[1], device=device)
     wait()
     start = time.perf_counter()
@@ -310,16 +314,16 @@ def time_products(inputs: Inputs, tile: int) -> float:
     return time.perf_counter() - start
 
 
-def require_agreement(gradients: dict[str, Tensor]) -> None:
-    """A time of another function is no comparison."""
-    wanted = gradients["ours"].float()
+def check_equal_gradients(gradients: dict[str, Tensor]) -> None:
+    """Assert that all implementations compute the same gradient."""
+    expected = gradients["ours"].float()
     for name, gradient in gradients.items():
-        difference = (gradient.float() - wanted).norm() / wanted.norm()
+        difference = (gradient.float() - expected).norm() / expected.norm()
         assert difference < (1e-4 if gradient.dtype == torch.float32 else 2e-2), (name, difference)
 
 
 def peak(name: str, cell: Cell) -> float | None:
-    """Peak memory above the inputs in MiB; null where the process did not live to tell."""
+    """Peak memory above the inputs in MiB; None if the process died."""
     if torch.cuda.is_available():
         return peak_in_this_process(name, cell)
     command = [sys.executable, __file__, "--peak_of", json.dumps([name, asdict(cell)])]
@@ -330,14 +334,14 @@ def peak(name: str, cell: Cell) -> float | None:
 def peak_in_this_process(name: str, cell: Cell) -> float:
     inputs = make_inputs(cell)
     few = Inputs(**{k: v if "weight" in k else v[:2] for k, v in vars(inputs).items()})
-    timed(IMPLEMENTATIONS[name], few, cell)  # libraries and their buffers
+    timed(IMPLEMENTATIONS[name], few, cell)  # loads the libraries and allocates their buffers
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         timed(IMPLEMENTATIONS[name], inputs, cell)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_mib("VmRSS")
     timed(IMPLEMENTATIONS[name], inputs, cell)
     return status_mib("VmHWM") - before
@@ -357,7 +361,8 @@ def print_row(row: dict[str, Any]) -> None:
         f"TRL / ours {shown(row['trl_over_ours'])}, Liger / ours {shown(row['liger_over_ours'])}, "
         f"naive / ours {shown(row['naive_over_ours'])}, "
         f"ours / limit {shown(row['ours_over_limit'])}; peak MiB: ours {shown(row['ours_mib'], 0)}"
-        f", TRL {shown(row['trl_mib'], 0)}, Liger {shown(row['liger_mib'], 0)}, naive {shown(row['naive_mib'], 0)}",
+        f", TRL {shown(row['trl_mib'], 0)}, Liger {shown(row['liger_mib'], 0)}, "
+        f"naive {shown(row['naive_mib'], 0)}",
         flush=True,
     )
 

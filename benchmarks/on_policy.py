@@ -1,16 +1,18 @@
-"""On-policy distillation: its first-step loss beside TRL's GKDTrainer, and what a stage of it brings.
+"""On-policy distillation: the first-step loss next to TRL's GKDTrainer, and the effect of a stage.
 
 PYTHONPATH=TRL python benchmarks/on_policy.py --json benchmarks/results/on_policy_cpu.json
 
 TRL is the folder of its package (pip install --no-deps --target TRL trl==1.16.0); without it the
-first part is null. There TRL trains one step, off-policy (lmbda 0) and on-policy (lmbda 1), and the
-very tokens of it go through our trainer. Factors that are known: TRL divides by the target tokens of
-the data also where the student wrote others, so its loss grows with their length; its label mask has
-the line break behind the end of a turn.
-In the second part the quickstart's small student, distilled on text of the data first, gets so many
-steps more: off-policy, or on its own answers. All are measured on held-out rows: by the divergence
-over the data's text, and over what the student itself writes there. Finished students stay in
---out_dir: run it again to go on.
+first part is null. In the first part TRL trains one step, off-policy (lmbda 0) and on-policy (lmbda
+1), and our trainer computes the loss of exactly the same tokens. Two differences are known and
+accounted for: TRL divides by the target tokens of the data even where the student wrote other
+tokens, so its loss grows with the answer length; and its label mask includes the line break after a
+turn.
+
+In the second part the quickstart's small student is first distilled on the data, then trained for
+more steps, off-policy or on its own answers. All students are measured on held-out rows: the
+divergence on the data's text, and on the text that the student generates for the same prompts.
+Finished students stay in --out_dir; run the command again to continue.
 """
 
 import importlib.util
@@ -40,8 +42,8 @@ from kd.run.run_record import commit
 from kd.settings.distillation import ModelSettings, OnPolicySettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.on_policy import StudentRows
-from kd.training.rollouts import Writer
+from kd.training.on_policy import OnPolicyRows
+from kd.training.rollouts import RolloutGenerator
 from kd.training.trainer import DistillationTrainer
 
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
@@ -60,24 +62,24 @@ WAYS = {
 
 @dataclass
 class OnPolicyBenchmark:
-    rows: int = setting(8, "rows of the step beside TRL's")
+    rows: int = setting(8, "Rows of the step that is compared with TRL.")
     seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "of the second part"}
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the second part."}
     )
-    stage: bool = setting(True, "false leaves the second part out")
-    first_steps: int = setting(150, "of 16 rows, off-policy, that all students have had")
-    steps: int = setting(60, "of 16 rows, in each way")
-    new_tokens: int = setting(48, "of an answer at most")
-    heldout: int = setting(96, "held-out rows")
-    minutes: float = setting(math.inf, "start no training after so many; run again to go on")
-    out_dir: str = setting("runs/on_policy", "folder of the students")
-    json: str | None = setting(None, "file for the figures")
+    stage: bool = setting(True, "Run the second part.")
+    first_steps: int = setting(150, "Off-policy steps of 16 rows that precede the stage.")
+    steps: int = setting(60, "Steps of 16 rows per method.")
+    new_tokens: int = setting(48, "Maximum number of tokens per generated answer.")
+    heldout: int = setting(96, "Held-out rows.")
+    minutes: float = setting(math.inf, "Start no training after this many minutes.")
+    out_dir: str = setting("runs/on_policy", "Folder of the students.")
+    json: str | None = setting(None, "Output file.")
 
 
 def main() -> None:
     (settings,) = parse(OnPolicyBenchmark, description=__doc__)
     torch.set_num_threads(1)
-    figures = {
+    report = {
         "beside_trl": beside_trl(settings) if importlib.util.find_spec("trl") else None,
         "stage": stage(settings) if settings.stage else None,
         "settings": {k: v for k, v in vars(settings).items() if k not in ("json", "minutes")},
@@ -85,9 +87,9 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit(),
     }
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(report, indent=1))
     if settings.json:
-        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def heldout_rows(count: int) -> list[dict]:
@@ -96,7 +98,7 @@ def heldout_rows(count: int) -> list[dict]:
 
 
 def beside_trl(settings: OnPolicyBenchmark) -> list[dict]:
-    """TRL's loss of a step, and ours of the same tokens, by divergence and by who wrote them."""
+    """TRL's loss of a step and ours on the same tokens, off-policy and on-policy."""
     rows, tokenizer = heldout_rows(settings.rows), load_tokenizer(TEACHER)
     own, _ = encode_rows(rows, tokenizer, 256, progress=False)
     found = []
@@ -105,7 +107,7 @@ def beside_trl(settings: OnPolicyBenchmark) -> list[dict]:
             loss, batches = trl_step(rows, tokenizer, beta, share, settings.new_tokens)
             targets = sum(row.targets for batch in batches for row in batch)
             ours = our_step(batches, tokenizer, divergence, share > 0)
-            counted = sum(row.targets for row in own) + len(own)  # and the line breaks
+            counted = sum(row.targets for row in own) + len(own)  # plus the line breaks
             factor = counted / targets  # 1 off-policy
             row = {
                 "divergence": divergence,
@@ -124,7 +126,7 @@ def beside_trl(settings: OnPolicyBenchmark) -> list[dict]:
 def trl_step(
     rows: list[dict], tokenizer, beta: float, share: float, new_tokens: int
 ) -> tuple[float, list[list[EncodedRow]]]:
-    """(the loss that TRL logs of one step of two micro-batches, the rows of these as it made them)."""
+    """(the loss that TRL logs for one step of two micro-batches, the rows of these)."""
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -183,7 +185,7 @@ def make_trainer(
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     teacher = TeacherSettings(teacher=TEACHER, teacher_dtype="float32")
     collator = Collator(tokenizer.pad_token_id)
-    writer = Writer(model, settings, tokenizer)
+    writer = RolloutGenerator(model, settings, tokenizer)
     return DistillationTrainer(
         model=model,
         args=TrainingSettings(
@@ -196,32 +198,32 @@ def make_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         objective=objective,
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=LiveTeacher(teacher, ModelSettings(), torch.device("cpu")),
-        student_rows=StudentRows(settings, writer, collator, 256),
+        on_policy_rows=OnPolicyRows(settings, writer, collator, 256),
     )
 
 
 def our_step(batches: list[list[EncodedRow]], tokenizer, divergence: str, own: bool) -> float:
-    """The loss of a step of the shipped student on these rows; as its own answers, where they are."""
+    """Our loss of one step on these rows; `own` marks them as student-generated."""
     with tempfile.TemporaryDirectory() as folder:
         objective = Objective(1.0, divergence)
         trainer = make_trainer(STUDENT, tokenizer, objective, OnPolicySettings(0.5), 4, folder)
         items, loss = sum(row.targets for batch in batches for row in batch), 0.0
         made = [
-            trainer.student_rows.collated(
+            trainer.on_policy_rows.collated(
                 rows, range(len(rows)) if own else (), torch.device("cpu")
             )
             for rows in batches
         ]
-        trainer.signals = trainer.signals_of(made)
+        trainer.teacher_outputs = trainer.teacher_outputs_of(made)
         for batch in made:
             loss += trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
     return loss
 
 
 def stage(settings: OnPolicyBenchmark) -> list[dict]:
-    """Means over the seeds whose students are finished, by the way they were trained."""
+    """Means over the seeds whose students are finished, for each method."""
     started = time.monotonic()
     common = Path(settings.out_dir) / "first"
     train(STUDENT, common, settings, settings.first_steps, 0, ["--learning_rate", "1e-3"])
@@ -241,7 +243,7 @@ def stage(settings: OnPolicyBenchmark) -> list[dict]:
 def train(
     student: str, folder: Path, settings: OnPolicyBenchmark, steps: int, seed: int, flags: list[str]
 ) -> None:
-    """By the real command line; a finished one is not trained again."""
+    """Train by the real command line, unless it is finished."""
     data = json.dumps([{"path": DATA, "count": 16 * max(steps, settings.first_steps)}])
     command = [sys.executable, "train/distill.py", "--student", student, "--teacher", TEACHER]
     command += ["--data", data, "--max_length", "256", "--global_batch_size", "16"]
@@ -253,10 +255,10 @@ def train(
 
 
 def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
-    """Means over the tokens of held-out rows, and over those that the student writes in their place."""
+    """Means over the tokens of held-out rows, and over student-generated tokens."""
     tokenizer = load_tokenizer(str(folder))
     rows, _ = encode_rows(heldout_rows(settings.heldout), tokenizer, 256, progress=False)
-    figures = {}
+    metrics = {}
     with tempfile.TemporaryDirectory() as work:
         for divergence in ("forward_kl", "reverse_kl"):
             drawing = OnPolicySettings(1.0, settings.new_tokens)
@@ -266,18 +268,18 @@ def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
             batch = trainer.data_collator([[row] for row in rows])
             (own,), _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
             for text, inputs in (("data", batch), ("own", own)):
-                trainer.signals = trainer.signals_of([inputs])
+                trainer.teacher_outputs = trainer.teacher_outputs_of([inputs])
                 with torch.no_grad():
                     _, out = trainer.compute_loss(trainer.model.eval(), inputs, True, 1)
                 sums = dict(zip(REPORTED, out["metrics"].tolist(), strict=True))
                 mark = "on_policy_" if text == "own" else ""
                 tokens = sums[f"{mark}tokens"]
-                figures[f"{divergence} over {text} text"] = sums[f"{mark}divergence"] / tokens
+                metrics[f"{divergence} over {text} text"] = sums[f"{mark}divergence"] / tokens
                 teacher = sums[f"{mark}teacher_cross_entropy"] / tokens
-                figures[f"teacher's cross-entropy of {text} text"] = teacher
-            (_, length, cut), answers = trainer.figures.written, len(rows)
-            figures |= {"tokens of an answer": length / answers, "share cut": cut / answers}
-    return figures
+                metrics[f"teacher's cross-entropy of {text} text"] = teacher
+            (_, length, cut), answers = trainer.metrics.written, len(rows)
+            metrics |= {"tokens of an answer": length / answers, "share cut": cut / answers}
+    return metrics
 
 
 def summary(way: str, values: list[dict[str, float]]) -> dict:

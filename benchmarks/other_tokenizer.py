@@ -1,16 +1,17 @@
-"""A teacher with another tokenizer: its loss beside TRL's GOLD, and what it brings a student.
+"""A teacher with another tokenizer: its loss next to TRL's GOLD, and its effect on a student.
 
-PYTHONPATH=TRL python benchmarks/other_tokenizer.py --json benchmarks/results/other_tokenizer_cpu.json
+PYTHONPATH=TRL python benchmarks/other_tokenizer.py --json runs/other_tokenizer.json
 
 TRL is the folder of its package (pip install --no-deps --target TRL trl==1.16.0); without it the
-first part is left out. There both losses are taken of the quickstart's two models, whose tokenizer is
-one, so that every token maps: GOLD's "bayesian" merge is then our divergence, row by row, but that
-it raises probabilities to 1e-8; "observed", its default, takes the logits one position late. In the
-second part a student with a tokenizer of its own (--start makes it: random weights, half as many
-ids) learns from the quickstart's text, with the teacher's distributions or without, on the same
-rows; and so does one with the teacher's tokenizer, without alignment, which says how much of it the
-other tokenizer costs. Bits per byte of held-out text can be compared between tokenizers. Finished
-students stay in --out_dir: run it again to go on.
+first part is skipped. The first part uses the quickstart's two models, which share a tokenizer, so
+every token maps. GOLD's "bayesian" merge then equals our divergence row by row, except that it
+clamps probabilities at 1e-8. Its default, "observed", reads the logits one position late.
+
+In the second part, students learn from the quickstart's text with or without the teacher's
+distributions, on the same rows. One has its own tokenizer with half as many ids (--start writes it,
+with random weights). The other has the teacher's tokenizer and needs no alignment; the difference
+is the cost of the other tokenizer. Bits per byte of held-out text are comparable across tokenizers.
+Finished students stay in --out_dir; run the command again to continue.
 """
 
 import importlib.util
@@ -57,16 +58,18 @@ WAYS = {
 
 @dataclass
 class OtherTokenizerBenchmark:
-    start: str | None = setting(None, "only make the student with a tokenizer of its own, here")
-    rows: int = setting(8, "held-out rows of the comparison with TRL")
-    steps: int = setting(300, "of 16 rows of 256 tokens, in each way; 0: no students")
-    ways: list[str] = field(
-        default_factory=lambda: list(WAYS), metadata={"help": "in which students are trained"}
+    start: str | None = setting(
+        None, "Only write the student with its own tokenizer into this folder."
     )
-    heldout: int = setting(200, "held-out texts, and as many conversations")
-    vocabulary: int = setting(2048, "ids of the student; the teacher has 4 096")
-    out_dir: str = setting("runs/other_tokenizer", "folder of the students")
-    json: str | None = setting(None, "file for the figures")
+    rows: int = setting(8, "Held-out rows of the comparison with TRL.")
+    steps: int = setting(300, "Steps of 16 rows of 256 tokens per method; 0 trains no students.")
+    ways: list[str] = field(
+        default_factory=lambda: list(WAYS), metadata={"help": "Methods to train students with."}
+    )
+    heldout: int = setting(200, "Number of held-out texts, and of conversations.")
+    vocabulary: int = setting(2048, "Vocabulary size of the student; the teacher has 4 096.")
+    out_dir: str = setting("runs/other_tokenizer", "Folder of the students.")
+    json: str | None = setting(None, "Output file.")
 
 
 def main() -> None:
@@ -75,7 +78,7 @@ def main() -> None:
     if settings.start:
         make_student(Path(settings.start), own_tokenizer(settings.vocabulary))
         return
-    figures = {
+    report = {
         **({"beside_trl": beside_trl(settings.rows)} if importlib.util.find_spec("trl") else {}),
         **({"students": students(settings)} if settings.steps else {}),
         "settings": {k: v for k, v in vars(settings).items() if k not in ("json", "start")},
@@ -84,9 +87,9 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit(),
     }
-    print(json.dumps(figures, indent=1))
+    print(json.dumps(report, indent=1))
     if settings.json:
-        Path(settings.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def read(name: str, count: int | None = None) -> list[dict]:
@@ -94,13 +97,13 @@ def read(name: str, count: int | None = None) -> list[dict]:
         return [json.loads(line) for line in islice(file, count)]
 
 
-def own_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the quickstart's text."""
+def own_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the quickstart's text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|turn|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -116,7 +119,7 @@ def own_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def make_student(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A small model of random weights."""
+    """Write a small model with random weights."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -136,7 +139,7 @@ def make_student(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def beside_trl(count: int) -> list[dict]:
-    """Of each divergence TRL's mean loss of a row in both ways to merge tokens, ours, the difference."""
+    """For each divergence: TRL's mean loss per row with both merges, ours, and the difference."""
     tokenizer = load_tokenizer(TEACHER)
     encoder = AlignedEncoder(
         Encoder(tokenizer, 256), Encoder(tokenizer, 256), shared_vocabulary(tokenizer, tokenizer)
@@ -159,14 +162,14 @@ def beside_trl(count: int) -> list[dict]:
     return found
 
 
-def whole_logits(name: str, row: EncodedRow, vocabulary: int) -> torch.Tensor:
+def whole_logits(name: str, row: EncodedRow, vocab_size: int) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.tensor([row.input_ids])).logits[..., :vocabulary]
+        return model(torch.tensor([row.input_ids])).logits[..., :vocab_size]
 
 
 def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> list[float]:
-    """TRL's loss of every row alone."""
+    """TRL's loss of each row."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     config = SimpleNamespace(
@@ -179,7 +182,7 @@ def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> l
         use_extended_uld=True,
         uld_token_merge_strategy=merge,
         uld_use_hybrid_loss=True,
-        uld_hybrid_matched_weight=None,  # by the share of the vocabulary that maps: here 1
+        uld_hybrid_matched_weight=None,  # weight by the share of the vocabulary that maps: 1 here
         uld_hybrid_unmatched_weight=None,
         beta=beta,
     )
@@ -187,7 +190,9 @@ def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> l
     for row in rows:
         labels, ids = (torch.tensor([x]) for x in (row.labels, row.input_ids))
         ends = torch.arange(1, len(row) + 1)
-        offsets = torch.stack([ends - 1, ends], -1)[None]  # one byte a token: only meetings count
+        offsets = torch.stack([ends - 1, ends], -1)[
+            None
+        ]  # one byte per token: only boundaries count
         logits = [whole_logits(name, row, len(tokenizer)) for name in (STUDENT, TEACHER)]
         found.append(loss(*logits, labels, labels, ids, ids, offsets, offsets).item())
     return found
@@ -201,17 +206,17 @@ def our_losses(rows: list[EncodedRow], tokenizer, divergence: str) -> list[float
     teacher = AlignedTeacher(live, shared_vocabulary(tokenizer, tokenizer))
     collate, found = AlignedCollator(Collator(0), 0), []
     batches = [collate([[row]]) for row in rows]
-    for context, batch, row in zip(teacher.signals(batches), batches, rows, strict=True):
-        with context as (signal, _), torch.no_grad():
+    for context, batch, row in zip(teacher.outputs(batches), batches, rows, strict=True):
+        with context as (outputs, _), torch.no_grad():
             objective = Objective(1.0, divergence)
-            inputs = LossInputs(batch["labels"], objective, len(tokenizer), signal)
+            inputs = LossInputs(batch["labels"], objective, len(tokenizer), outputs)
             out = student(batch["input_ids"], batch["position_ids"], inputs)
         found.append(out["loss"].item() / row.targets)
     return found
 
 
 def students(settings: OtherTokenizerBenchmark) -> list[dict]:
-    """Bits per byte of held-out texts and conversations after training in each way."""
+    """Bits per byte of held-out texts and conversations after training with each method."""
     tokenizers = {
         "its own": own_tokenizer(settings.vocabulary),
         "the teacher's": load_tokenizer(TEACHER),
@@ -234,7 +239,7 @@ def students(settings: OtherTokenizerBenchmark) -> list[dict]:
 
 
 def train(start: Path, folder: Path, weight: float, aligned: bool, steps: int) -> str:
-    """By the real command line; "" where it is finished already."""
+    """Train by the real command line and return its output; "" if it was finished."""
     if (folder / "done.json").exists():
         return ""
     sources = [
@@ -267,7 +272,7 @@ def train(start: Path, folder: Path, weight: float, aligned: bool, steps: int) -
 
 @torch.no_grad()
 def bits_per_byte(folder: Path, part: str, count: int) -> float:
-    """Of the targets' bytes: all of a text, the answers of a conversation."""
+    """Bits per byte of the targets: whole texts, answers of conversations."""
     tokenizer = load_tokenizer(str(folder))
     rows, _ = encode_rows(read(f"{part}_heldout", count), tokenizer, 512, progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

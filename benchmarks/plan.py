@@ -3,8 +3,8 @@
 python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 
 On a GPU, measured is the peak that PyTorch allocated. On a CPU it is the peak of RssAnon (anonymous
-memory, without mapped files and libraries) of the larger rank, above its value before the student is
-loaded, until the end of training. Planned is the value in run.json without the allowance for
+memory, without mapped files and libraries) of the larger rank, above its value before the student
+is loaded, until the end of training. Planned is the value in run.json without the allowance for
 libraries. MALLOC_MMAP_THRESHOLD_ makes the allocator return freed blocks to the system; otherwise
 its caches would be measured.
 """

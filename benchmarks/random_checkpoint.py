@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in a real model's shapes, for measurements where no hub can be reached."""
+"""Checkpoints of random weights in the shapes of real models, for machines without a hub."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from kd.models import awq_writer
 from kd.models.tensor_files import INDEX
 
 GROUP = 128
-FILE_BYTES = 2**31  # of one file written, about
+FILE_BYTES = 2**31  # approximate size of a written file
 
 
 def qwen_config(
@@ -23,12 +23,12 @@ def qwen_config(
     layers: int,
     heads: int,
     pairs: int,
-    vocabulary: int,
+    vocab_size: int,
     tied: bool = False,
     dtype: str = "bfloat16",
 ) -> Qwen2Config:
     return Qwen2Config(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -40,9 +40,10 @@ def qwen_config(
 
 
 def write_random(config: PretrainedConfig, form: str, folder: Path) -> int:
-    """Bytes of the checkpoint, packed if `form` is awq or nf4, else in the type of the configuration.
+    """Write a checkpoint and return its size in bytes.
 
-    Linears of one shape share their random numbers, and no more.
+    `form` awq or nf4 packs the linear layers; otherwise they keep the dtype of the configuration.
+    Linear layers of one shape share their random numbers, which saves time.
     """
     folder.mkdir(parents=True)
     with init_empty_weights(include_buffers=False):

@@ -1,10 +1,10 @@
-"""benchmarks/README.md from benchmarks/results: run it after results have changed; a test asks for it.
+"""Write benchmarks/README.md from benchmarks/results; run it after results change.
 
 python benchmarks/readme.py
 
-A file results/NAME_MACHINE.json is shown under NAME, by TABLES where that knows it and else by all
-its plain values, so that a new benchmark appears without a change here. Parts of a report of
-benchmarks/gpu.sh are shown alike. `--gpu FILE` prints the tables of such a report instead.
+Each file results/NAME_MACHINE.json is shown under the heading NAME. TABLES selects its columns; a
+benchmark without an entry there is shown with all its plain values. Parts of a report of
+benchmarks/gpu.sh are shown in the same way. `--gpu FILE` prints only the tables of such a report.
 """
 
 import argparse
@@ -20,28 +20,29 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS, README = ROOT / "benchmarks/results", ROOT / "benchmarks/README.md"
 MACHINE = ("machine", "device", "cores", "threads", "torch", "deepspeed", "datasets", "cuda")
-ORDER = [  # by what a reader asks for first; others follow in the order of their names
+ORDER = [  # most important first; all others follow in alphabetical order
     *("quickstart", "step", "loss", "teacher", "plan", "scale", "cache", "data", "on_policy"),
     *("inheritance", "recovery", "log_cost"),
 ]
-UNITS = {"gib": 2**30, "mb": 1e6}  # in place of a format
+UNITS = {"gib": 2**30, "mb": 1e6}  # used in place of a number format
 HEAD = """\
 # Benchmarks
 
-Every figure here is read from a file of [results/](results) by `python benchmarks/readme.py`, to be run after results have
-changed; a test compares. Compare figures of one table, not seconds of two: the machine was not equally quiet. What needs
-a GPU is run by one command, `benchmarks/gpu.sh` (for a machine without a network `python benchmarks/wheels.py` first).
+`python benchmarks/readme.py` writes this page from the files of [results/](results); a test checks
+that both agree. Compare numbers within one table: seconds of different tables were measured
+under different load. `benchmarks/gpu.sh` runs everything that needs a GPU. For a machine without a
+network, run `python benchmarks/wheels.py` on another machine first.
 """
-NO_GPU = "\nNo GPU has run these yet: there is no results/gpu/gpu.json.\n"
+NO_GPU = "\nNothing has been measured on a GPU yet: results/gpu/gpu.json does not exist.\n"
 
 
 @dataclass(frozen=True)
 class Table:
-    columns: dict[
-        str, str
-    ]  # header: where it stands in a row, by dots; with a format after a colon
-    rows: str = ""  # where the rows stand, by dots; of a dict its keys are `name`
-    command: str = ""  # that wrote it, where neither the file says it nor the script's first lines
+    """How one benchmark's JSON becomes a table."""
+
+    columns: dict[str, str]  # header: dotted path of the value in a row, ":" and its number format
+    rows: str = ""  # dotted path of the rows; for a dict, its keys become the column `name`
+    command: str = ""  # used where neither the file nor the script's docstring states the command
     note: str = ""
 
 
@@ -53,7 +54,7 @@ TABLES = {
             "chat perplexity": "chat_perplexity.mean:.2f",
             "+/-": "chat_perplexity.deviation:.2f",
             "KL to teacher": "forward_kl.mean:.3f",
-            "agrees with teacher": "top1_agreement.mean:.1%",
+            "top-1 agreement": "top1_agreement.mean:.1%",
             "start's KL removed": "kl_removed.mean:.1%",
         },
         "settings.*.metrics",
@@ -61,17 +62,18 @@ TABLES = {
     "step": Table(
         {
             "case": "name",
-            "target tokens a step": "target_tokens_a_step:.0f",
-            "ours, of them a second": "ours_tokens_s:.1f",
+            "target tokens per step": "target_tokens_a_step:.0f",
+            "ours, target tokens/s": "ours_tokens_s:.1f",
             "ours / TRL": "ours_over_trl:.2f",
             "ours / naive": "ours_over_naive:.2f",
-            "MiB: ours": "ours_mib:.0f",
+            "peak MiB: ours": "ours_mib:.0f",
             "TRL": "trl_mib:.0f",
             "naive": "naive_mib:.0f",
-            "of the matrix rate": "matrix_peak_share:.0%",
+            "share of the matmul peak": "matrix_peak_share:.0%",
         },
-        command="OMP_NUM_THREADS=2 python benchmarks/step.py --steps 3 --json benchmarks/results/step_cpu.json",
-        note="TRL's column is its GKDTrainer's, or for sft_ its SFTTrainer's.",
+        command="OMP_NUM_THREADS=2 python benchmarks/step.py --steps 3 "
+        "--json benchmarks/results/step_cpu.json",
+        note="TRL is its GKDTrainer, and its SFTTrainer in the rows sft_*.",
     ),
     "loss": Table(
         {
@@ -82,8 +84,8 @@ TABLES = {
             "TRL / ours": "trl_over_ours:.2f",
             "Liger / ours": "liger_over_ours:.2f",
             "naive / ours": "naive_over_ours:.2f",
-            "ours / products alone": "ours_over_limit:.2f",
-            "MiB: ours": "ours_mib:.0f",
+            "ours / matmuls alone": "ours_over_limit:.2f",
+            "peak MiB: ours": "ours_mib:.0f",
             "TRL": "trl_mib:.0f",
             "naive": "naive_mib:.0f",
         },
@@ -93,9 +95,9 @@ TABLES = {
             "format": "format",
             "ranks": "ranks",
             "checkpoint, MiB": "checkpoint_mib:.1f",
-            "held by a rank": "held_share:.1%",
-            "read by a rank": "read_share:.1%",
-            "largest difference of a logit": "max_logit_difference:g",
+            "held per rank": "held_share:.1%",
+            "read per rank": "read_share:.1%",
+            "largest logit difference": "max_logit_difference:g",
         },
     ),
     "plan": Table(
@@ -104,42 +106,43 @@ TABLES = {
             "planned, MiB": "planned_mib:.0f",
             "measured, MiB": "measured_mib:.0f",
             "planned / measured": "ratio:.2f",
-            "worst moment": "worst",
+            "peak phase": "worst",
         },
     ),
     "plan_recipes": Table(
         {
             "plan": "name",
             "processes": "processes",
-            "rows at a time": "rows",
+            "micro-batch": "rows",
             "accumulation": "accumulation",
-            "GiB a GPU": "total:gib",
-            "of": "of:gib",
-            "seconds a step (modelled)": "step_s:.2g",
+            "GiB per GPU": "total:gib",
+            "GiB available": "of:gib",
+            "seconds per step (modelled)": "step_s:.2g",
         },
         "plans",
-        command="each plan's own, in its file",
-        note="Modelled from configurations; nothing of it was run on a GPU.",
+        command="the file states the command of each plan",
+        note="Modelled from model configurations. None of these runs has been executed on a GPU.",
     ),
     "scale": Table(
         {
             "layout": "layout",
             "ranks": "ranks",
-            "MB a rank sends in a step": "counted_bytes:mb",
+            "MB sent per rank and step": "counted_bytes:mb",
             "formula / counted": "formula_over_counted:.3f",
         },
         "counted",
-        note="What the formula says of the recipes on 8, 64 and 1 024 GPUs: [scale.md](results/scale.md).",
+        note="The formula applied to the recipes on 8, 64 and 1 024 GPUs: "
+        "[scale.md](results/scale.md).",
     ),
     "cache": Table(
         {
             "ids kept": "top_k",
             "type": "dtype",
-            "bytes a token": "bytes_a_token",
-            "mass of the ids": "mass:.4f",
-            "divergence: cached": "cached:.4f",
-            "live": "live:.4f",
-            "error of the gradient": "gradient:.1e",
+            "bytes per token": "bytes_a_token",
+            "probability mass kept": "mass:.4f",
+            "divergence: cached teacher": "cached:.4f",
+            "live teacher": "live:.4f",
+            "relative gradient error": "gradient:.1e",
         },
         "rows",
     ),
@@ -150,20 +153,21 @@ TABLES = {
             "tokens": "tokens",
             "rows/s prepared": "prepare_rows_per_s:.0f",
             "CPU seconds": "prepare_cpu_s:.2f",
-            "a second start, s": "again_s:.2f",
+            "second start, s": "again_s:.2f",
             "rows/s loaded": "load_rows_per_s:.0f",
         },
         "preparation",
-        command="python benchmarks/data.py --rows 800 --repeats 1 --json benchmarks/results/data_cpu.json",
+        command="python benchmarks/data.py --rows 800 --repeats 1 "
+        "--json benchmarks/results/data_cpu.json",
     ),
     "inheritance": Table(
         {
-            "blocks, training, budget": "name",
+            "layers, training, budget": "name",
             "CPU seconds": "cpu_s:.1f",
             "perplexity": "perplexity.mean:.1f",
             "+/-": "perplexity.deviation:.1f",
             "KL to teacher": "forward_kl.mean:.3f",
-            "agrees with teacher": "top1_agreement.mean:.1%",
+            "top-1 agreement": "top1_agreement.mean:.1%",
         },
         "means",
     ),
@@ -173,15 +177,15 @@ TABLES = {
             "steps": "steps",
             "ends bit-equal": "equal",
             "failed starts": "failed_starts",
-            "in a half-written save": "left_a_save_half_written",
+            "kills during a save": "left_a_save_half_written",
         },
     ),
     "log_cost": Table(
         {
-            "with log, s": "with_log_s:.2f",
-            "without": "without_log_s:.2f",
+            "with logging, s": "with_log_s:.2f",
+            "without logging, s": "without_log_s:.2f",
             "with / without": "on_over_off:.4f",
-            "share inside the log calls": "log_share:.2%",
+            "share spent in log calls": "log_share:.2%",
         },
     ),
 }
@@ -189,10 +193,13 @@ TABLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", help="print the tables of this report of benchmarks/gpu.sh")
+    parser.add_argument(
+        "--gpu",
+        help="Print the tables of this report of benchmarks/gpu.sh instead of writing the page.",
+    )
     settings = parser.parse_args()
     if settings.gpu:
-        print("\n".join(gpu_figures(json.loads(Path(settings.gpu).read_text()))))
+        print("\n".join(gpu_tables(json.loads(Path(settings.gpu).read_text()))))
     else:
         README.write_text(page())
 
@@ -200,8 +207,8 @@ def main() -> None:
 def page() -> str:
     sections = [HEAD]
     for name, files in sorted(by_benchmark().items(), key=lambda item: place_of(item[0])):
-        says, command = about(name)
-        sections += [f"## {name}\n", *says, *(section(name, file, command) for file in files)]
+        summary, command = about(name)
+        sections += [f"## {name}\n", *summary, *(section(name, file, command) for file in files)]
     sections.append("## On a GPU\n")
     report = RESULTS / "gpu/gpu.json"
     if report.exists():
@@ -225,12 +232,12 @@ def place_of(name: str) -> tuple[int, str]:
 
 
 def about(name: str) -> tuple[list[str], str]:
-    """What the benchmark's own file says first: what it measures, and the command."""
+    """The first paragraph and the command of the benchmark's docstring."""
     script = ROOT / f"benchmarks/{name}.py"
     if not script.exists():
         return [], ""
-    says, command, *_ = ast.get_docstring(ast.parse(script.read_text())).split("\n\n")
-    return [says + "\n"], command
+    summary, command, *_ = ast.get_docstring(ast.parse(script.read_text())).split("\n\n")
+    return [summary + "\n"], command
 
 
 def section(name: str, file: Path, command: str) -> str:
@@ -253,31 +260,33 @@ def gpu_sections(report: dict) -> list[str]:
         for part in report["parts"]
     ]
     head = f"    benchmarks/gpu.sh\n\n{facts}, commit {str(report['commit'])[:10]}.\n"
-    return [head, "\n".join(markdown(across(states))), "", *gpu_figures(report)]
+    return [head, "\n".join(markdown(across(states))), "", *gpu_tables(report)]
 
 
-def gpu_figures(report: dict) -> list[str]:
-    """A table or more of every part that has left figures."""
+def gpu_tables(report: dict) -> list[str]:
+    """The tables of every part that reported numbers."""
     return [
         "\n".join(
-            [f"### {part['name']}, on the GPU", "", *tables(part["name"], part["figures"]), ""]
+            [f"### {part['name']}, on the GPU", "", *tables(part["name"], part["metrics"]), ""]
         )
         for part in report["parts"]
-        if part.get("figures")
+        if part.get("metrics")
     ]
 
 
 def machine(data: Any) -> list[str]:
-    """What is said of it at the top of the file, or in its first row."""
+    """Machine and versions, from the top of the file or from its first row."""
     first = data[0] if isinstance(data, list) and data else data
     found = first if isinstance(first, dict) else {}
     found = found | found.get("versions", {})
-    said = [(key, found[key]) for key in MACHINE if isinstance(found.get(key), str | int)]
-    return [str(value) if key in ("machine", "device") else f"{key} {value}" for key, value in said]
+    facts = [(key, found[key]) for key in MACHINE if isinstance(found.get(key), str | int)]
+    return [
+        str(value) if key in ("machine", "device") else f"{key} {value}" for key, value in facts
+    ]
 
 
 def commit(data: Any, file: Path) -> str:
-    """The measured one where the file says it, else that of the file."""
+    """The commit that was measured; where the file does not state it, the commit of the file."""
     if isinstance(data, dict) and isinstance(data.get("commit"), str):
         return data["commit"][:10]
     call = ["git", "log", "-1", "--format=%h", "--", str(file)]
@@ -286,7 +295,7 @@ def commit(data: Any, file: Path) -> str:
 
 
 def tables(name: str, data: Any) -> list[str]:
-    table = TABLES.get(name) or TABLES.get(re.split(r"[ ,]", name)[0])  # a part: "step, larger"
+    table = TABLES.get(name) or TABLES.get(re.split(r"[ ,]", name)[0])  # e.g. "step, larger"
     if table:
         shown = known(table, data)
         if any(cell for column in shown.values() for cell in column):
@@ -337,7 +346,7 @@ def written(value: Any, form: str) -> str:
 
 
 def plain(data: Any, title: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """(title, rows of plain values) of every list of rows, and of every dict that has some."""
+    """(title, rows of scalar values) for every list of rows and every dict with scalars."""
     if isinstance(data, list):
         rows = [
             {k: v for k, v in row.items() if not isinstance(v, dict | list)}

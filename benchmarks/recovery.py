@@ -1,11 +1,11 @@
-"""One two-rank run is killed -9 again and again; it must end bit-equal to a run never killed.
+"""Kill a two-rank run with kill -9 many times; it must end bit-equal to an undisturbed run.
 
 python benchmarks/recovery.py --kills 100 --json benchmarks/results/recovery_cpu.json
 
-QLoRA with dropout and a hidden-state loss under ZeRO-2, beside a teacher sharded by ZeRO-3, on the
-CPU. Every start is the same command. What is killed (rank 0, rank 1, the launcher, all at once) and
-when (between steps, inside a save, at its rename) is drawn from --seed. Stopped itself, it goes on
-in --work. A kill costs the start of two processes: 8 to 15 s.
+The run is QLoRA with dropout and a hidden-state loss under ZeRO-2, with a teacher sharded by
+ZeRO-3, on the CPU. Every start uses the same command. --seed determines what is killed (rank 0,
+rank 1, the launcher, all processes) and when (between steps, during a save, at its rename). An
+interrupted benchmark continues in --work. Each kill costs the start of two processes: 8 to 15 s.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ from kd.training.checkpoints.manifest import MANIFEST
 from kd.training.step_metrics import of_the_run
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS_A_KILL, SAVE_STEPS = 6, 2  # a start is killed before it has come on by so many
+STEPS_A_KILL, SAVE_STEPS = 6, 2  # upper bound on the steps of a start before its kill
 TARGETS, MOMENTS = ("rank 0", "rank 1", "launcher", "all"), ("step", "save", "rename")
-MARK = "KD_RECOVERY"  # in the environment of every process of a run, so that none hides
+MARK = "KD_RECOVERY"  # environment variable that identifies all processes of a run
 
 
 @dataclass
 class RecoverySettings:
-    kills: int = setting(10, "kill -9 so many times in a row")
-    json: str | None = setting(None, "file for the result")
-    seed: int = setting(0, "draws what is killed, and when")
-    work: str = setting("runs/recovery", "folder of the two runs; removed when all is done")
-    timeout_s: int = setting(180, "a start that neither trains nor ends for so long has failed")
+    kills: int = setting(10, "Number of kills in a row.")
+    json: str | None = setting(None, "Output file.")
+    seed: int = setting(0, "Seed that determines what is killed, and when.")
+    work: str = setting("runs/recovery", "Folder of the two runs; removed at the end.")
+    timeout_s: int = setting(180, "Seconds without progress after which a start has failed.")
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     if not is_done(str(whole)):
         run = Start(command(work, whole, steps), work / "whole.log")
         run.wait(settings.timeout_s + steps)
-        assert is_done(str(whole)), f"the run that nobody kills failed: {work}/whole.log"
+        assert is_done(str(whole)), f"the run without kills failed: {work}/whole.log"
     file = work / "kills.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with open(file, "a") as log:
@@ -69,7 +69,7 @@ def main() -> None:
             log.flush()
     last = Start(command(work, killed, steps), work / "last.log")
     last.wait(settings.timeout_s + steps)
-    assert is_done(str(killed)), f"the last start did not come to its end:\n{last.printed[-3000:]}"
+    assert is_done(str(killed)), f"the last start did not finish:\n{last.printed[-3000:]}"
     result = summary(done, whole, killed, steps) | {"seed": settings.seed, "commit": commit()}
     print(json.dumps(result, indent=2))
     if settings.json:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_inputs(work: Path) -> None:
-    """Two random models that differ in width, and rows; the tokenizer is the quickstart's."""
+    """Write two random models of different width, and rows; the tokenizer is the quickstart's."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "quickstart" / "student")
     for seed, (name, width) in enumerate({"student": 32, "teacher": 48}.items()):
         torch.manual_seed(seed)
@@ -123,7 +123,7 @@ def command(work: Path, output: Path, steps: int) -> list[str]:
 
 
 class Start:
-    """One start of the run: its processes, and what it has printed."""
+    """One start of the run: its processes and its output."""
 
     def __init__(self, arguments: list[str], log: Path):
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -146,7 +146,7 @@ class Start:
                 file.write(line)
 
     def wait(self, seconds: float) -> None:
-        """To its end; what is left of it then is killed."""
+        """Wait for the end of the run, then kill what is left of it."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -199,14 +199,14 @@ def environment_parent(process: psutil.Process) -> int:
 
 
 def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: int) -> dict:
-    """Start the run, kill it as drawn, and say what was found."""
+    """Start the run, kill the drawn target at the drawn moment, and report the outcome."""
     target, moment = draw.choice(TARGETS), draw.choice(MOMENTS)
-    # Late enough that no drawn sequence could stay for ever before the first save.
+    # Late enough that every sequence of kills gets past the first save.
     steps, delay = draw.randint(SAVE_STEPS, SAVE_STEPS + 1), draw.random()
     before = newest(output)
     run, begin = Start(arguments, output.with_name("start.log")), time.monotonic()
     ended = not wait_for(lambda: run.printed.count("'grad_norm'") >= steps, run, timeout)
-    # What is looked for is there for milliseconds; where it was missed, the kill is between steps.
+    # A save lasts milliseconds; if it is missed, the kill happens between steps.
     late = lambda: run.printed.count("'grad_norm'") >= steps + SAVE_STEPS  # noqa: E731
     if not ended and moment == "save":
         wait_for(lambda: late() or any(output.glob(f"{ASIDE}{NAME}*")), run, timeout)
@@ -238,7 +238,7 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
 
 
 def wait_for(condition, run: Start | None, seconds: float) -> bool:
-    """Poll until `condition`; False where the run ended or the time was over before."""
+    """Poll until `condition` holds; False if the run ends or time runs out first."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -279,7 +279,7 @@ def digests(output: Path) -> dict[str, str]:
 
 
 def history(output: Path) -> list[dict]:
-    """The training curve: everything that is logged at a step, but times and memory."""
+    """The training curve: everything logged per step except times and memory."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [of_the_run(entry) for entry in log if "loss" in entry]
 

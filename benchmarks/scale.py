@@ -1,19 +1,19 @@
-"""Bytes that a process sends in a step: counted in real runs beside the formula, and the formula at scale.
+"""Bytes that a rank sends per step: counted in real runs, computed by the formula, and at scale.
 
 python benchmarks/scale.py --json benchmarks/results/scale.json
 
-Counted: every collective of torch.distributed in one optimizer step (the third) of small models on 1,
-2 and 4 CPU processes, DeepSpeed and Trainer as they are; each weighed as on a ring, where an
-all-reduce of n bytes sends 2 (N - 1) / N n and a gather or a reduce-scatter half of that. DeepSpeed's
-stage3_max_reuse_distance and the teacher's persistence threshold are scaled down with the models, so
-that as little of them stays gathered as of large ones. The formula is kd.planning.throughput.sent_bytes.
+Counted: every collective of torch.distributed in one optimizer step (the third) of small models on
+1, 2 and 4 CPU processes, with unmodified DeepSpeed and Trainer. Bytes are those of a ring: an
+all-reduce of n bytes sends 2 (N - 1) / N n, a gather or reduce-scatter half of that. DeepSpeed's
+stage3_max_reuse_distance and the teacher's persistence threshold are scaled down with the models,
+so that the same share of them stays gathered. The formula is kd.planning.throughput.sent_bytes.
 
-Modelled, not measured: seconds at 8, 64 and 1 024 GPUs for every recipe, of full rows at the recipe's
-global batch; where that has fewer rows than there are GPUs, each has one and the batch grows. A ring
-runs at its slowest link, computation at --efficiency of --tflops, and nothing overlaps: a ratio
-below 1 says that communication could hide behind computation, not that it does. No latency: that
-of many small gathers on a thousand GPUs comes on top. Not counted: what an on-policy student writes;
-whether it fits (train/plan.py). Configurations come from the hub, or from folders named in --models.
+Modelled, not measured: seconds on 8, 64 and 1 024 GPUs for every recipe, with full rows and the
+recipe's global batch; if that has fewer rows than there are GPUs, each GPU gets one row. A ring
+runs at the speed of its slowest link, computation at --efficiency of --tflops, and nothing
+overlaps. A ratio below 1 means that computation could hide communication, not that it does. Not
+included: latency (many small gathers on a thousand GPUs), on-policy generation, and whether the run
+fits (see train/plan.py). Configurations come from the hub, or from the folders given in --models.
 """
 
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from scale_counted import CountedSettings, be_a_rank, make_models
+from scale_counted import CountedSettings, make_models, run_rank
 from scale_modelled import ModelledSettings, at_scale
 
 from kd.recipe import parse, setting
@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class BenchmarkSettings:
-    json: str | None = setting(None, "file for the figures")
-    worker: str | None = setting(None, "internal: be one rank, as this JSON says")
+    json: str | None = setting(None, "Output file.")
+    worker: str | None = setting(None, "Internal: run one rank, as described by this JSON.")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         CountedSettings, ModelledSettings, BenchmarkSettings, description=__doc__
     )
     if settings.worker:
-        be_a_rank(**json.loads(settings.worker))
+        run_rank(**json.loads(settings.worker))
         return
     report: dict[str, Any] = {
         "command": "python benchmarks/scale.py --json benchmarks/results/scale.json",
@@ -64,7 +64,7 @@ def main() -> None:
     for recipe in modelled.recipes:
         try:
             report["modelled"] += at_scale(recipe, modelled)
-        except ValueError as error:  # no configuration of its models is at hand
+        except ValueError as error:  # the configurations of its models are not available
             report["left_out"][recipe] = str(error)
     text = markdown(report)
     print(text)
@@ -100,8 +100,11 @@ def counted_rows(settings: CountedSettings) -> list[dict[str, Any]]:
 
 def markdown(report: dict[str, Any]) -> str:
     lines = ["# Bytes between processes", "", "    " + report["command"], ""]
-    lines += ["Counted in one optimizer step of small models, beside kd.planning.throughput:", ""]
-    lines += ["| layout | ranks | MB sent by a rank | formula / counted |", "|---|---|---|---|"]
+    lines += [
+        "Counted in one optimizer step of small models, and computed by kd.planning.throughput:",
+        "",
+    ]
+    lines += ["| layout | ranks | MB sent per rank | formula / counted |", "|---|---|---|---|"]
     for row in report["counted"]:
         ratio = row["formula_over_counted"]
         shown = "-" if ratio is None else f"{ratio:.3f}"
@@ -111,11 +114,14 @@ def markdown(report: dict[str, Any]) -> str:
     gpus = ", ".join(str(count) for count in about["gpus"])
     lines += [
         "",
-        "Modelled for GPUs, not measured: a step with checkpointing, full rows and the recipe's global batch (at least one",
-        f"row a GPU) on {gpus} GPUs. Communication over computation: a ring at its slowest link, and {about['tflops']:.0f}",
-        f"TFLOP/s x {about['efficiency']}. Below 1 it could hide behind computation. No overlap, no latency. GB/s of a GPU inside of a",
-        f"machine of {about['machine_gpus']}, and of a machine to others: {'; '.join(about['fabrics'])}.",
-        "`overtakes`: the least number of GPUs, a power of two up to 1 024, at which communication takes longer.",
+        "Modelled for GPUs, not measured: a step with activation checkpointing, full rows and the",
+        f"recipe's global batch (at least one row per GPU) on {gpus} GPUs. The table shows the",
+        "time of communication divided by the time of computation: a ring at the speed of its",
+        f"slowest link, and {about['tflops']:.0f} TFLOP/s x {about['efficiency']}, without overlap",
+        "and latency. Below 1, computation could hide communication. GB/s per GPU within a machine",
+        f"of {about['machine_gpus']}, and between machines: {'; '.join(about['fabrics'])}.",
+        "`slower from`: the smallest number of GPUs (a power of two up to 1 024) at which",
+        "communication takes longer than computation.",
         "",
     ]
     if report["modelled"]:
@@ -127,7 +133,7 @@ def markdown(report: dict[str, Any]) -> str:
 def modelled_table(rows: list[dict[str, Any]], fabrics: list[str]) -> list[str]:
     names = [fabric.split("=")[0] for fabric in fabrics]
     gpus = [key.split(", ")[1] for key in rows[0] if key.startswith("rows a GPU")]
-    heads = ["recipe", "layout", "GB a GPU sends", *names, *(f"overtakes: {n}" for n in names)]
+    heads = ["recipe", "layout", "GB sent per GPU", *names, *(f"slower from: {n}" for n in names)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["recipe"].removeprefix("recipes/").removesuffix(".yaml"), row["layout"]]

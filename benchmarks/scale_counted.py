@@ -1,4 +1,4 @@
-"""The bytes that benchmarks/scale.py counts in runs of small models, beside the formula's."""
+"""Count the bytes that small models send in real runs, and compare them with the formula."""
 
 import json
 import os
@@ -31,16 +31,16 @@ from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = "data/quickstart/teacher"  # its tokenizer
+SHIPPED = "data/quickstart/teacher"  # its tokenizer is used
 WIDTHS = {"student": (128, 12), "teacher": (192, 8)}  # hidden, blocks
-REUSE = 700_000  # numbers: a sixth of the student, as 1e9 is of a 14B in four bits
+REUSE = 700_000  # parameters: a sixth of the student, like 1e9 of a 4-bit 14B model
 STEPS, COUNTED = 3, 2
 LENGTH = 16
 
 
 @dataclass(frozen=True)
 class Cell:
-    stage: int = 0  # of ZeRO; 0: DDP
+    stage: int = 0  # ZeRO stage; 0: DDP
     lora: bool = False
     sharded_teacher: bool = False
     checkpointing: bool = False
@@ -66,9 +66,11 @@ CELLS = {
 
 @dataclass
 class CountedSettings:
-    ranks: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "processes"})
+    ranks: list[int] = field(
+        default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of processes."}
+    )
     layouts: list[str] = field(
-        default_factory=lambda: list(CELLS), metadata={"help": "names of layouts to count"}
+        default_factory=lambda: list(CELLS), metadata={"help": "Names of layouts to count."}
     )
 
 
@@ -81,7 +83,7 @@ def make_models(work: Path) -> None:
         tokenizer.save_pretrained(work / name)
 
 
-def be_a_rank(folder: str, layouts: list[str]) -> None:
+def run_rank(folder: str, layouts: list[str]) -> None:
     deepspeed.init_distributed("gloo")
     rows = [count(Path(folder), name, CELLS[name]) for name in layouts]
     if dist.get_rank() == 0:
@@ -91,10 +93,10 @@ def be_a_rank(folder: str, layouts: list[str]) -> None:
 
 
 def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
-    """What a step sends, by torch.distributed's calls and by the formula."""
+    """Bytes sent in a step, by torch.distributed's calls and by the formula."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    unset_hf_deepspeed_config()  # of the layout before this one
+    unset_hf_deepspeed_config()  # left by the previous layout
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     student_json, teacher_json = json_files(work, cell)
     training = TrainingSettings(
@@ -153,7 +155,7 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
 
 
 def json_files(work: Path, cell: Cell) -> tuple[str | None, str]:
-    """The shipped JSON of student and teacher, with thresholds as small as these models are."""
+    """The shipped JSON files of student and teacher, with thresholds scaled to these models."""
     stage3 = {"stage3_max_reuse_distance": cell.reuse, "stage3_max_live_parameters": cell.reuse}
     changes = {"student_zero2": {}, "student_zero3": stage3}
     changes["teacher_zero3"] = {"stage3_param_persistence_threshold": 1000}
@@ -183,7 +185,7 @@ def make_trainer(
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         objective=Objective(soft_weight=0.5 if teacher else 0.0),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=teacher and LiveTeacher(teacher, model, training.device),
     )
     samples = trainer.get_batch_samples
@@ -197,7 +199,7 @@ def make_trainer(
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of every collective, step by step: DDP, DeepSpeed and kd all come through c10d."""
+    """Bytes of every collective per step: DDP, DeepSpeed and kd all call c10d."""
 
     def __init__(self):
         super().__init__()
@@ -206,13 +208,13 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         if call.namespace == "c10d" and self.steps:
             name = call._schema.name.removeprefix("c10d::")
-            # The larger side: what is gathered, what is scattered.
+            # The larger side: the result of a gather, the input of a scatter.
             sides = [sum(t.nbytes for t in tensors(side)) for side in args[:2]]
             self.steps[-1][name] += max(sides)
         return call(*args, **(kwargs or {}))
 
     def sent(self, step: int) -> dict[str, float]:
-        """By a rank, on a ring."""
+        """Bytes that one rank sends on a ring, by kind of collective."""
         ranks = dist.get_world_size()
         times = {name: 2 if name == "allreduce_" else 1 for name in self.steps[step]}
         return {

@@ -1,4 +1,4 @@
-"""The seconds of computation and of communication that benchmarks/scale.py models for many GPUs."""
+"""Model the seconds of computation and communication of benchmarks/scale.py on many GPUs."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -13,8 +13,8 @@ from kd.recipe import setting
 from kd.settings.distillation import ModelSettings, TeacherSettings
 
 ROOT = Path(__file__).parents[1]
-MICRO = 4  # rows at a time at most
-DS_JSON = {  # of the student
+MICRO = 4  # maximum rows per micro-batch
+DS_JSON = {  # of the student, by layout
     "DDP": None,
     "ZeRO-2": "ds_configs/student_zero2.json",
     "ZeRO-3": "ds_configs/student_zero3.json",
@@ -24,28 +24,31 @@ DS_JSON = {  # of the student
 @dataclass
 class ModelledSettings:
     recipes: list[str] = field(
-        default_factory=lambda: recipes_with_models(), metadata={"help": "files to carry on"}
+        default_factory=lambda: recipes_with_models(), metadata={"help": "Recipe files."}
     )
     models: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=FOLDER of configurations, for want of a hub"}
+        default_factory=list,
+        metadata={"help": "NAME=FOLDER of model configurations, where no hub can be reached."},
     )
-    gpus: list[int] = field(default_factory=lambda: [8, 64, 1024], metadata={"help": "of a run"})
-    machine_gpus: int = setting(8, "GPUs of one machine")
+    gpus: list[int] = field(
+        default_factory=lambda: [8, 64, 1024], metadata={"help": "Numbers of GPUs."}
+    )
+    machine_gpus: int = setting(8, "GPUs per machine.")
     fabrics: list[str] = field(
         default_factory=lambda: [
             "NVLink + 8 InfiniBand=450,400",
             "NVLink + 1 InfiniBand=450,50",
             "PCIe + Ethernet=25,12.5",
         ],
-        metadata={"help": "NAME=GB/s a GPU sends inside of a machine, GB/s a machine to others"},
+        metadata={"help": "NAME=GB/s per GPU within a machine,GB/s per machine to others."},
     )
-    tflops: float = setting(989.0, "matrix rate of a GPU; the vendor's figure of an H100, bfloat16")
-    memory_gb_s: float = setting(3350.0, "memory rate of a GPU; the vendor's figure of an H100")
-    efficiency: float = setting(0.5, "share of the matrix rate that a step reaches (assumed)")
+    tflops: float = setting(989.0, "Matrix rate of a GPU; default: H100 bfloat16 data sheet.")
+    memory_gb_s: float = setting(3350.0, "Memory rate of a GPU; default: H100 data sheet.")
+    efficiency: float = setting(0.5, "Assumed share of the matrix rate that a step reaches.")
 
 
 def recipes_with_models() -> list[str]:
-    """Trainings of the published experiments."""
+    """The training recipes of the published experiments."""
     files = sorted((ROOT / "recipes").glob("[a-z]_*/*.yaml"))
     keys = {file: yaml.safe_load(file.read_text()) for file in files}
     trained = [f for f in files if {"model", "student"} & keys[f].keys() and "data" in keys[f]]
@@ -53,7 +56,7 @@ def recipes_with_models() -> list[str]:
 
 
 def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
-    """Seconds of computation and of communication, for every layout and number of GPUs."""
+    """Seconds of computation and communication, for every layout and number of GPUs."""
     rows = []
     shards = json.loads((ROOT / "ds_configs/teacher_zero3.json").read_text())
     distilled = "teacher" in yaml.safe_load((ROOT / recipe).read_text())

@@ -1,16 +1,17 @@
-"""Whole training steps: ours, TRL's GKDTrainer or SFTTrainer, and a plain loop with whole logits.
+"""Complete training steps: ours, TRL's GKDTrainer or SFTTrainer, and a plain loop with full logits.
 
 python benchmarks/step.py --quick --json benchmarks/results/step_cpu.json
 
-All train the same student from the same weights on the same rows in the same batches, in the same
-precision, with the same optimizer; each in a process of its own, in turns, and the fastest turn of
-each counts. For fine-tuning TRL packs the rows in its own way; its GKDTrainer cannot, so in
-distil_packed it takes them one by one. Target tokens a second are of whole steps, from the
-rows to the updated weights; memory is the most that a process held, on a CPU of the machine's. The
+All implementations train the same student from the same weights, with the same rows, batches,
+precision and optimizer. Each runs in a new process, they alternate, and the fastest run of each
+counts. For fine-tuning, TRL packs rows with its own algorithm; its GKDTrainer cannot pack, so in
+distil_packed it takes the rows one by one. Target tokens per second count whole steps, from the
+rows to the updated weights. Memory is the peak of the process (on a CPU: resident memory). The
 losses of the first steps must agree. TRL 1.16.0 is measured where it is installed (pip install
---no-deps trl==1.16.0); without it its columns are null. On a CPU the models have the depth and the
-vocabulary of the real pair and a quarter of its width, on a GPU the real shapes; weights are random.
-The break-down is of our steps, its operators of one more under torch.profiler.
+--no-deps trl==1.16.0); otherwise its columns are null. On a CPU the models have the depth and
+vocabulary of the real pair and a quarter of its width; on a GPU they have the real shapes. Weights
+are random. The time breakdown is of our steps; the operators are those of one more step under
+torch.profiler.
 """
 
 import importlib.util
@@ -37,30 +38,31 @@ IMPLEMENTATIONS = ("ours", "trl", "naive")
 
 @dataclass
 class BenchmarkSettings:
-    quick: bool = setting(
-        False, "the first case alone, in one turn: about three minutes on two cores"
-    )
+    quick: bool = setting(False, "Measure only the first case, once: about 3 minutes on two cores.")
     cases: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "of the device's: "
+            "help": "Cases to measure; rows of other cases stay in the file. Choices by device: "
             + ", ".join(case.name for case in [*CPU_CASES, *GPU_CASES, *TINY_CASES])
-            + "; rows of other cases stay in the file"
         },
     )
-    steps: int = setting(4, "steps of a process, the first of which is not timed")
-    turns: int = setting(2, "processes of each implementation")
+    steps: int = setting(4, "Steps per process; the first one is not timed.")
+    turns: int = setting(2, "Runs of each implementation.")
     implementations: list[str] = field(
         default_factory=lambda: list(IMPLEMENTATIONS),
-        metadata={"help": f"of {', '.join(IMPLEMENTATIONS)}; ours is always measured"},
+        metadata={"help": f"Some of {', '.join(IMPLEMENTATIONS)}; ours is always measured."},
     )
-    label: str = setting("", "put behind the cases' names: of a measurement before a change, say")
-    json: str | None = setting(None, "file for the rows")
-    worker: str | None = setting(None, "internal: what one process measures, as JSON")
+    label: str = setting(
+        "", "Suffix of the case names, e.g. to mark a measurement before a change."
+    )
+    json: str | None = setting(None, "Output file.")
+    worker: str | None = setting(None, "Internal: the measurement of one process, as JSON.")
 
     def __post_init__(self) -> None:
         if self.steps <= WARM_UP:
-            raise ValueError(f"steps: {self.steps}; wanted {WARM_UP + 1} or more, one is not timed")
+            raise ValueError(
+                f"steps: {self.steps}; wanted {WARM_UP + 1} or more, because one is not timed"
+            )
 
 
 def main() -> None:
@@ -79,10 +81,10 @@ def main() -> None:
 
 
 def chosen_cases(settings: BenchmarkSettings) -> list[Case]:
-    own = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+    cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
     if not settings.cases:
-        return own[:1] if settings.quick else own
-    known = {case.name: case for case in [*own, *TINY_CASES]}
+        return cases[:1] if settings.quick else cases
+    known = {case.name: case for case in [*cases, *TINY_CASES]}
     for name in settings.cases:
         if name not in known:
             raise ValueError(f"cases: {name}; wanted some of {', '.join(known)}")
@@ -90,13 +92,13 @@ def chosen_cases(settings: BenchmarkSettings) -> list[Case]:
 
 
 def measure(case: Case, steps: int, turns: int, wanted: list[str]) -> dict[str, Any]:
-    """One row: the fastest turn of each implementation, and where our step spends its time."""
+    """One row: the fastest run of each implementation, and the time breakdown of our step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(case, folder, steps)
         found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
         left_out = {"naive", "trl"} - set(wanted)
-        not_run: dict[str, str] = dict.fromkeys(sorted(left_out), "not asked for")
+        not_run: dict[str, str] = dict.fromkeys(sorted(left_out), "not requested")
         if "trl" in wanted and importlib.util.find_spec("trl") is None:
             not_run["trl"] = "TRL is not installed"
         for _ in range(turns):
@@ -109,7 +111,7 @@ def measure(case: Case, steps: int, turns: int, wanted: list[str]) -> dict[str, 
                 else:
                     found[implementation].append(result)
     assert found["ours"], not_run
-    require_agreement(case, found)
+    check_equal_steps(case, found)
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in found.items() if runs}
     peak = {name: max(run["peak_mib"] for run in runs) for name, runs in found.items() if runs}
     row = asdict(case) | {
@@ -149,33 +151,33 @@ def machine() -> dict[str, Any]:
 
 
 def in_process(case: Case, implementation: str, folder: Path, steps: int) -> dict | str:
-    """What `measured` returns in a process of its own, or why there is nothing."""
+    """The result of `measured` in a new process, or the reason why there is none."""
     work = {"implementation": implementation, "folder": str(folder), "steps": steps}
     work = json.dumps(work | {"case": asdict(case)})
     command = [sys.executable, __file__, "--worker", work]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     print(f"{case.name}: {implementation} ended with {done.returncode}: {last}", file=sys.stderr)
     return f"ended with {done.returncode}: {last}"
 
 
-def require_agreement(case: Case, found: dict[str, list[dict]]) -> None:
-    """A time of other steps is no comparison."""
-    wanted = found["ours"][0]
+def check_equal_steps(case: Case, found: dict[str, list[dict]]) -> None:
+    """Assert that all implementations took the same steps: targets and losses."""
+    expected = found["ours"][0]
     for name, runs in found.items():
         if name == "trl" and case.teacher and case.packing:
-            continue  # other rows a batch
+            continue  # its batches hold other rows
         for run in runs:
-            assert run["targets"] == wanted["targets"], (name, run, wanted)
+            assert run["targets"] == expected["targets"], (name, run, expected)
             tolerance = 2e-2 if torch.cuda.is_available() else 1e-4
-            for loss, own in zip(run["losses"], wanted["losses"], strict=True):
-                assert abs(loss - own) <= tolerance * abs(own), (name, run, wanted)
+            for loss, own in zip(run["losses"], expected["losses"], strict=True):
+                assert abs(loss - own) <= tolerance * abs(own), (name, run, expected)
 
 
 def write_row(path: Path, row: dict[str, Any]) -> None:
-    """In place of an earlier row of the same case."""
+    """Write a row into the file, replacing an earlier row of the same case."""
     rows = json.loads(path.read_text()) if path.exists() else []
     names = [earlier["name"] for earlier in rows]
     at = names.index(row["name"]) if row["name"] in names else len(rows)
@@ -196,8 +198,8 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['name']}: target tokens/s {each('tokens_s', 0)}; ours / TRL "
         f"{shown(row['ours_over_trl'])}, ours / naive {shown(row['ours_over_naive'])}; "
         f"peak MiB {each('mib', 0)}; share of the matrix peak {row['matrix_peak_share']:.2f}\n"
-        f"  a step of ours: {parts(row['break_down_s'])}\n"
-        f"  its operators: {parts(row['operators_s'])}",
+        f"  time of our step: {parts(row['break_down_s'])}\n"
+        f"  time by operator: {parts(row['operators_s'])}",
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""What benchmarks/step.py trains: its cases, and the models, tokenizer and rows made for them."""
+"""Cases of benchmarks/step.py, and their models, tokenizer and rows."""
 
 import json
 import random
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kd.data.docstrings import read_docstrings, source_files
 from random_checkpoint import qwen_config, write_random
+from texts import read_docs
 from transformers import PreTrainedTokenizerFast
 
 TOKENIZER = Path(__file__).parents[1] / "data/quickstart/student/tokenizer.json"
-# No character follows an answer's end, which TRL's collator would take for a target.
+# Nothing follows the end of an answer: TRL's collator would count it as a target.
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SHAPES = {  # hidden, intermediate, layers, heads, key and value heads, vocabulary, tied: Qwen2.5's
+SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "32B": (5120, 27648, 64, 40, 8, 152_064, False),
     "14B": (5120, 13824, 48, 40, 8, 152_064, False),
     "7B": (3584, 18944, 28, 28, 4, 152_064, False),
@@ -34,19 +35,19 @@ SHAPES = {  # hidden, intermediate, layers, heads, key and value heads, vocabula
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how; without a teacher it is fine-tuned."""
+    """One training set-up; without a teacher it is plain fine-tuning."""
 
     name: str
     student: str
     teacher: str | None
     divergence: str = "forward_kl"
     lora_rank: int = 16
-    quantization: str = "none"  # of the student
-    teacher_format: str = "plain"  # of its checkpoint
+    quantization: str = "none"  # quantization of the student
+    teacher_format: str = "plain"  # format of the teacher's checkpoint
     packing: bool = False
     checkpointing: bool = False
-    rows: int = 4  # a step
-    micro: int = 4  # rows a micro-batch
+    rows: int = 4  # rows per optimizer step
+    micro: int = 4  # rows per micro-batch
     max_length: int = 256
 
     @property
@@ -77,7 +78,7 @@ TINY_CASES = [
 
 
 def make_inputs(case: Case, folder: Path, steps: int) -> None:
-    """student/, teacher/ and rows.jsonl in a folder."""
+    """Write student/, teacher/ and rows.jsonl into a folder."""
     tokenizer = make_tokenizer(SHAPES[case.student][5])
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     for role, shape, form in (
@@ -92,11 +93,11 @@ def make_inputs(case: Case, folder: Path, steps: int) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """The shipped tokenizer, with ids up to `vocabulary` that no text has."""
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The shipped tokenizer, padded with unused ids up to `vocabulary`."""
     described = json.loads(TOKENIZER.read_text())
     ids = described["model"]["vocab"]
-    ids |= {f"unused {i}": i for i in range(len(ids), vocabulary)}
+    ids |= {f"unused {i}": i for i in range(len(ids), vocab_size)}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(described, file)
         file.flush()
@@ -109,15 +110,15 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, count: int, max_length: int) -> list[dict]:
-    """Questions on docstrings, half of them with one to read; the answers are docstrings.
+    """Questions about docstrings, half of them with a docstring to read; answers are docstrings.
 
-    Lengths are spread evenly between an eighth of max_length and all of it.
+    Lengths are uniform between an eighth of max_length and max_length.
     """
     draw, rows = random.Random(0), []
-    docs = [doc for source in source_files()[:60] for doc in read_docstrings(source)]
+    docs = read_docs(60)
     lengths = [len(ids) for ids in tokenizer([doc.text for doc in docs])["input_ids"]]
     while len(rows) < count:
-        room = draw.randint(max_length // 8, max_length) - 16  # the template's own tokens
+        room = draw.randint(max_length // 8, max_length) - 16  # tokens of the template
         question, answer = "What do you know of it?", []
         for i in draw.sample(range(len(docs)), 40):
             if lengths[i] > room:

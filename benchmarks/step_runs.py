@@ -1,4 +1,4 @@
-"""One implementation of benchmarks/step.py in this process: ours, TRL's trainers, or the plain loop."""
+"""Run one implementation of benchmarks/step.py: ours, TRL's trainers, or the plain loop."""
 
 import json
 import tempfile
@@ -16,12 +16,13 @@ from transformers import set_seed
 from kd.data.encoding import IGNORE_INDEX
 from kd.data.packing import Collator
 from kd.losses.divergences import DIVERGENCES
+from kd.losses.objective import Objective
 from kd.models.frozen import load_whole
 from kd.models.heads import head_of, target_positions
 from kd.models.load import load_trained
 from kd.planning.throughput import counted_work, matrix_rate
 from kd.recipe import as_flags, parse
-from kd.settings.distillation import DataSettings, ModelSettings, ObjectiveSettings, TeacherSettings
+from kd.settings.distillation import DataSettings, ModelSettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.training.preparation import Prepared, prepare
 from kd.training.run_training import load_trainer
@@ -30,14 +31,14 @@ TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 
 
 def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
-    """Seconds, targets, positions, losses, peak of one implementation in this process."""
+    """Seconds, targets, positions, losses and peak memory of one implementation."""
     run, training, teacher = prepared(case, folder, steps + (implementation == "ours"))
     watch = Watch(training.device, case.accumulation, steps)
     set_seed(training.seed)
     run_it = {"ours": ours, "naive": naive, "trl": trl_distil if case.teacher else trl_sft}
     work = run_it[implementation](case, folder, run, training, teacher, watch)
-    found = watch.figures()
-    if work:  # last, because measuring the rate takes memory too
+    found = watch.metrics()
+    if work:  # last, because measuring the rate allocates memory
         position, target = work
         operations = position * found["positions"] + target * found["targets"]
         rate = matrix_rate(training.device.type, getattr(torch, run.plan.layout.half or "float32"))
@@ -48,7 +49,7 @@ def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
 def prepared(
     case: Case, folder: str, steps: int
 ) -> tuple[Prepared, TrainingSettings, TeacherSettings | None]:
-    """A run as train/distill.py and train/sft.py prepare it."""
+    """Prepare a run like train/distill.py and train/sft.py do."""
     cuda = torch.cuda.is_available()
     flags = {
         "data": json.dumps([{"path": f"{folder}/rows.jsonl"}]),
@@ -72,7 +73,7 @@ def prepared(
     }
     kinds: list[type] = [ModelSettings, DataSettings, TrainingSettings]
     if case.teacher:
-        kinds += [TeacherSettings, ObjectiveSettings]
+        kinds += [TeacherSettings, Objective]
         flags |= {"teacher": f"{folder}/teacher", "divergence": case.divergence}
     argv = as_flags(flags)
     model, data, training, *distil = parse(*kinds, argv=argv)
@@ -89,12 +90,12 @@ def ours(case, folder, run: Prepared, training, teacher, watch: Watch) -> tuple[
 
 
 def trl_distil(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
-    """Off-policy: the rows' own answers. Its loss is the mean over the step's target tokens, too."""
+    """Off-policy: answers from the data. TRL's loss is the mean over the step's target tokens."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     student = load_trained(f"{folder}/student", run.model, run.tokenizer)
     whole = load_whole(teacher, run.model, training.device)
-    del whole.forward  # it shall return logits again
+    del whole.forward  # restores the forward that returns logits
     mixture = {"lmbda": 0.0, "seq_kd": False, "beta": TRL_MIXTURE[case.divergence]}
     args = GKDConfig(**shared(case, training), **mixture, temperature=1.0)
     rows = rows_for_trl(folder)
@@ -104,7 +105,7 @@ def trl_distil(case, folder, run: Prepared, training, teacher, watch: Watch) -> 
 
 
 def trl_sft(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
-    """Its own packing, best-fit decreasing, which makes one long row of a micro-batch."""
+    """TRL packs with best-fit decreasing and joins a micro-batch into one long row."""
     from trl import SFTConfig, SFTTrainer
 
     student = load_trained(f"{folder}/student", run.model, run.tokenizer)
@@ -114,13 +115,13 @@ def trl_sft(case, folder, run: Prepared, training, teacher, watch: Watch) -> Non
 
 
 def rows_for_trl(folder: str):
-    from datasets import Dataset  # TRL needs it, ours does not
+    from datasets import Dataset  # only TRL needs it here
 
     return Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
 
 
 def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
-    """The arguments of TRL's trainers that make their run equal to ours."""
+    """Arguments of TRL's trainers that make their run equal to ours."""
     names = [
         "output_dir",
         "per_device_train_batch_size",
@@ -137,7 +138,7 @@ def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
 
 
 def naive(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
-    """Both models' logits at all positions, in float32 at the targets, and autograd."""
+    """Logits of both models at all positions, float32 at the targets, and autograd."""
     student = load_trained(f"{folder}/student", run.model, run.tokenizer).to(training.device)
     if case.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -172,7 +173,7 @@ def naive(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
 def naive_loss(
     student: Tensor, labels: Tensor, teacher, inputs: dict, positions: Tensor, case: Case
 ) -> Tensor:
-    """The sum over target tokens, from (N, V) logits of the student."""
+    """The loss summed over target tokens, from the student's logits (N, V)."""
     if teacher is None:
         return cross_entropy(student, labels, reduction="sum")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Time, memory, losses and operators of the steps that benchmarks/step.py measures."""
+"""Measure time, memory, losses and operators of the steps of benchmarks/step.py."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from kd.training.step_metrics import memory_bytes
 from kd.training.step_times import StepTimes
 
 WARM_UP = 1  # steps
-KINDS = {  # parts of the names of operators, and of CUDA kernels; the first that fits
+KINDS = {  # substrings of operator and CUDA kernel names; the first match counts
     "communication": ("nccl", "c10d::", "gloo"),
     "attention": ("scaled_dot_product", "flash", "fmha"),
     "matrix products": ("aten::mm", "addmm", "bmm", "gemm", "cutlass", "nvjet", "xmma"),
@@ -23,7 +23,7 @@ KINDS = {  # parts of the names of operators, and of CUDA kernels; the first tha
 
 
 def operators(profiled: profile, seconds: float) -> dict[str, float]:
-    """Seconds by kind of operator (on a GPU of kernel), and those in which none of them ran."""
+    """Seconds by kind of operator (on a GPU: of kernel), and the seconds in which none ran."""
     cuda = torch.cuda.is_available()
     found = dict.fromkeys([*KINDS, "other operators"], 0.0)
     for event in profiled.key_averages():
@@ -31,7 +31,7 @@ def operators(profiled: profile, seconds: float) -> dict[str, float]:
         if cuda != (event.device_type == torch.autograd.DeviceType.CUDA):
             continue
         if not cuda and not event.key.startswith(("aten::", "c10d::", "gloo")):
-            continue  # autograd's nodes and other marks: what runs there is Python and C++
+            continue  # autograd nodes and other marks, whose time is Python and C++
         name = event.key.lower()
         kind = next((k for k, parts in KINDS.items() if any(part in name for part in parts)), None)
         found[kind or "other operators"] += spent / 1e6
@@ -40,15 +40,15 @@ def operators(profiled: profile, seconds: float) -> dict[str, float]:
 
 
 class Watch(TrainerCallback):
-    """Time, targets, losses of the steps after the first; nothing is read inside of them.
+    """Time, targets and losses of the steps after the first; no read from the device inside.
 
-    Of our trainer also the phases of these steps, and the operators of one more.
+    For our trainer also the phases of these steps, and the operators of one more step.
     """
 
     def __init__(self, device: torch.device, accumulation: int, steps: int):
         self.device, self.accumulation, self.steps = device, accumulation, steps
-        self.counts: list[tuple[Tensor, int]] = []  # (targets, positions) of every micro-batch
-        self.losses: list[Tensor] = []  # of every micro-batch
+        self.counts: list[tuple[Tensor, int]] = []  # (targets, positions) of each micro-batch
+        self.losses: list[Tensor] = []  # one per micro-batch
         self.found: dict[str, Any] = {}
         self.times: StepTimes | None = None
         self.profile: profile | None = None
@@ -63,7 +63,7 @@ class Watch(TrainerCallback):
             return loss
 
         trainer.compute_loss = noted_loss
-        trainer.add_callback(self)  # the last one: a step's other callbacks are timed, too
+        trainer.add_callback(self)  # added last, so that the step's other callbacks are timed
         trainer.train()
 
     def count(self, batch: dict[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ class Watch(TrainerCallback):
             self.times.read()
         self.begun = time.perf_counter()
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         timed = self.counts[WARM_UP * self.accumulation : self.steps * self.accumulation]
         losses = torch.stack(self.losses[: self.steps * self.accumulation])
         return self.found | {

@@ -1,14 +1,14 @@
-"""The sharded teacher: what a rank holds, reads and waits for, and that its logits are the whole one's.
+"""The sharded teacher: bytes held and read per rank, speed, and equality with the unsharded logits.
 
 python benchmarks/teacher.py --quick --json benchmarks/results/teacher_cpu.json
 
-Random weights in the shapes of --hidden, --layers, ... are written as bf16, AWQ and NF4 checkpoints,
-and each is loaded by every number of --ranks under ds_configs/teacher_zero3.json. `held_share` (with
-the small tensors that ZeRO-3 keeps whole) and `read_share` are of the checkpoint's bytes, the
-largest of any rank; `disk_s` is the part of `load_s` spent reading; `tokens_s` is over all ranks,
-from the third forward on. The checkpoints have just been written, so reading is from the page cache.
-On a GPU, --gpu_parts adds the kernel's bandwidth, the layers' matrix rate, and one distillation step
-of 32B-AWQ -> 14B-NF4 by two ranks on one GPU, each held to 24 GB.
+Checkpoints of random weights (--hidden, --layers, ...) are written as bf16, AWQ and NF4 and loaded
+by each number of --ranks with ds_configs/teacher_zero3.json. `held_share` and `read_share` are
+shares of the checkpoint's bytes, the maximum over ranks; held includes the small tensors that
+ZeRO-3 keeps whole. `disk_s` is the part of `load_s` spent reading. `tokens_s` counts all ranks,
+from the third forward on. The checkpoints were just written, so they are read from the page cache.
+On a GPU, --gpu_parts measures the kernel's bandwidth, the layers' matrix rate, and one distillation
+step of 32B-AWQ -> 14B-NF4 with two ranks on one GPU, each capped at 24 GB.
 """
 
 import json
@@ -30,14 +30,14 @@ from random_checkpoint import GROUP, qwen_config, write_random
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kd.losses.fused import Objective, TeacherSignal
+from kd.losses.fused import Objective, TeacherOutputs
 from kd.models import awq, awq_writer, sharding
 from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
 from kd.recipe import parse, setting
 from kd.run.exit import leave
 
 DS_CONFIG = "ds_configs/teacher_zero3.json"
-SHAPES = {  # hidden, intermediate, layers, heads, key and value heads; Qwen2.5's
+SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads
     "32B": (5120, 27648, 64, 40, 8),
     "14B": (5120, 13824, 48, 40, 8),
 }
@@ -46,21 +46,23 @@ CAP_GB = 24
 
 @dataclass
 class BenchmarkSettings:
-    quick: bool = setting(False, "four blocks: under five minutes on two cores")
-    ranks: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "processes"})
-    formats: list[str] = field(
-        default_factory=lambda: ["awq", "nf4", "bf16"], metadata={"help": "of the checkpoint"}
+    quick: bool = setting(False, "Use four layers: under 5 minutes on two cores.")
+    ranks: list[int] = field(
+        default_factory=lambda: [2, 3], metadata={"help": "Numbers of processes."}
     )
-    hidden: int = setting(1024, "width")
-    intermediate: int = setting(2816, "width inside the MLP")
-    layers: int = setting(24, "blocks")
-    vocabulary: int = setting(8192, "rows of embeddings and of the head")
-    tokens: int = setting(64, "a forward of a rank")
-    forwards: int = setting(4, "the third and later ones are timed")
-    gpu_parts: bool = setting(False, "what needs a GPU, in place of the rows of --ranks")
-    gpu_step: bool = setting(True, "with the step among them, which writes 28 GB")
-    json: str | None = setting(None, "file for the rows")
-    worker: str | None = setting(None, "internal: one rank's part, as JSON")
+    formats: list[str] = field(
+        default_factory=lambda: ["awq", "nf4", "bf16"], metadata={"help": "Checkpoint formats."}
+    )
+    hidden: int = setting(1024, "Hidden size.")
+    intermediate: int = setting(2816, "Hidden size of the MLP.")
+    layers: int = setting(24, "Number of layers.")
+    vocabulary: int = setting(8192, "Vocabulary size.")
+    tokens: int = setting(64, "Tokens per forward and rank.")
+    forwards: int = setting(4, "Number of forwards; the third and later ones are timed.")
+    gpu_parts: bool = setting(False, "Run only the parts that need a GPU.")
+    gpu_step: bool = setting(True, "Include the distillation step, which writes 28 GB.")
+    json: str | None = setting(None, "Output file.")
+    worker: str | None = setting(None, "Internal: the part of one rank, as JSON.")
 
 
 def main() -> None:
@@ -117,14 +119,14 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],  # much above `cores`: others ran, times mean little
+        "load_average": os.getloadavg()[0],  # far above `cores`: the times are disturbed
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
     }
 
 
 def start_workers(work: dict[str, Any], ranks: int, one_gpu: bool = False) -> list[dict]:
-    """What every rank has found."""
+    """Start the ranks and return the result of each."""
     with tempfile.TemporaryDirectory() as out, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -158,7 +160,7 @@ def run_worker(work: dict[str, Any]) -> None:
 
 
 def sharded_teacher(folder: str) -> tuple:
-    """(engine, module, files, seconds of loading)"""
+    """(engine, module, files, seconds of loading)."""
     dist.barrier()
     began = time.perf_counter()
     opened = sharding.open_checkpoint(folder, "sdpa", "auto")
@@ -204,7 +206,7 @@ def wait() -> None:
 def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
     assert torch.cuda.is_available(), "--gpu_parts needs a GPU"
     hidden, intermediate, _, heads, pairs = SHAPES["32B"]
-    shapes = [  # out, in of a block's Linears
+    shapes = [  # (out, in) of the linear layers of a block
         *[(heads * 128, hidden), (pairs * 128, hidden), (pairs * 128, hidden)],
         *[(hidden, heads * 128), (intermediate, hidden), (intermediate, hidden)],
         (hidden, intermediate),
@@ -239,7 +241,7 @@ def random_layer(out: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantization_row(shapes: list[tuple[int, int]]) -> dict[str, Any]:
-    """Bytes read and written a second, as a share of what a copy of the weights reaches."""
+    """Bandwidth of dequantization, as a share of the bandwidth of copying the weights."""
     ours = copied = moved = both = 0.0
     for out, inputs in set(shapes):
         packed = random_layer(out, inputs)
@@ -256,7 +258,7 @@ def dequantization_row(shapes: list[tuple[int, int]]) -> dict[str, Any]:
 
 @torch.no_grad()
 def forward_row(shapes: list[tuple[int, int]], tokens: int) -> dict[str, Any]:
-    """A block's seven Linears, as a share of the rate of the products alone."""
+    """Matrix rate of a block's seven linear layers, as a share of the plain products."""
     ours = products = 0.0
     for out, inputs in shapes:
         packed = random_layer(out, inputs)
@@ -291,9 +293,9 @@ def distillation_step(work: dict[str, Any]) -> dict[str, Any]:
     return_loss(student.get_base_model())
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    vocabulary, times = student.config.vocab_size, []
+    vocab_size, times = student.config.vocab_size, []
     torch.manual_seed(dist.get_rank())
-    ids = torch.randint(vocabulary, (1, work["tokens"]), device=engine.device)
+    ids = torch.randint(vocab_size, (1, work["tokens"]), device=engine.device)
     positions = torch.arange(work["tokens"], device=engine.device)[None]
     chosen, _ = target_positions(ids)
     for _ in range(2):
@@ -303,8 +305,8 @@ def distillation_step(work: dict[str, Any]) -> dict[str, Any]:
             hidden = engine(input_ids=ids, position_ids=positions)[chosen]
         head = list(teacher.get_output_embeddings().parameters())
         with deepspeed.zero.GatheredParameters(head):
-            signal = TeacherSignal(hidden, head_of(teacher))
-            inputs = LossInputs(ids, Objective(1.0), vocabulary, signal)
+            outputs = TeacherOutputs(hidden, head_of(teacher))
+            inputs = LossInputs(ids, Objective(1.0), vocab_size, outputs)
             loss = student(input_ids=ids, position_ids=positions, loss_inputs=inputs)["loss"]
         (loss / len(hidden)).backward()
         for parameter in trained:

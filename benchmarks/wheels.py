@@ -1,11 +1,11 @@
-"""The wheels that benchmarks/gpu.sh installs where there is no network, in one folder of at most 60 MB.
+"""Download the wheels that benchmarks/gpu.sh installs without a network, 60 MB at most.
 
 python benchmarks/wheels.py --python 3.12
 
-Downloaded for Linux on x86_64 and the --python of the machine with the GPU, whatever runs here; the
-versions are those of requirements.txt. What a PyTorch image has (torch, Triton, NumPy) is not taken,
-nor what --have names, for example "$(pip list --format=freeze)" of that machine. Roots are taken in
-the order of their worth, each with its dependencies, until the next would not fit.
+The wheels are for Linux on x86_64 and for the --python of the GPU machine; versions follow
+requirements.txt. Packages of a PyTorch image (torch, Triton, NumPy) are skipped, and so are those
+that --have names, for example "$(pip list --format=freeze)" of that machine. Packages are taken in
+order of importance, each with its dependencies, as long as the next one fits.
 """
 
 import argparse
@@ -23,20 +23,24 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-ROOTS = [  # by worth: without the first nothing of kd runs; what else is required no GPU part needs
+ROOTS = [  # most important first; no GPU part needs the other requirements
     *("transformers", "accelerate", "peft", "bitsandbytes", "pytest", "hypothesis"),
     *("deepspeed", "trl", "liger-kernel", "tensorboard"),
 ]
-BOUNDS = [  # beside requirements.txt
+BOUNDS = [  # in addition to requirements.txt
     *("pytest>=9,<10", "hypothesis>=6.150,<7", "trl==1.16.0", "liger-kernel==0.8.5"),
 ]
 IMAGE = {"torch", "triton", "numpy", "setuptools", "jinja2", "markupsafe", "sympy"}
-UNUSED = {  # dependencies that these parts never import, by the package that asks for them
+UNUSED = {  # dependencies that these parts never import, by the package that requires them
     "huggingface-hub": {"hf-xet"},
     "tensorboard": {"grpcio", "tensorboard-data-server", "werkzeug", "pillow", "markdown"},
-    "trl": {"datasets", "pandas", "pyarrow"},  # its loss kernel alone: with its trainers 69 MB more
+    "trl": {
+        "datasets",
+        "pandas",
+        "pyarrow",
+    },  # only its loss kernel is used; its trainers need 69 MB more
 }
-CUDA_LIBRARY = re.compile(r"lib\w+_(cuda|rocm|xpu)(\d+)\.so$")  # bitsandbytes has one for each
+CUDA_LIBRARY = re.compile(r"lib\w+_(cuda|rocm|xpu)(\d+)\.so$")  # bitsandbytes ships one per version
 TAGS = [f"manylinux_2_{minor}_x86_64" for minor in range(40, 4, -1)]
 TAGS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
@@ -58,33 +62,40 @@ def main() -> None:
             size = sum(file.stat().st_size for file in Path(name).glob("*.whl"))
             if size + size_of(folder) > settings.limit_mb * 1e6:
                 left_out.append(root)
-                print(f"left out: {root}, {size / 1e6:.1f} MB with what it needs", flush=True)
+                print(f"left out: {root}, {size / 1e6:.1f} MB with its dependencies", flush=True)
                 continue
             for file in Path(name).glob("*.whl"):
                 shutil.move(file, folder)
             taken |= new
             print(
-                f"{root}: {size / 1e6:.1f} MB, {', '.join(sorted(new)) or 'is there'}", flush=True
+                f"{root}: {size / 1e6:.1f} MB, {', '.join(sorted(new)) or 'already there'}",
+                flush=True,
             )
     print(f"{size_of(folder) / 1e6:.1f} MB in {folder}, {len(taken)} wheels")
     left_out += [name for name in bounds if name not in {*taken, *have, *left_out}]
-    print(f"left out in all: {', '.join(left_out)}")
+    print(f"not included: {', '.join(left_out)}")
     for file, missing in files_that_need(left_out).items():
-        print(f"not run, or not in full, without {', '.join(missing)}: {file}")
+        print(f"skipped or incomplete without {', '.join(missing)}: {file}")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/wheels"), help="made anew")
-    parser.add_argument("--python", default="3.12", help="of the machine with the GPU")
-    parser.add_argument("--cuda", nargs="+", default=["126", "128", "130", "132"], help="of torch")
-    parser.add_argument("--have", default="", help="package==version a line: what is there")
-    parser.add_argument("--limit_mb", type=float, default=60.0, help="of all wheels, in 1e6 bytes")
+    parser.add_argument(
+        "--out", default=str(ROOT / "benchmarks/wheels"), help="Output folder; replaced."
+    )
+    parser.add_argument("--python", default="3.12", help="Python version of the GPU machine.")
+    parser.add_argument(
+        "--cuda", nargs="+", default=["126", "128", "130", "132"], help="CUDA versions to keep."
+    )
+    parser.add_argument(
+        "--have", default="", help="Installed packages, one package==version per line."
+    )
+    parser.add_argument("--limit_mb", type=float, default=60.0, help="Maximum size in MB.")
     return parser.parse_args()
 
 
 def read_bounds() -> dict[str, str]:
-    """{name: requirement} as pip takes it."""
+    """{name: requirement}, as pip reads it."""
     lines = (ROOT / "requirements.txt").read_text().splitlines() + BOUNDS
     wanted = [line for line in lines if line and line[0] not in "#-"]
     return {canonicalize_name(Requirement(line).name): line for line in wanted}
@@ -93,7 +104,7 @@ def read_bounds() -> dict[str, str]:
 def closure(
     root: str, folder: Path, bounds: dict[str, str], have: set[str], settings: argparse.Namespace
 ) -> set[str]:
-    """Names of the root and of all it needs beyond `have`, whose wheels are then in `folder`."""
+    """Fetch the root and its dependencies beyond `have` into `folder`; return their names."""
     waiting, found = {root: bounds.get(root, root)}, set()
     while waiting:
         name, requirement = waiting.popitem()
@@ -110,7 +121,7 @@ def closure(
 
 
 def fetch(requirement: str, folder: Path, python: str) -> Path:
-    """The wheel of one package; DeepSpeed has none and is built here, in pure Python."""
+    """Fetch the wheel of one package. DeepSpeed has no wheel and is built here, pure Python."""
     before = set(folder.glob("*.whl"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     if canonicalize_name(Requirement(requirement).name) == "deepspeed":
@@ -141,7 +152,7 @@ def needs_of(wheel: Path, python: str) -> list[Requirement]:
 
 
 def keep_libraries(wheel: Path, versions: set[str]) -> None:
-    """Drop the libraries of other CUDA versions and makers, three quarters of bitsandbytes."""
+    """Drop libraries of other CUDA versions and vendors: three quarters of bitsandbytes."""
 
     def kept(name: str) -> bool:
         library = CUDA_LIBRARY.search(name)
@@ -167,7 +178,7 @@ def size_of(folder: Path) -> int:
 
 
 def files_that_need(packages: list[str]) -> dict[str, list[str]]:
-    """{test or benchmark: packages it imports by itself} of those left out."""
+    """{test or benchmark: missing packages that it imports directly}."""
     found: dict[str, list[str]] = {}
     for file in sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]):
         for package in packages:

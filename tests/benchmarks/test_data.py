@@ -1,4 +1,4 @@
-"""The benchmark of the data by its command line, on few rows."""
+"""Run benchmarks/data.py by its command line on few rows."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 from processes import succeed
 
 
-def test_preparation_is_measured_and_all_ways_give_the_same_tokens(tmp_path):
+def test_all_implementations_prepare_the_same_tokens(tmp_path):
     file = tmp_path / "figures.json"
     flags = "--rows 40 --max_length 256 --steps 2 --repeats 1"
     succeed(sys.executable, "benchmarks/data.py", *flags.split(), "--json", file)

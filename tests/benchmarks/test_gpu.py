@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh as far as it goes without a GPU: states, limits, exit codes, and what it reaches."""
+"""Run benchmarks/gpu.sh without a GPU: states, limits, exit codes, and coverage of GPU tests."""
 
 import json
 import os
@@ -10,14 +10,14 @@ import pytest
 import torch
 from processes import ROOT, start, succeed
 
-HUNG = f"6001.{os.getpid()}"  # longer than `start` waits for anything
+HUNG = f"6001.{os.getpid()}"  # longer than any timeout of `start`
 PARTS = [
     {"name": "fails", "command": ["bash", "-c", "echo why; exit 3"], "limit_s": 60},
     {"name": "hangs", "command": ["bash", "-c", f"sleep {HUNG} & sleep {HUNG}"], "limit_s": 2},
     {"name": "absent", "command": ["/no/such/command"], "limit_s": 60},
     {
         "name": "loss",
-        "command": ["bash", "-c", """echo '[{"ours_s": 1.25, "trl_s": null}]' > {figures}"""],
+        "command": ["bash", "-c", """echo '[{"ours_s": 1.25, "trl_s": null}]' > {metrics}"""],
         "limit_s": 60,
     },
     {"name": "late", "command": ["true"], "limit_s": 60},
@@ -30,25 +30,25 @@ def gpu_sh(out, *flags, **environment):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple:
-    """(exit code, folder, report) of parts of which three go wrong."""
+    """(exit code, folder, report) of a run in which three parts fail."""
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "parts.json").write_text(json.dumps(PARTS[:4]))
     done = gpu_sh(folder, "--parts", folder / "parts.json", "--without_gpu")
     return done.returncode, folder, json.loads((folder / "gpu.json").read_text())
 
 
-def test_parts_that_fail_hang_or_are_absent_stop_no_other(report):
+def test_failing_hanging_or_missing_parts_do_not_stop_the_others(report):
     code, _, found = report
     states = {part["name"]: part["state"] for part in found["parts"]}
     assert code == 1
     assert states.pop("absent").startswith("failed: [Errno 2]")
     assert states == {"fails": "failed: exit code 3", "hangs": "stopped after 2 s", "loss": "ok"}
     assert found["parts"][0]["output"] == ["why"]
-    assert found["parts"][3]["figures"] == [{"ours_s": 1.25, "trl_s": None}]
+    assert found["parts"][3]["metrics"] == [{"ours_s": 1.25, "trl_s": None}]
     assert found["machine"]["torch"] == torch.__version__
 
 
-def test_a_part_at_its_limit_is_ended_with_all_that_it_started(report):
+def test_a_part_that_times_out_is_killed_with_its_children(report):
     for process in os.listdir("/proc"):
         if process.isdigit():
             try:
@@ -58,7 +58,7 @@ def test_a_part_at_its_limit_is_ended_with_all_that_it_started(report):
             assert command != f"sleep\0{HUNG}\0"
 
 
-def test_the_table_has_the_state_of_every_part_and_the_figures(report):
+def test_the_table_shows_state_and_metrics_of_every_part(report):
     _, folder, _ = report
     table = (folder / "table.txt").read_text()
     for part in PARTS[:4]:
@@ -67,7 +67,7 @@ def test_the_table_has_the_state_of_every_part_and_the_figures(report):
     assert "==== fails: failed: exit code 3" in (folder / "log.txt").read_text()
 
 
-def test_no_part_is_begun_after_the_last_minute(tmp_path):
+def test_no_part_starts_after_the_time_limit(tmp_path):
     (tmp_path / "parts.json").write_text(json.dumps(PARTS[4:]))
     flags = ("--parts", tmp_path / "parts.json", "--without_gpu", "--minutes", 0.1)
     assert gpu_sh(tmp_path, *flags).returncode == 1
@@ -76,14 +76,14 @@ def test_no_part_is_begun_after_the_last_minute(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_every_part_says_so(tmp_path):
+def test_without_a_gpu_every_part_reports_it(tmp_path):
     assert gpu_sh(tmp_path).returncode == 2
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {part["state"] for part in parts} == {"not run: there is no GPU"}
     assert {"tests", "step", "loss", "teacher", "plan", "log_cost"} <= {p["name"] for p in parts}
 
 
-def test_every_test_marked_gpu_is_reached():
+def test_every_gpu_test_is_included():
     parts = succeed("python", "benchmarks/gpu.py", "--dry_run").splitlines()
     command = next(shlex.split(line.split(": ", 1)[1]) for line in parts if line[:6] == "tests,")
 
@@ -95,15 +95,15 @@ def test_every_test_marked_gpu_is_reached():
     assert len(every) > 60 and collected(*command, "-qq") == every
 
 
-def test_every_part_calls_something_that_exists():
+def test_every_part_calls_an_existing_file():
     for line in succeed("python", "benchmarks/gpu.py", "--dry_run").splitlines():
         words = shlex.split(line.split(": ", 1)[1])
         paths = [word for part in words for word in part.split() if word.endswith((".py", ".sh"))]
         assert paths and all((ROOT / path).exists() for path in paths), line
 
 
-def test_tests_are_counted_from_what_pytest_prints_and_the_bad_ones_named():
-    """Also where it was stopped in the middle of a line, and where a name has a space in it."""
+def test_pytest_output_is_counted_and_failures_are_named():
+    """This holds for truncated lines, and for names that contain a space."""
     count = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["count_tests"]
     printed = (
         "tests/a/test_a.py::test_x PASSED   [ 10%]\n"

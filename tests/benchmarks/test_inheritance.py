@@ -1,4 +1,4 @@
-"""The benchmark by its command line, interrupted and continued."""
+"""Run benchmarks/inheritance.py by its command line, interrupt it and continue it."""
 
 import json
 
@@ -7,7 +7,7 @@ from processes import start, succeed
 
 
 @pytest.mark.slow
-def test_a_small_comparison_goes_on_where_it_stopped(docstrings, tmp_path):
+def test_an_interrupted_comparison_continues(docstrings, tmp_path):
     call = ["python", "benchmarks/inheritance.py", "--choices", "even", "first", "--rows", "40"]
     call += ["--seeds", "0", "1", "--heldout", "8", "--out_dir", tmp_path]
     call += ["--json", tmp_path / "all.json"]

@@ -1,4 +1,4 @@
-"""Six kills in a row by the benchmark's command line; a hundred are in benchmarks/results."""
+"""Run benchmarks/recovery.py with six kills; benchmarks/results has a hundred."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ COMMITTED = ROOT / "benchmarks" / "results" / "recovery_cpu.json"
 @pytest.mark.slow
 def test_a_run_killed_six_times_in_a_row_ends_bit_equal(tmp_path):
     file = tmp_path / "recovery.json"
-    # The seed draws every target, and every moment twice.
+    # With this seed every target occurs, and every moment twice.
     flags = ("--kills", 6, "--json", file, "--work", tmp_path / "work", "--seed", 68)
     succeed(sys.executable, "benchmarks/recovery.py", *flags, timeout=2400)
     result = json.loads(file.read_text())
@@ -21,7 +21,7 @@ def test_a_run_killed_six_times_in_a_row_ends_bit_equal(tmp_path):
     assert result["left_processes_behind"] == 0 and result["tensorboard_shows_every_step_once"]
 
 
-def test_the_committed_result_is_of_a_hundred_kills_of_every_kind():
+def test_the_committed_result_covers_a_hundred_kills_of_every_kind():
     result = json.loads(COMMITTED.read_text())
     assert result["kills"] >= 100 and result["equal"] and result["failed_starts"] == 0
     assert result["left_processes_behind"] == 0 and min(result["targets"].values()) > 10

@@ -1,4 +1,4 @@
-"""The formula of what processes send, beside what two of them do send; and the committed table."""
+"""Compare the formula for sent bytes with counted bytes: two processes, and the committed table."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ LAYOUTS = ["LoRA, ZeRO-2, sharded teacher", "LoRA, ZeRO-3, checkpointing, sharde
 LAYOUTS += ["full, DDP", "full, ZeRO-3, checkpointing"]
 
 
-def test_the_formula_is_within_five_percent_of_what_two_processes_send(tmp_path):
+def test_the_formula_is_within_five_percent_of_bytes_counted_on_two_processes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "student: data/quickstart/student\nteacher: data/quickstart/teacher\nmax_length: 64\n"
         "global_batch_size: 16\ndata: []\n"
@@ -23,7 +23,7 @@ def test_the_formula_is_within_five_percent_of_what_two_processes_send(tmp_path)
         assert row["counted_bytes"] > 1e6 and abs(row["formula_over_counted"] - 1) < 0.05, row
     modelled = {row["layout"]: row for row in report["modelled"]}
     assert len(modelled) == 6
-    for row in modelled.values():  # more GPUs have fewer rows each, and no fewer bytes to send
+    for row in modelled.values():  # with more GPUs, each has fewer rows and no fewer bytes to send
         assert row["rows a GPU, 8 GPUs"] == 2 and row["rows a GPU, 1024 GPUs"] == 1
         assert row["computation s, 8 GPUs"] > row["computation s, 1024 GPUs"] > 0
     sharded = modelled["DDP, teacher sharded"]["GB sent, 64 GPUs"]

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps by its command line, on tiny models; TRL's part where it is installed."""
+"""Run benchmarks/step.py by its command line on tiny models; TRL's part where it is installed."""
 
 import importlib.util
 import json
@@ -19,15 +19,15 @@ def rows(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
-def test_the_losses_of_the_first_steps_are_those_of_whole_logits(rows, name):
-    """Two micro-batches a step, updates between: a wrong gradient shows from the second loss on."""
+def test_first_losses_equal_those_of_full_logits(rows, name):
+    """Steps have two micro-batches, so a wrong gradient changes the second loss."""
     ours, naive = rows[name]["ours_losses"], rows[name]["naive_losses"]
     assert len(ours) == 3 and ours == pytest.approx(naive, rel=1e-5)
     assert len(set(ours)) == 3
 
 
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
-def test_a_row_has_speed_memory_and_where_the_time_goes(rows, name):
+def test_a_row_has_speed_memory_and_time_breakdown(rows, name):
     row = rows[name]
     for key in ("ours_tokens_s", "naive_tokens_s", "ours_mib", "ours_over_naive"):
         assert row[key] > 0, key
@@ -42,7 +42,7 @@ def test_a_row_has_speed_memory_and_where_the_time_goes(rows, name):
 
 
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
-def test_what_is_not_installed_is_not_run_and_never_zero(rows, name):
+def test_a_missing_implementation_is_not_run_and_never_zero(rows, name):
     row = rows[name]
     installed = importlib.util.find_spec("trl") is not None
     for key in ("trl_tokens_s", "trl_mib", "ours_over_trl", "trl_losses"):
@@ -50,13 +50,13 @@ def test_what_is_not_installed_is_not_run_and_never_zero(rows, name):
     assert installed or row["not_run"] == {"trl": "TRL is not installed"}
 
 
-def test_a_case_of_another_device_is_named_with_those_there_are():
+def test_an_unknown_case_lists_the_available_ones():
     done = start(sys.executable, "benchmarks/step.py", "--cases", "nosuch")
     assert done.returncode and "cases: nosuch; wanted some of" in done.stdout
 
 
-def test_the_committed_figures_hold_what_was_asked_for():
-    """Distillation 1.5 x as fast as TRL's, in no more memory; fine-tuning not slower."""
+def test_the_committed_results_meet_the_targets():
+    """Targets: distillation 1.5 x TRL's speed with no more memory; fine-tuning no slower."""
     rows = json.loads((ROOT / "benchmarks/results/step_cpu.json").read_text())
     rows = {row["name"]: row for row in rows}
     for name in ("distil_lora", "distil_full", "sft_lora", "sft_full"):

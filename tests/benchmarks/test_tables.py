@@ -1,4 +1,4 @@
-"""benchmarks/README.md shows what lies in benchmarks/results, and nothing else."""
+"""benchmarks/README.md shows exactly the contents of benchmarks/results."""
 
 import json
 import re
@@ -10,11 +10,11 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 def without_commits(text: str) -> str:
-    """A commit's name changes when it is rebased, and a copy of the tree has no history."""
+    """Remove commit hashes: a rebase changes them, and a copy of the tree has no history."""
     return re.sub(r", commit \w+", "", text)
 
 
-def test_the_page_is_that_of_the_results():
+def test_the_page_matches_the_results():
     before = README.read_text()
     try:
         succeed("python", "benchmarks/readme.py")
@@ -32,9 +32,9 @@ def test_every_result_is_on_the_page_with_its_command():
     assert all("\n    " in section for section in sections) and on_a_gpu.startswith("On a GPU")
 
 
-def test_an_unknown_benchmark_is_shown_by_its_plain_values(tmp_path):
-    figures = {"setting": "a", "rows": [{"kind": "x", "seconds": 1.23456}, {"kind": "y"}]}
-    parts = [{"name": "new", "state": "ok", "seconds": 1.0, "figures": figures}]
+def test_an_unknown_benchmark_shows_its_plain_values(tmp_path):
+    metrics = {"setting": "a", "rows": [{"kind": "x", "seconds": 1.23456}, {"kind": "y"}]}
+    parts = [{"name": "new", "state": "ok", "seconds": 1.0, "metrics": metrics}]
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"machine": {}, "commit": None, "parts": parts}))
     output = succeed("python", "benchmarks/readme.py", "--gpu", file)
@@ -48,14 +48,14 @@ def values_of(data) -> list[float]:
     return [float(data)] if isinstance(data, int | float) else []
 
 
-def said(number: str, values: list[float]) -> bool:
-    """Whether a value, as it is or as a percentage (of something, or more than it), rounds to it."""
+def is_value(number: str, values: list[float]) -> bool:
+    """Whether a value rounds to the number: as it is, as a percentage, or as a percentage above 1."""
     places = len(number.split(".")[1])
     ways = (value for v in values for value in (v, 100 * v, 100 * (v - 1)))
     return any(f"{value:.{places}f}" == number for value in ways)
 
 
-def test_every_decimal_beside_a_link_to_results_stands_in_them():
+def test_every_decimal_next_to_a_results_link_is_in_that_file():
     checked = 0
     for paragraph in (ROOT / "README.md").read_text().split("\n\n"):
         files = re.findall(r"benchmarks/results/([\w/]+)\.(?:json|md)", paragraph)
@@ -63,6 +63,6 @@ def test_every_decimal_beside_a_link_to_results_stands_in_them():
             v for f in files for v in values_of(json.loads((RESULTS / f"{f}.json").read_text()))
         ]
         for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", paragraph) if files else []:
-            assert said(number, values), f"{number} is in none of {files}: {paragraph}"
+            assert is_value(number, values), f"{number} is in none of {files}: {paragraph}"
             checked += 1
     assert checked >= 6

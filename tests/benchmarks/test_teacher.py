@@ -1,4 +1,4 @@
-"""The benchmark of the teacher runs as its first lines say, and its rows are those of the issue."""
+"""Run benchmarks/teacher.py by the command of its docstring."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ KEYS = {
 }
 
 
-def test_every_format_is_sharded_without_a_difference(tmp_path):
+def test_sharding_changes_no_logit_in_any_format(tmp_path):
     sizes = ["--hidden", 128, "--intermediate", 256, "--layers", 2, "--vocabulary", 512]
     out = tmp_path / "teacher.json"
     more = ["--tokens", 32, "--ranks", 2, "--forwards", 3, "--json", out]
@@ -23,7 +23,7 @@ def test_every_format_is_sharded_without_a_difference(tmp_path):
         assert row["read_share"] < 0.53 and row["tokens_s"] > 0
 
 
-def test_the_committed_figures_are_of_all_formats_and_ranks():
+def test_the_committed_results_cover_all_formats_and_ranks():
     rows = json.loads((ROOT / "benchmarks/results/teacher_cpu.json").read_text())
     assert {(row["format"], row["ranks"]) for row in rows} == {
         (form, ranks) for form in ("awq", "nf4", "bf16") for ranks in (2, 3)
@@ -31,5 +31,5 @@ def test_the_committed_figures_are_of_all_formats_and_ranks():
     for row in rows:
         assert row["max_logit_difference"] == 0.0
         assert abs(row["read_share"] * row["ranks"] - 1) < 0.02
-        # Tensors below the threshold of teacher_zero3.json stay whole; in a large model they vanish.
+        # Tensors below the threshold of teacher_zero3.json stay whole; their share is tiny at full size.
         assert row["held_share"] < 1 / row["ranks"] + 0.06

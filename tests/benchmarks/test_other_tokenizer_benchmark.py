@@ -1,4 +1,4 @@
-"""The benchmark by its command line, without TRL where that is not installed."""
+"""Run benchmarks/other_tokenizer.py by its command line; TRL's part where it is installed."""
 
 import json
 
@@ -7,7 +7,7 @@ from processes import succeed
 
 
 @pytest.mark.slow
-def test_every_way_gives_bits_per_byte(docstrings, tmp_path):
+def test_every_method_reports_bits_per_byte(docstrings, tmp_path):
     call = ["python", "benchmarks/other_tokenizer.py", "--steps", "2", "--rows", "2"]
     call += ["--heldout", "3", "--out_dir", tmp_path, "--json", tmp_path / "all.json"]
     succeed(*call)
@@ -16,4 +16,6 @@ def test_every_way_gives_bits_per_byte(docstrings, tmp_path):
     assert all(1.0 < way[part] < 10.0 for way in found for part in ("text", "chat"))
     told = [way["alignment"] for way in found]
     assert "one token for the teacher" in told[1] and told[1] == told[2]
-    assert told[0] is told[3] is told[4] is told[5] is None  # the last ones have its tokenizer
+    assert (
+        told[0] is told[3] is told[4] is told[5] is None
+    )  # the last three share the teacher's tokenizer
