@@ -1,7 +1,7 @@
-"""A real local HTTP server that speaks chat completions, and misbehaves where a test asks for it.
+"""A local HTTP server for chat completions that can inject faults.
 
-An answer depends on the request alone, as a seeded model's would. Faults depend on the request and
-on how often it was tried, so that every request is answered in the end.
+An answer depends only on the request, like that of a seeded model. Faults depend on the request and
+on its number of attempts, so that every request is eventually answered.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def digest(text: str) -> int:
 
 
 def some_answer(request: dict) -> dict:
-    """A choice of a completion: text by prompt, seed and temperature."""
+    """A choice of a completion, determined by prompt, seed and temperature."""
     asked = json.dumps([request["messages"], request.get("seed"), request.get("temperature")])
     number = digest(asked)
     words = ["list", "map", "tree", "node", "key", "loop", "file", "line", "sort", "join"]
@@ -30,11 +30,11 @@ def some_answer(request: dict) -> dict:
 
 
 class ChatServer:
-    """`with ChatServer() as server:` serves at `server.url`; `server.requests` are those it saw.
+    """`with ChatServer() as server:` serves at `server.url` and records `server.requests`.
 
-    `faulty`: of so many requests one meets each of `faults`, at its first try. `answer` makes the
-    choice of a completion from the request. While `answers_up_to` is a number, requests after that
-    many wait: a client cannot end before a test has killed it.
+    `answer` maps a request to the choice of a completion. `faulty` is the share of requests whose
+    first attempt fails with one of `faults`. While `answers_up_to` is a number, later requests
+    wait, so that a client cannot finish before a test kills it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ChatServer:
         answer: Callable[[dict], dict] = some_answer,
         faulty: float = 0.0,
         faults: tuple[str, ...] = FAULTS,
-        slow: float = 3.0,  # longer than the client's time-out, or it is no fault
+        slow: float = 3.0,  # seconds; must exceed the client's timeout
         pause: float = 0.0,
         key: str | None = None,
     ) -> None:
@@ -68,8 +68,8 @@ class ChatServer:
                     outer.tries[body] += 1
                     first = outer.tries[body] == 1
                 if key and self.headers["Authorization"] != f"Bearer {key}":
-                    told = f"Incorrect API key provided: {self.headers['Authorization']}"
-                    return self.say(401, json.dumps({"error": {"message": told}}))
+                    message = f"Incorrect API key provided: {self.headers['Authorization']}"
+                    return self.reply(401, json.dumps({"error": {"message": message}}))
                 number = digest(body)
                 fault = None
                 if first and number % 1000 < 1000 * faulty:
@@ -89,23 +89,23 @@ class ChatServer:
                 text = json.dumps(whole)
                 if "refused" in whole["choices"][0]:
                     refusal = {"error": {"message": whole["choices"][0]["refused"]}}
-                    return self.say(400, json.dumps(refusal))
+                    return self.reply(400, json.dumps(refusal))
                 match fault:
                     case "429" | "500":
-                        self.say(int(fault), '{"error": {"message": "later"}}')
+                        self.reply(int(fault), '{"error": {"message": "later"}}')
                     case "torn body":
-                        self.say(200, text[: len(text) // 2])
+                        self.reply(200, text[: len(text) // 2])
                     case "no json":
-                        self.say(200, "<html>a proxy was here</html>", "text/html")
+                        self.reply(200, "<html>a proxy was here</html>", "text/html")
                     case "empty":
-                        self.say(200, '{"choices": []}')
+                        self.reply(200, '{"choices": []}')
                     case "broken connection":
-                        self.say(200, text[: len(text) // 2], length=len(text))
+                        self.reply(200, text[: len(text) // 2], length=len(text))
                         self.close_connection = True
                     case _:
-                        self.say(200, text)
+                        self.reply(200, text)
 
-            def say(self, status: int, text: str, kind="application/json", length=None) -> None:
+            def reply(self, status: int, text: str, kind="application/json", length=None) -> None:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", kind)
@@ -114,7 +114,7 @@ class ChatServer:
                     self.end_headers()
                     self.wfile.write(text.encode())
                 except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client was killed, or has given up
+                    pass  # the client was killed or has given up
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True

@@ -25,7 +25,7 @@ TEXT = [
 
 
 def small_tokenizer(
-    vocabulary: int = 320,
+    vocab_size: int = 320,
     texts: list[str] = TEXT,
     eos_token: str = "<|im_end|>",
     all_bytes: bool = True,
@@ -35,7 +35,7 @@ def small_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if all_bytes else [],
         show_progress=False,
@@ -49,9 +49,9 @@ def small_tokenizer(
     )
 
 
-def small_config(vocabulary: int, hidden: int = 32, **changes) -> Qwen2Config:
+def small_config(vocab_size: int, hidden: int = 32, **changes) -> Qwen2Config:
     shape = {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": 2,
@@ -66,11 +66,12 @@ def small_model(tokenizer, hidden: int = 32, seed: int = 0, **changes) -> Qwen2F
     """A random Qwen2 model; its vocabulary is padded beyond the tokenizer's, as real ones are."""
     torch.manual_seed(seed)
     usual = {
+        "vocab_size": len(tokenizer) + 7,
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": 0.2,  # far from uniform, so that mistakes show in the numbers
     }
-    return Qwen2ForCausalLM(small_config(len(tokenizer) + 7, hidden, **usual | changes))
+    return Qwen2ForCausalLM(small_config(hidden=hidden, **usual | changes))
 
 
 def save_small(folder: Path, tokenizer=None, **model) -> Path:

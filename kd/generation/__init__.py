@@ -1,0 +1,1 @@
+"""Sample answers from a teacher, filter them, and write training rows."""

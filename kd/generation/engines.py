@@ -1,6 +1,6 @@
-"""A model in this process that answers prompts: `model.generate` on left-padded batches.
+"""Answer prompts with a model in this process: `model.generate` on left-padded batches.
 
-B batch, T tokens, V vocabulary. Models behind a server: kd.generation.server.
+B batch, T tokens, V vocabulary. kd.generation.server queries a model on a server instead.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,11 @@ from kd.models.sharding import load_unsharded
 
 @dataclass(frozen=True)
 class Answer:
+    """A generated answer."""
+
     text: str
-    stopped: bool  # at an end token; False: cut at max_new_tokens
-    tokens: int  # drawn, the end token included
+    stopped: bool  # ended with an end token; False if truncated at max_new_tokens
+    tokens: int  # generated, including the end token
 
 
 def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel | PeftModel:
@@ -54,11 +56,11 @@ def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrain
 def check_template(
     tokenizer: PreTrainedTokenizerBase, name: str, system_prompt: str | None
 ) -> None:
-    """Raise ValueError where there is no chat template, or it loses the system prompt."""
+    """Raise ValueError if there is no chat template, or if it drops the system prompt."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{name}: its tokenizer has no chat template, so it cannot be asked; take a model "
-            "trained on conversations, or put chat_template.jinja into its folder"
+            f"{name}: the tokenizer has no chat template; wanted a chat model. Use a model trained "
+            "on conversations, or put chat_template.jinja into its folder"
         )
     if system_prompt is None:
         return
@@ -66,19 +68,22 @@ def check_template(
     messages = [{"role": role, "content": content} for role, content in roles.items()]
     try:
         seen = system_prompt.strip() in render(messages, tokenizer, add_generation_prompt=True)
-    except TemplateError:  # some templates refuse the role, others leave it out
+    except TemplateError:  # some templates reject the role, others drop it silently
         seen = False
     if not seen:
         raise ValueError(
-            f"system_prompt: the chat template of {name} has no place for system messages; put "
-            "the instruction into the prompts, or take another template"
+            f"system_prompt: the chat template of {name} does not render system messages; put the "
+            "instruction into the prompts, or use another chat template"
         )
 
 
 def sampling_processors(
     temperature: float, top_p: float, seeds: list[int], top_k: int = 0
 ) -> LogitsProcessorList:
-    """What makes greedy decoding draw from softmax(logits / temperature) cut at top_k, then top_p."""
+    """Processors that turn greedy decoding into sampling with temperature, then top_k, then top_p.
+
+    There is one seed per row of the batch. Temperature 0 needs no processors: it is greedy.
+    """
     if temperature == 0.0:
         return LogitsProcessorList()
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
@@ -91,10 +96,10 @@ def sampling_processors(
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds Gumbel noise to scores, (B, V), so that their argmax is an exact sample of the softmax.
+    """Add Gumbel noise to scores (B, V), so that their argmax is an exact sample of the softmax.
 
-    Every row has a generator of its own, so its draws do not depend on its neighbours;
-    `model.generate` itself samples a whole batch from one. The Gumbel-max trick: Maddison et al.
+    Every row has its own generator, so its samples do not depend on the rest of the batch;
+    `model.generate` samples a whole batch from one generator. The Gumbel-max trick: Maddison et al.
     2014, "A* Sampling", section 2.
     """
 
@@ -103,10 +108,11 @@ class GumbelNoise(LogitsProcessor):
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (B, V) plus noise, in float64."""
         if not self.generators:
             new = [torch.Generator(scores.device) for _ in self.seeds]
             self.generators = [g.manual_seed(s) for g, s in zip(new, self.seeds, strict=True)]
-        # float64: in float32 the largest noise is 16.6, and ties among 150k tokens are common.
+        # In float32 the noise is at most 16.6 and ties among 150k tokens are common.
         uniform = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)  # (B, V)
         for row, generator in zip(uniform, self.generators, strict=True):
             row.uniform_(generator=generator)
@@ -114,9 +120,10 @@ class GumbelNoise(LogitsProcessor):
 
 
 class LocalEngine:
-    """`model.generate` in this process, the whole model on one device.
+    """`model.generate` in this process, with the whole model on one device.
 
-    Raises ValueError, before the weights are loaded, where the chat template does not serve.
+    Raises ValueError before loading the weights if the chat template is missing or drops the
+    system prompt.
     """
 
     def __init__(
@@ -134,20 +141,23 @@ class LocalEngine:
             check_template(self.tokenizer, name, system_prompt)
         self.name = name
         self.model = load_answering_model(name, getattr(torch, dtype), device)
-        # The folder's own settings (end tokens, repetition penalty) stay; what draws is ours. As
-        # the model's own, too: generate fills what is None from there.
+        # End tokens and repetition penalty come from the model's folder; the sampling settings are
+        # ours. They are cleared on the model as well, since generate fills None from there.
         self.config = generation_config(self.model, self.tokenizer)
-        drawing = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length")
-        self.config.update(**dict.fromkeys(drawing), do_sample=False, num_beams=1)
+        overridden = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length")
+        self.config.update(**dict.fromkeys(overridden), do_sample=False, num_beams=1)
         self.config.max_new_tokens = max_new_tokens
         self.model.generation_config = self.config
 
     def encode(self, conversations: list[list[dict]]) -> dict[str, Tensor]:
-        """Left-padded input_ids and attention_mask, (B, T)."""
+        """Tokenize conversations into left-padded input_ids and attention_mask, both (B, T).
+
+        Raises ValueError if prompt and answer exceed the model's positions.
+        """
         texts = [render(c, self.tokenizer, add_generation_prompt=True) for c in conversations]
         batch = self.tokenizer(
             texts,
-            add_special_tokens=False,  # the template wrote them
+            add_special_tokens=False,  # the template contains them
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -156,8 +166,8 @@ class LocalEngine:
         limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
         if limit is not None and width + new > limit:
             raise ValueError(
-                f"a prompt of {width} tokens with max_new_tokens: {new} passes the {limit} "
-                f"positions of {self.name}; shorten the prompts or the answers"
+                f"a prompt of {width} tokens with max_new_tokens: {new} exceeds the {limit} "
+                f"positions of {self.name}; shorten the prompts or lower max_new_tokens"
             )
         return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
@@ -169,7 +179,7 @@ class LocalEngine:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[Answer]:
-        """One answer a conversation. `seeds` has one number for each, its own random stream."""
+        """Generate one answer per conversation, each from its own seed."""
         batch = self.encode(conversations)
         out = self.model.generate(
             **batch,
@@ -179,7 +189,7 @@ class LocalEngine:
         return [self.read(row) for row in out[:, batch["input_ids"].shape[1] :].tolist()]
 
     def read(self, ids: list[int]) -> Answer:
-        """Drawn ids up to their first end token; what is behind it is padding."""
+        """Decode generated token ids up to the first end token; padding follows it."""
         ends = (i for i, token in enumerate(ids) if token in self.config.eos_token_id)
         end = next(ends, len(ids))
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)

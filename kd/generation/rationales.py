@@ -1,8 +1,8 @@
-"""Distilling Step-by-Step: a student learns the label and the rationale, as two tasks.
+"""Distilling Step-by-Step: train on labels and rationales as two tasks.
 
-Hsieh et al. 2023, section 3. The teacher is asked to reason and then to conclude behind a marker.
-Of every example the student gets "[label] question" -> the gold answer, and, where the teacher's
-conclusion is the gold answer, "[rationale] question" -> the reasoning.
+Hsieh et al. 2023, section 3. The teacher reasons, then concludes after a marker. Every example
+becomes "[label] question" -> gold answer and, if the teacher concludes with the gold answer,
+"[rationale] question" -> reasoning.
 """
 
 import re
@@ -14,23 +14,23 @@ ARTICLES = {"a", "an", "the"}
 
 
 def split_rationale(answer: str, marker: str) -> tuple[str, str] | None:
-    """(reasoning, conclusion) around the last marker; None where one of them is missing."""
+    """Split at the last marker into (reasoning, conclusion); None if either is missing."""
     reasoning, found, conclusion = answer.rpartition(marker)
     reasoning, conclusion = reasoning.strip(), conclusion.strip()
     return (reasoning, conclusion) if found and reasoning and conclusion else None
 
 
 def gold_answer(completion: str, marker: str | None) -> str:
-    """What stands behind the last `marker` of a worked answer, or all of it."""
+    """The text after the last marker of a worked solution, or the whole text without a marker."""
     return (completion.rpartition(marker)[2] if marker else completion).strip()
 
 
 def same_answer(found: str, gold: str) -> bool:
-    """Equal but for case, punctuation, articles and the spelling of numbers: $1,000.0 is 1000."""
-    return normal(found) == normal(gold)
+    """Compare up to case, punctuation, articles and number format: $1,000.0 equals 1000."""
+    return _normalized(found) == _normalized(gold)
 
 
-def normal(answer: str) -> list[str | float]:
+def _normalized(answer: str) -> list[str | float]:
     tokens: list[str | float] = []
     for token in TOKEN.findall(answer.casefold()):
         if NUMBER.fullmatch(token):
@@ -41,7 +41,7 @@ def normal(answer: str) -> list[str | float]:
 
 
 def task_row(prompt: list[dict], task: str, answer: str) -> dict:
-    """The last question with its task in front, and what is to be said to it."""
+    """A training row whose last user message starts with the task prefix."""
     *before, question = prompt
-    asked = question | {"content": task + question["content"]}
-    return {"messages": [*before, asked, {"role": "assistant", "content": answer}]}
+    prefixed = question | {"content": task + question["content"]}
+    return {"messages": [*before, prefixed, {"role": "assistant", "content": answer}]}

@@ -1,9 +1,11 @@
-"""Append-only files of JSON lines that survive kill -9: raw.jsonl, rewards.jsonl.
+"""Append-only JSONL records that survive kill -9: raw.jsonl, rewards.jsonl, judgements.jsonl.
 
-Every process appends to a file of its own, a line at a time. A kill tears at most the last line of
-each; the next start cuts it. For each key the first line counts, so what is there never changes.
+Every process appends to its own file, one line per record. A kill tears at most the last line of
+each file, and the next start removes it. The first record of a key counts, so a record never
+changes once it is written.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TextIO
@@ -12,39 +14,45 @@ from kd.data.sources import read_jsonl
 from kd.run.signals import report_outcome
 
 
+def digest(value: object) -> str:
+    """The SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def record_file(output_dir: str, stem: str, rank: int) -> Path:
-    """The file that process `rank` appends to; one process has STEM.jsonl alone."""
+    """The file that a rank appends to: STEM.jsonl for rank 0, else STEM.RANK.jsonl."""
     return Path(output_dir) / (f"{stem}.{rank}.jsonl" if rank else f"{stem}.jsonl")
 
 
-def append(file: TextIO, row: dict) -> None:
+def append_record(file: TextIO, row: dict) -> None:
+    """Append one record and flush it."""
     file.write(json.dumps(row) + "\n")
     file.flush()
-    report_outcome("saved")  # a SLURM job that is stopped now has come further
+    report_outcome("saved")  # tells a SLURM job that it made progress
 
 
 def cut_torn_lines(output_dir: str, stem: str) -> int:
-    """Cut what follows the last newline of each file. Returns the bytes that were cut."""
-    cut = 0
+    """Remove an incomplete last line from each file. Returns the number of bytes removed."""
+    removed = 0
     for path in sorted(Path(output_dir).glob(f"{stem}*.jsonl")):
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            cut += len(content) - whole
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            removed += len(content) - complete
             with open(path, "r+b") as file:
-                file.truncate(whole)
-    return cut
+                file.truncate(complete)
+    return removed
 
 
 def read_records(output_dir: str, stem: str) -> list[dict]:
-    """The lines of all processes of all earlier runs in this folder."""
+    """Read the records of all processes and all earlier runs in a folder."""
     paths = sorted(Path(output_dir).glob(f"{stem}*.jsonl"))
-    filled = [str(path) for path in paths if path.stat().st_size]
-    return [row for path in filled for row in read_jsonl(path)[0]]
+    nonempty = [str(path) for path in paths if path.stat().st_size]
+    return [row for path in nonempty for row in read_jsonl(path)[0]]
 
 
-def read_answers(output_dir: str) -> tuple[dict[str, dict], dict[str, str]]:
-    """({key: row with an answer}, {key: last error of those that have none})."""
+def read_raw_answers(output_dir: str) -> tuple[dict[str, dict], dict[str, str]]:
+    """Read raw.jsonl: the first answer of each key, and the last error of each key without one."""
     answers: dict[str, dict] = {}
     errors: dict[str, str] = {}
     for row in read_records(output_dir, "raw"):

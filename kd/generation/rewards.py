@@ -1,24 +1,36 @@
-"""A reward model scores answers; the scores are records, so that a run that was killed goes on."""
+"""Score answers with a reward model; rewards.jsonl records them, so a restart scores only the rest.
+
+B batch.
+"""
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from kd.data.near_duplicates import Overlap
 from kd.data.template import render
 from kd.data.tokenizer import load_tokenizer
+from kd.distributed import barrier, device, rank, share_of
+from kd.generation.filter_report import FilterReport
+from kd.generation.filters import valid_samples, with_answer
+from kd.generation.records import append_record, read_records, record_file
+from kd.generation.sampling import Sample
+from kd.settings.generation import FilterSettings, GenerationSettings
 
 
 class RewardModel:
-    """A sequence classifier with one output, on the chat-templated prompt and answer.
+    """A sequence classifier with one output, applied to the chat-templated prompt and answer.
 
-    Raises ValueError where it has more outputs, or no chat template.
+    Raises ValueError if the model has several outputs or its tokenizer has no chat template.
     """
 
     def __init__(self, name: str, dtype: str, device: str) -> None:
         self.tokenizer = load_tokenizer(name)
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"reward_model {name}: its tokenizer has no chat template, so it is not known how "
-                "it reads a conversation; put chat_template.jinja into its folder"
+                f"reward_model {name}: the tokenizer has no chat template; wanted one, because a "
+                "conversation cannot be formatted without it. Put chat_template.jinja into the "
+                "model's folder"
             )
         self.model = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=getattr(torch, dtype), device_map=device
@@ -28,23 +40,23 @@ class RewardModel:
                 f"reward_model {name}: {self.model.config.num_labels} outputs; wanted a model "
                 "with one, the reward"
             )
-        # The classifier reads at the last id that is not padding: where pad is also an end token,
-        # it would read too early. Then rows go one by one, unpadded.
+        # The classifier reads the last token that is not padding. If pad equals eos, it would skip
+        # a final eos, so conversations are then scored one at a time, without padding.
         pad = self.tokenizer.pad_token_id
-        self.alone = pad == self.tokenizer.eos_token_id
-        self.model.config.get_text_config().pad_token_id = None if self.alone else pad
+        self.pad_is_eos = pad == self.tokenizer.eos_token_id
+        self.model.config.get_text_config().pad_token_id = None if self.pad_is_eos else pad
 
     @torch.inference_mode()
     def score(self, conversations: list[list[dict]]) -> list[float]:
-        """The reward of each conversation's last answer."""
+        """The reward of the last answer of each conversation."""
         texts = [render(conversation, self.tokenizer) for conversation in conversations]
-        groups = [[text] for text in texts] if self.alone else [texts]
+        groups = [[text] for text in texts] if self.pad_is_eos else [texts]
         scores: list[float] = []
         for group in groups:
             batch = self.tokenizer(
                 group,
-                add_special_tokens=False,  # the template wrote them
-                padding=not self.alone,
+                add_special_tokens=False,  # the template contains them
+                padding=not self.pad_is_eos,
                 padding_side="right",
                 return_tensors="pt",
             ).to(self.model.device)
@@ -53,3 +65,44 @@ class RewardModel:
             ).logits  # (B, 1)
             scores += out[:, 0].float().tolist()
         return scores
+
+
+def score_missing(
+    settings: GenerationSettings,
+    filters: FilterSettings,
+    samples: list[Sample],
+    answers: dict[str, dict],
+    evaluation: Overlap,
+) -> dict[str, float]:
+    """Collective: score the valid answers that have no reward yet; return all rewards by key.
+
+    Batches are composed of all valid answers, so that a restart scores in the same batches. Without
+    a reward model the result is empty.
+    """
+    if not filters.reward_model:
+        return {}
+    valid = list(valid_samples(samples, answers, filters, evaluation, FilterReport()))
+    conversations = {s.key: with_answer(s, answers[s.key]["answer"]) for s in valid}
+    ordered = sorted(conversations, key=lambda key: -len(str(conversations[key])))
+    size = filters.reward_batch_size
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    known = read_rewards(settings.output_dir, filters.reward_model)
+    mine = share_of([batch for batch in batches if any(key not in known for key in batch)])
+    barrier()  # no rank appends before all have read
+    if mine:
+        model = RewardModel(filters.reward_model, settings.dtype, device())
+        with open(record_file(settings.output_dir, "rewards", rank()), "a") as file:
+            for batch in tqdm(mine, desc="scoring", unit="batch", disable=rank() > 0):
+                rewards = model.score([conversations[key] for key in batch])
+                for key, reward in zip(batch, rewards, strict=True):
+                    if key not in known:
+                        row = {"key": key, "model": filters.reward_model, "reward": reward}
+                        append_record(file, row)
+    barrier()
+    return read_rewards(settings.output_dir, filters.reward_model)
+
+
+def read_rewards(output_dir: str, model: str) -> dict[str, float]:
+    """The recorded rewards of one reward model, by sample key."""
+    rows = read_records(output_dir, "rewards")
+    return {row["key"]: row["reward"] for row in rows if row["model"] == model}

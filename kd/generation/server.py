@@ -1,8 +1,8 @@
 """Chat completions from any OpenAI-compatible server: GPT-4o, vllm serve, llama-server, SGLang.
 
-The key comes from an environment variable alone; no file and no message has it. Rate limits (429),
-server errors (5xx), time-outs, broken connections and torn bodies are asked again with growing
-pauses; what a server refuses for good is a Failure of that one request.
+The API key is read from an environment variable; it never appears in a file or a message. Requests
+are retried with growing pauses after rate limits (429), server errors (5xx), timeouts, broken
+connections and malformed bodies. A request that the server refuses for good becomes a Failure.
 """
 
 import asyncio
@@ -21,28 +21,28 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, as in the openai package
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of a server, with what it was billed by."""
+    """One answer of a server, with the token counts that it bills."""
 
     text: str
-    finish: str  # stop, length (cut at the limit of new tokens), content_filter, ...
+    finish: str  # finish_reason: stop, length (truncated), content_filter, ...
     prompt_tokens: int
     completion_tokens: int
-    served_by: str  # the model as the server calls it, such as gpt-4o-2024-08-06
-    top_log_probabilities: list[dict[str, float]] | None  # of each token, where asked for
+    served_by: str  # the server's name of the model, such as gpt-4o-2024-08-06
+    top_log_probabilities: list[dict[str, float]] | None  # per token, if requested
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that got no answer, after all its tries."""
+    """A request without an answer after all its retries."""
 
     message: str
-    status: int | None  # of HTTP; None: no answer, or none that could be read
+    status: int | None  # HTTP status; None if there was no response, or a malformed one
 
 
 class ChatServer:
-    """Asks many requests at once; every one of them ends as a Completion or a Failure.
+    """Send many requests concurrently; each ends as a Completion or a Failure.
 
-    `retries` are tries beyond the first. Raises ValueError where the URL or the key is not usable.
+    `timeout` is in seconds. Raises ValueError if the URL is invalid or api.openai.com has no key.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class ChatServer:
         self.key = os.environ.get(key_variable, "")
         if not self.key and self.host == "api.openai.com":
             raise ValueError(
-                f"{key_variable}: not in the environment, and {self.host} wants a key; "
-                f"export {key_variable}=... (keys are read from there alone)"
+                f"{key_variable}: not in the environment, and {self.host} requires a key; "
+                f"export {key_variable}=... (keys are read only from the environment)"
             )
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.failures_in_a_row = 0
@@ -70,15 +70,15 @@ class ChatServer:
         record: Callable[[int, Completion | Failure], None],
         progress: bool = True,
     ) -> None:
-        """Send all `requests`, the arguments of a chat completion each: model, messages, ...
+        """Send all requests, each the arguments of a chat completion: model, messages, ...
 
-        `record(i, result)` is called for each as it ends, in this thread. `max_new_tokens` is
-        spelt as the host wants it. Raises ValueError where no request can succeed.
+        `record(i, result)` is called in this thread as each request ends. `max_new_tokens` is
+        renamed to the parameter that the host expects. Raises ValueError if no request can succeed.
         """
         asyncio.run(self._ask(requests, record, progress))
 
     async def _ask(self, requests, record, progress) -> None:
-        # Only inside a running loop: the client's connections belong to it.
+        # Created inside the running loop, which owns the client's connections.
         client = AsyncOpenAI(
             base_url=self.url,
             api_key=self.key or "none",
@@ -97,7 +97,7 @@ class ChatServer:
                 await client.close()
 
     async def _work(self, client: AsyncOpenAI, waiting: Iterator, record, bar) -> None:
-        for i, request in waiting:  # the iterator is shared by all workers
+        for i, request in waiting:  # all workers share the iterator
             result = await self.complete(client, request)
             record(i, result)
             bar.update()
@@ -106,15 +106,16 @@ class ChatServer:
             if self.failures_in_a_row >= max(self.concurrency, 4):
                 raise ValueError(
                     f"{self.url}: {self.failures_in_a_row} requests in a row failed, the last "
-                    f"with: {result.message}. What was answered is kept: the same command goes on"
+                    f"with: {result.message}. The answers so far are saved; run the same command "
+                    "to continue"
                 )
 
     async def complete(self, client: AsyncOpenAI, request: dict) -> Completion | Failure:
-        """One request. Raises ValueError for what would fail for every other one, too."""
+        """Send one request, with retries. Raises ValueError for an error that affects them all."""
         request = dict(request)
         limit = request.pop("max_new_tokens", None)
         if limit is not None:
-            # OpenAI's newer models refuse the old name, and some servers know no other.
+            # OpenAI's newer models reject the old name; some servers know no other.
             openai = self.host == "api.openai.com"
             request["max_completion_tokens" if openai else "max_tokens"] = limit
         pause, unreadable = FIRST_PAUSE, ""
@@ -123,11 +124,11 @@ class ChatServer:
                 return read_completion(await client.chat.completions.create(**request))
             except APIStatusError as error:
                 return self._refused(error)
-            except APIConnectionError as error:  # time-outs, too; the client has tried again
+            except APIConnectionError as error:  # includes timeouts; the client has already retried
                 cause = f" ({error.__cause__!r})" if error.__cause__ else ""
                 return Failure(self.redacted(f"{error}{cause}"), None)
             except (json.JSONDecodeError, UnreadableAnswer) as error:
-                unreadable = f"the answer is no chat completion: {error}"
+                unreadable = f"the response is not a chat completion: {error}"
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return Failure(self.redacted(unreadable), None)
@@ -138,33 +139,33 @@ class ChatServer:
             raise ValueError(
                 f"{self.url}: {message}. Wanted a model that the server has, and a key in "
                 f"{self.key_variable} that may use it"
-            ) from None  # the original has the request's headers
+            ) from None  # the original error contains the request's headers
         return Failure(message, error.status_code)
 
     def redacted(self, text: str) -> str:
-        """The first 500 characters, without the key: some servers quote what they refuse."""
+        """The first 500 characters without the key, which some servers quote when they refuse."""
         return (text.replace(self.key, "***") if self.key else text)[:500]
 
 
 class UnreadableAnswer(Exception):
-    """An answer with HTTP status 200 that is not what was asked for."""
+    """A response with HTTP status 200 that is not a chat completion."""
 
 
 def check_url(url: str) -> str:
-    """The host of a server's URL. Raises ValueError where it is none, or has a password in it."""
+    """Return the host of a URL. Raises ValueError if it is not http(s) or contains a password."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"server: {url}; wanted a URL such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise ValueError(
-            "server: the URL has a user, a password or a query in it, and would be written into "
-            "run.json; put the key into an environment variable and name that (key_variable)"
+            "server: the URL contains a user, a password or a query and would be written to "
+            "run.json; put the key into an environment variable and set key_variable to its name"
         )
     return parts.hostname
 
 
 def read_completion(answer: ChatCompletion) -> Completion:
-    """Raises UnreadableAnswer for what a proxy, or a torn body, may put in a completion's place."""
+    """Convert a response. Raises UnreadableAnswer if a proxy or a truncated body replaced it."""
     if not isinstance(answer, ChatCompletion) or not answer.choices:
         raise UnreadableAnswer(str(answer)[:200])
     choice, usage = answer.choices[0], answer.usage

@@ -1,4 +1,4 @@
-"""The keys of a generation recipe: who answers which prompts, and which answers are kept."""
+"""The keys of a generation recipe: the teacher, its prompts, how it samples, and the filters."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,38 +6,57 @@ from typing import Any, Literal
 from kd.recipe import parse_json_list, parse_json_object, setting
 
 
-def several(default: Any, help: str) -> Any:
-    """A field that takes one value or a list."""
+def list_setting(default: Any, help: str) -> Any:
+    """Define a dataclass field that takes one or several values, with its line of `--help`."""
     return field(default_factory=lambda: [default], metadata={"help": help})
 
 
 @dataclass
 class GenerationSettings:
-    """Who answers which prompts, and how the answers are drawn."""
+    """The teacher, its prompts, and how its answers are sampled."""
 
     model: str = setting(
-        "", "hub name or folder of the teacher or of a LoRA adapter; with server: its name there"
+        "",
+        "Teacher: a hub name, a model folder or the folder of a LoRA adapter; with server, the "
+        "model's name on that server.",
     )
-    prompts: str = setting("", "JSON list of sources; of chat rows, what precedes the first answer")
+    prompts: str = setting(
+        "",
+        "JSON list of sources. A chat row contributes the messages before its first assistant "
+        "turn.",
+    )
     system_prompt: list[str] | None = setting(
         None,
-        "hidden: the teacher sees it, in place of the prompt's own; train.jsonl does not. A list "
-        "has one for each source, '' for none",
+        "Hidden system prompt: the teacher sees it instead of the row's own system prompt, and "
+        "train.jsonl does not contain it. Give one for all sources, or one per source ('' for "
+        "none).",
     )
     samples_per_prompt: int = setting(
-        1, "answers to each prompt; the i-th takes the i-th temperature, top_p and seed, in turn"
+        1,
+        "Number of answers sampled per prompt. Sample i uses the i-th temperature, top_p and seed; "
+        "shorter lists are cycled.",
     )
-    temperature: list[float] = several(1.0, "0: greedy; the model's own temperature is not used")
-    top_p: list[float] = several(1.0, "nucleus sampling; the model's own top_p is not used")
-    seed: list[int] = several(0, "draws the answers")
-    max_new_tokens: int = setting(512, "an answer cut there is no training row")
-    batch_size: int = setting(16, "answers at a time in each process")
+    temperature: list[float] = list_setting(
+        1.0, "Sampling temperature; 0 is greedy decoding. Overrides the model's generation config."
+    )
+    top_p: list[float] = list_setting(
+        1.0, "Nucleus sampling threshold; 1 disables it. Overrides the model's generation config."
+    )
+    seed: list[int] = list_setting(0, "Seed of the sampled answers.")
+    max_new_tokens: int = setting(
+        512, "Maximum number of tokens per answer. A truncated answer is not used for training."
+    )
+    batch_size: int = setting(16, "Number of answers generated at a time by each process.")
     template_arguments: str | None = setting(
-        None, "variables of the chat template, such as {enable_thinking: false}"
+        None, "JSON object of chat template variables, such as {enable_thinking: false}."
     )
-    mixture_seed: int = setting(0, "draws the prompts of a source with count, as in training")
-    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "of the weights")
-    output_dir: str = setting("", "folder of raw.jsonl and train.jsonl")
+    mixture_seed: int = setting(
+        0, "Seed that draws the prompts of each source with a count, as in training."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "Data type of the weights of the teacher and of the reward model."
+    )
+    output_dir: str = setting("", "Folder for raw.jsonl and train.jsonl.")
 
     def __post_init__(self) -> None:
         self.sources = parse_json_list("prompts", self.prompts)
@@ -53,64 +72,80 @@ class GenerationSettings:
         if min(self.temperature) < 0.0:
             raise ValueError(f"temperature: {self.temperature}; wanted 0 (greedy) or more")
         if not all(0.0 < top_p <= 1.0 for top_p in self.top_p):
-            raise ValueError(f"top_p: {self.top_p}; wanted more than 0, and 1 at most")
+            raise ValueError(f"top_p: {self.top_p}; wanted more than 0 and at most 1")
         for key in ("temperature", "top_p", "seed"):
             if len(getattr(self, key)) > self.samples_per_prompt:
                 raise ValueError(
                     f"{key}: {getattr(self, key)} with samples_per_prompt: "
-                    f"{self.samples_per_prompt}, so that some are never used; raise the latter"
+                    f"{self.samples_per_prompt}; wanted at most one value per sample, since "
+                    "the others are never used. Raise samples_per_prompt"
                 )
-        greedy = [top_p for t, top_p, _ in map(self.drawing, self.indices) if t == 0.0]
+        greedy = [top_p for t, top_p, _ in map(self.sampling, self.indices) if t == 0.0]
         if len(greedy) > 1 or any(top_p < 1.0 for top_p in greedy):
             raise ValueError(
                 f"temperature: 0 for {len(greedy)} of the samples_per_prompt, with top_p: "
-                f"{greedy}. Greedy decoding has one answer and draws nothing: let one sample "
-                "have it, with top_p 1, or take a temperature above 0"
+                f"{greedy}; wanted at most one such sample, with top_p 1, because greedy decoding "
+                "has one answer. Use temperatures above 0 for the others"
             )
         hidden = self.system_prompt or []
         if len(hidden) not in (0, 1, len(self.sources)):
             raise ValueError(
                 f"system_prompt: {len(hidden)} for {len(self.sources)} sources; wanted one, or "
-                "one for each source ('' for none)"
+                "one per source ('' for none)"
             )
 
     @property
     def indices(self) -> range:
+        """The indices of the samples of one prompt."""
         return range(self.samples_per_prompt)
 
-    def drawing(self, index: int) -> tuple[float, float, int]:
-        """(temperature, top_p, seed) of the index-th sample of a prompt."""
+    def sampling(self, index: int) -> tuple[float, float, int]:
+        """Temperature, top_p and seed of the index-th sample of a prompt."""
         lists = (self.temperature, self.top_p, self.seed)
         temperature, top_p, seed = (values[index % len(values)] for values in lists)
         return temperature, top_p, seed
 
     def hidden_prompt(self, source: int) -> str | None:
-        """The system prompt that is shown to the teacher alone, for the source-th source."""
+        """The system prompt that only the teacher sees, for the source-th source."""
         if not self.system_prompt:
             return None
-        one = len(self.system_prompt) == 1
-        return self.system_prompt[0 if one else source] or None
+        single = len(self.system_prompt) == 1
+        return self.system_prompt[0 if single else source] or None
 
 
 @dataclass
 class ServerSettings:
-    """An OpenAI-compatible server that answers in place of a model in this process."""
+    """An OpenAI-compatible server that answers instead of a model in this process."""
 
     server: str | None = setting(
-        None, "its URL, such as https://api.openai.com/v1 or http://localhost:8000/v1"
+        None,
+        "URL of an OpenAI-compatible server, such as https://api.openai.com/v1 or "
+        "http://localhost:8000/v1; without it, the model is loaded in this process.",
     )
     key_variable: str = setting(
-        "OPENAI_API_KEY", "environment variable with the key: it is read from there alone"
+        "OPENAI_API_KEY", "Environment variable with the API key; no other place is read."
     )
-    concurrency: int = setting(16, "requests under way at a time, over all processes")
-    request_timeout: float = setting(600.0, "seconds for one answer")
-    retries: int = setting(8, "further tries of a request: 429, 5xx, time-outs, torn answers")
+    concurrency: int = setting(
+        16, "Maximum number of concurrent requests, summed over all processes."
+    )
+    request_timeout: float = setting(600.0, "Timeout of one request, in seconds.")
+    retries: int = setting(
+        8,
+        "Maximum number of retries per request, after rate limits (429), server errors (5xx), "
+        "timeouts and malformed responses.",
+    )
     price_per_million_tokens: list[float] | None = setting(
-        None, "two numbers, of prompt and of answer tokens: an estimate is printed before the run"
+        None,
+        "Two prices, of a million prompt tokens and of a million answer tokens; the cost is "
+        "estimated before the run starts.",
     )
-    estimate_only: bool = setting(False, "print the estimate, ask nothing")
+    estimate_only: bool = setting(
+        False, "Print the estimated requests, tokens and cost, then exit without any request."
+    )
     skip_failed: bool = setting(
-        False, "make train.jsonl without the samples that the server refuses; else an error"
+        False,
+        "Write train.jsonl without the samples that the server refused; otherwise they are an "
+        "error.",
     )
 
     def __post_init__(self) -> None:
@@ -128,33 +163,50 @@ class ServerSettings:
 
 @dataclass
 class FilterSettings:
-    """Which answers become training rows. Empty, cut and repeated ones never do."""
+    """Filters from answers to training rows; empty, truncated and duplicate answers always go."""
 
     max_repetition: float | None = setting(
-        None, "largest share of an answer's word 4-grams that it has had before (0.3, say)"
+        None,
+        "Drop an answer if a larger share of its word 4-grams than this is repeated, such as 0.3.",
     )
     near_duplicate_similarity: float | None = setting(
-        None, "of word trigrams (Jaccard, by MinHash): from it on the later row goes (0.8, say)"
+        None,
+        "Drop a row whose Jaccard similarity of word trigrams with an earlier row, estimated by "
+        "MinHash, reaches this value, such as 0.8.",
     )
     evaluation_data: str | None = setting(
-        None, "JSON list of sources: what shares 13 words in a row with a prompt of them goes"
+        None,
+        "JSON list of evaluation sources. Prompts and answers that share a 13-gram of words with "
+        "their prompts are dropped.",
     )
     rationales: bool = setting(
         False,
-        "Distilling Step-by-Step: a label row (the gold answer) and a rationale row an example; "
-        "prompts need a completion, and what the teacher concludes must be that",
+        "Distilling Step-by-Step: write a label row with the gold answer and a rationale row per "
+        "prompt. Prompts need a completion, and a rationale must conclude with the gold answer.",
     )
-    answer_marker: str = setting("Answer:", "what stands before the conclusion of a rationale")
+    answer_marker: str = setting(
+        "Answer:", "Text between the reasoning and the conclusion of a teacher's rationale."
+    )
     gold_marker: str | None = setting(
-        None, "what stands before the answer in the completion (####, say); else it is the answer"
+        None,
+        "Text before the gold answer in the completion, such as ####; without it, the whole "
+        "completion is the gold answer.",
     )
-    label_copies: int = setting(1, "of each label row: long rationales have most of the tokens")
+    label_copies: int = setting(
+        1,
+        "Number of copies of each label row, to balance the larger number of tokens in rationale "
+        "rows.",
+    )
     reward_model: str | None = setting(
-        None, "hub name or folder of a sequence classifier with one output: it scores the answers"
+        None,
+        "Reward model that scores the answers: hub name or folder of a sequence classifier with "
+        "one output.",
     )
-    keep_best: int | None = setting(None, "of a prompt's answers, by reward; without: all")
-    min_reward: float | None = setting(None, "an answer that scores less is no training row")
-    reward_batch_size: int = setting(16, "answers that are scored at a time")
+    keep_best: int | None = setting(
+        None, "Number of answers with the highest rewards to keep per prompt; without it, all."
+    )
+    min_reward: float | None = setting(None, "Drop answers with a lower reward than this.")
+    reward_batch_size: int = setting(16, "Number of answers scored at a time by the reward model.")
 
     def __post_init__(self) -> None:
         self.evaluation_sources = parse_json_list("evaluation_data", self.evaluation_data)
@@ -167,11 +219,11 @@ class FilterSettings:
                 raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
         for key in ("keep_best", "min_reward"):
             if getattr(self, key) is not None and not self.reward_model:
-                raise ValueError(f"{key}: {getattr(self, key)} without reward_model, which scores")
+                raise ValueError(f"{key}: {getattr(self, key)} without a reward_model; set one")
         if self.reward_model and self.keep_best is None and self.min_reward is None:
             raise ValueError(
-                f"reward_model: {self.reward_model}, but nothing depends on its scores; set "
+                f"reward_model: {self.reward_model}, but no filter uses its rewards; set "
                 "keep_best or min_reward"
             )
         if self.rationales and not self.answer_marker.strip():
-            raise ValueError("answer_marker: empty; wanted what stands before the conclusion")
+            raise ValueError("answer_marker: empty; wanted the text before the conclusion")

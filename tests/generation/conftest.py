@@ -1,4 +1,4 @@
-"""A tiny Qwen2 with random weights, its tokenizer, and prompts; all made here, no network."""
+"""A tiny Qwen2 with random weights, its tokenizer and prompts, all created without network."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ WORDS = [
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[dict]]:
-    """Forty conversations of unequal length; every other one has a system prompt of its own."""
+    """Forty conversations of different lengths; every other one has its own system prompt."""
     found = []
     for i in range(40):
         words = " ".join(WORDS[(i * k) % len(WORDS)] for k in range(2, 4 + i % 7))
@@ -39,7 +39,7 @@ def prompts() -> list[list[dict]]:
 
 @pytest.fixture(scope="session")
 def prompts_file(prompts: list[list[dict]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as chat rows with an answer, which generation must drop."""
+    """The prompts as chat rows with an answer, which generation must drop."""
     path = tmp_path_factory.mktemp("prompts") / "chat.jsonl"
     old = {"role": "assistant", "content": "an old answer"}
     path.write_text("".join(json.dumps({"messages": [*p, old]}) + "\n" for p in prompts))
@@ -48,14 +48,14 @@ def prompts_file(prompts: list[list[dict]], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Few tokens, so that random weights draw the end token within a few dozen."""
+    """A small vocabulary, so that random weights emit the end token within a few dozen tokens."""
     texts = [" ".join(WORDS), "0123456789?.\n", "system user assistant be kind answer briefly"]
     return small_tokenizer(64, texts, eos_token="<|endoftext|>", all_bytes=False)
 
 
 @pytest.fixture(scope="session")
 def teacher(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model; its generation_config knows EOS alone, not the template's end."""
+    """A model folder whose generation_config lists EOS but not the end token of the template."""
     return save_small(
         tmp_path_factory.mktemp("models") / "teacher",
         tokenizer,

@@ -1,4 +1,4 @@
-"""Row-wise sampling, greedy decoding, stopping, and what the model is asked."""
+"""Sampling per row, greedy decoding, end tokens and the prompt that the model sees."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ def engine(name, new: int = 24) -> LocalEngine:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
-def test_sampled_frequencies_are_the_softmax(temperature, top_p):
-    """Pearson's chi-square of 20 000 rows, each with its own seed, below its 0.999 quantile."""
+def test_sampled_frequencies_follow_the_softmax(temperature, top_p):
+    """Pearson's chi-square of 20,000 rows, each with its own seed, is below its 0.999 quantile."""
     rows = 20_000
     logits = torch.tensor([2.0, 1.5, 0.3, 0.0, -0.5, -1.0])
     p = torch.softmax(logits.double() / temperature, -1)
-    if top_p < 1.0:  # the smallest set of the most probable that reaches top_p
+    if top_p < 1.0:  # the smallest set of most probable tokens that reaches top_p
         ordered, order = p.sort(descending=True)
         p[order[ordered.cumsum(0) - ordered >= top_p]] = 0.0
         p /= p.sum()
@@ -34,17 +34,17 @@ def test_sampled_frequencies_are_the_softmax(temperature, top_p):
     assert counts[p == 0].sum() == 0
     expected = rows * p[p > 0]
     chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom; with fewer the test is laxer
+    assert chi_square < 20.5  # 5 degrees of freedom; with fewer the test is weaker
 
 
-def test_successive_draws_of_a_row_are_independent():
+def test_successive_samples_of_a_row_are_independent():
     noise, scores = GumbelNoise([7]), torch.zeros(1, 4)
     drawn = torch.tensor([noise(scores, scores).argmax() for _ in range(8_000)])
     pairs = torch.bincount(4 * drawn[:-1] + drawn[1:], minlength=16).double()
     assert ((pairs - 500) ** 2 / 500).sum() < 37.7  # 15 degrees of freedom, 0.999
 
 
-def test_a_draw_depends_on_its_seed_and_not_on_its_neighbours():
+def test_a_sample_depends_on_its_seed_and_not_on_the_rest_of_the_batch():
     scores = torch.zeros(3, 50)
     together = GumbelNoise([1, 2, 3])(scores, scores)
     alone = GumbelNoise([2])(scores[:1], scores[:1])
@@ -52,7 +52,7 @@ def test_a_draw_depends_on_its_seed_and_not_on_its_neighbours():
     assert not torch.equal(together[0], together[1])
 
 
-def test_temperature_zero_is_the_models_own_greedy_decoding(teacher, tokenizer, prompts):
+def test_temperature_zero_equals_greedy_decoding_by_transformers(teacher, tokenizer, prompts):
     ours = engine(teacher)
     answers = ours.answer(prompts[:6], [0] * 6, temperature=0.0)
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
@@ -66,7 +66,7 @@ def test_temperature_zero_is_the_models_own_greedy_decoding(teacher, tokenizer, 
     assert len(set(texts)) > 1
 
 
-def test_padding_and_neighbours_do_not_change_an_answer(teacher, prompts):
+def test_padding_and_the_rest_of_the_batch_do_not_change_an_answer(teacher, prompts):
     ours = engine(teacher)
     seeds = list(range(8))
     together = ours.answer(prompts[:8], seeds)
@@ -74,7 +74,7 @@ def test_padding_and_neighbours_do_not_change_an_answer(teacher, prompts):
     assert together == alone
 
 
-def test_answers_stop_at_eos_and_at_the_templates_end_token(teacher, tokenizer):
+def test_answers_stop_at_eos_and_at_the_end_token_of_the_template(teacher, tokenizer):
     ours = engine(teacher)
     eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     text = tokenizer("a list")["input_ids"]
@@ -85,7 +85,7 @@ def test_answers_stop_at_eos_and_at_the_templates_end_token(teacher, tokenizer):
     assert (cut.text, cut.stopped, cut.tokens) == ("a list", False, len(text))
 
 
-def test_an_adapters_folder_answers_as_base_and_adapter(teacher, tokenizer, prompts, tmp_path):
+def test_an_adapter_folder_answers_like_the_merged_model(teacher, tokenizer, prompts, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(teacher)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     torch.manual_seed(1)
@@ -102,18 +102,18 @@ def test_an_adapters_folder_answers_as_base_and_adapter(teacher, tokenizer, prom
         for path in (tmp_path / "adapter", tmp_path / "merged", teacher)
     )
     assert adapter == merged != plain
-    # What the adapter's folder says of generation, its end tokens, goes before its base's.
+    # The generation config of the adapter's folder overrides that of its base.
     (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [1, 2, 9]}')
     model = load_answering_model(str(tmp_path / "adapter"), torch.float32, "cpu")
     assert model.generation_config.eos_token_id == [1, 2, 9]
 
 
-def test_a_prompt_beyond_the_models_positions_is_refused(teacher):
+def test_a_prompt_that_exceeds_the_models_positions_is_an_error(teacher):
     with pytest.raises(ValueError, match="256 positions"):
         engine(teacher, new=250).encode([[{"role": "user", "content": "what is a list?"}]])
 
 
-def test_a_template_that_loses_the_system_prompt_is_refused(tokenizer):
+def test_a_template_that_drops_the_system_prompt_is_an_error(tokenizer):
     template = tokenizer.chat_template
     refusing = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + template
@@ -126,13 +126,13 @@ def test_a_template_that_loses_the_system_prompt_is_refused(tokenizer):
         tokenizer.chat_template = broken
         try:
             check_template(tokenizer, "teacher", None)
-            with pytest.raises(ValueError, match="no place for system messages"):
+            with pytest.raises(ValueError, match="does not render system messages"):
                 check_template(tokenizer, "teacher", "be kind")
         finally:
             tokenizer.chat_template = template
 
 
-def test_the_end_token_is_drawn_too_and_the_last_position_may_be_used(teacher, tokenizer):
+def test_the_end_token_counts_and_the_last_position_may_be_used(teacher, tokenizer):
     ours = engine(teacher)
     assert ours.read([7, 8, tokenizer.eos_token_id, 0]).tokens == 3
     question = [[{"role": "user", "content": "what is a list?"}]]

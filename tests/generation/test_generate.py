@@ -1,4 +1,4 @@
-"""train/generate.py by its command line: killed, restarted, shared by two processes."""
+"""The command line of train/generate.py: killed, restarted, shared by two processes."""
 
 import json
 import os
@@ -60,29 +60,29 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_raw_has_every_sample_and_train_what_the_filters_left(uninterrupted, prompts):
+def test_raw_jsonl_has_every_sample_and_train_jsonl_the_filtered_ones(uninterrupted, prompts):
     out, printed = uninterrupted
     raw, train = rows(out / "raw.jsonl"), rows(out / "train.jsonl")
     assert len({row["key"] for row in raw}) == len(raw) == SAMPLES
     assert 0 < len(train) < SAMPLES
     cut = sum(not row["stopped"] for row in raw)
-    assert f"kept {len(train)};" in printed and f"{cut} cut" in printed
+    assert f"kept {len(train)};" in printed and f"{cut} truncated" in printed
     assert json.loads((out / "done.json").read_text())["kept"] == len(train)
     assert [row["messages"][:-1] for row in train] == sorted(
         (row["messages"][:-1] for row in train), key=prompts.index
     )
 
 
-def test_the_hidden_system_prompt_is_in_no_row_and_the_prompts_own_is_kept(uninterrupted, prompts):
+def test_no_row_has_the_hidden_system_prompt_and_the_rows_own_is_kept(uninterrupted, prompts):
     text = (uninterrupted[0] / "train.jsonl").read_text()
     assert HIDDEN not in text and "an old answer" not in text
     assert "be kind" in text
 
 
-def test_killed_and_restarted_by_two_processes_it_writes_the_same_bytes(
+def test_a_killed_run_restarted_by_two_processes_writes_the_same_bytes(
     recipe, uninterrupted, tmp_path
 ):
-    """SIGKILL amid the work, then a torn line, then the rest shared by two processes."""
+    """SIGKILL during the run, then a torn line, then two processes share the rest."""
     raw = tmp_path / "raw.jsonl"
     arguments = [sys.executable, *command(recipe, tmp_path)]
     process = subprocess.Popen(
@@ -98,15 +98,15 @@ def test_killed_and_restarted_by_two_processes_it_writes_the_same_bytes(
         process.wait()
     assert 10 <= raw.read_bytes().count(b"\n") < SAMPLES
     assert not (tmp_path / "train.jsonl").exists() and not (tmp_path / "done.json").exists()
-    with open(raw, "r+b") as file:  # tear the last line: its batch is unfinished then
+    with open(raw, "r+b") as file:  # a torn line leaves its batch unfinished
         file.truncate(raw.stat().st_size - 40)
     survived = raw.read_bytes()[: raw.read_bytes().rindex(b"\n") + 1]
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = generate([*torchrun, *command(recipe, tmp_path)]).stdout
-    assert "cut a torn last line" in printed
+    assert "removed an incomplete last line" in printed
     lines = survived.count(b"\n")
-    assert f"{lines} there already" in printed
+    assert f"{lines} exist already" in printed
     assert raw.read_bytes().startswith(survived)
     assert rows(tmp_path / "raw.1.jsonl")
     assert len(rows(raw)) + len(rows(tmp_path / "raw.1.jsonl")) == SAMPLES
@@ -115,24 +115,24 @@ def test_killed_and_restarted_by_two_processes_it_writes_the_same_bytes(
 
 
 def run_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """main() of the script in this process."""
+    """Run main() of the script in this process."""
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(arguments[0])["main"]()
 
 
-def test_what_is_there_is_reused_and_no_model_is_loaded(
+def test_existing_answers_are_reused_without_loading_a_model(
     recipe, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "raw.jsonl").write_bytes((uninterrupted[0] / "raw.jsonl").read_bytes())
     monkeypatch.setattr(LocalEngine, "__init__", lambda *_: pytest.fail("a model was loaded"))
     run_here(command(recipe, tmp_path, "--samples_per_prompt", "1"), monkeypatch)
     printed = capsys.readouterr().out
-    assert "40 there already" in printed
-    assert "40 samples of other settings or prompts, left out" in printed
+    assert "40 exist already" in printed
+    assert "40 samples of other settings or prompts are not used" in printed
     assert json.loads((tmp_path / "done.json").read_text())["samples"] == 40
 
 
-def test_other_settings_ask_again_and_the_model_sees_the_hidden_prompt(
+def test_other_settings_generate_again_and_the_model_sees_the_hidden_prompt(
     recipe, uninterrupted, prompts, tokenizer, tmp_path, monkeypatch, capsys
 ):
     old = (uninterrupted[0] / "raw.jsonl").read_text()

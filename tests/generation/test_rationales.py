@@ -1,4 +1,4 @@
-"""Rationales and conclusions."""
+"""Split rationales and compare conclusions with gold answers."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from kd.generation.rationales import gold_answer, same_answer, split_rationale
         ("1/2", "1/2"),
     ],
 )
-def test_the_same_answer_in_other_words_is_the_same(found, gold):
+def test_answers_that_differ_only_in_spelling_are_equal(found, gold):
     assert same_answer(found, gold)
 
 
@@ -35,17 +35,17 @@ def test_the_same_answer_in_other_words_is_the_same(found, gold):
         ("no", "yes"),
     ],
 )
-def test_another_answer_is_another(found, gold):
+def test_different_answers_are_not_equal(found, gold):
     assert not same_answer(found, gold)
 
 
-def test_the_last_marker_divides_reasoning_and_conclusion():
+def test_the_last_marker_separates_reasoning_and_conclusion():
     told = "Answer: is what I must give. 2 + 2 is 4.\nAnswer: 4"
     assert split_rationale(told, "Answer:") == ("Answer: is what I must give. 2 + 2 is 4.", "4")
     for broken in ("4", "Answer: 4", "It is 4. Answer:", ""):
         assert split_rationale(broken, "Answer:") is None
 
 
-def test_what_stands_behind_the_last_marker_is_the_gold_answer():
+def test_the_text_after_the_last_marker_is_the_gold_answer():
     assert gold_answer("5 #### of 6, so #### 30 eggs\n", "####") == "30 eggs"
     assert gold_answer(" 30 eggs ", None) == gold_answer("30 eggs", "####") == "30 eggs"

@@ -1,4 +1,4 @@
-"""train/generate.py by its command line against a real server that misbehaves: killed again and again."""
+"""The command line of train/generate.py against a faulty local server, killed repeatedly."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def uninterrupted(folder) -> tuple[Path, str]:
     return folder / "whole", done.stdout
 
 
-def test_the_server_is_asked_with_the_hidden_prompt_and_no_row_has_it(uninterrupted, prompts):
+def test_requests_have_the_hidden_prompt_and_training_rows_do_not(uninterrupted, prompts):
     out, printed = uninterrupted
     raw, train = rows(out / "raw.jsonl"), rows(out / "train.jsonl")
     assert len({row["key"] for row in raw}) == len(raw) == SAMPLES
@@ -75,18 +75,18 @@ def test_the_server_is_asked_with_the_hidden_prompt_and_no_row_has_it(uninterrup
     assert prompts[8][-1]["content"] in contents and "be kind 1" in contents
 
 
-def test_tokens_and_price_are_estimated_before_and_counted_after(uninterrupted):
+def test_tokens_and_price_are_estimated_before_the_run_and_counted_after_it(uninterrupted):
     printed = uninterrupted[1]
     assert f"to ask: {SAMPLES} requests of big" in printed
     most = SAMPLES * 48
-    assert f"at most {most:,} of answers" in printed
-    assert "1 left out for overlap with the evaluation data" in printed
-    prompt, answer = SAMPLES * 7, SAMPLES * 5  # as the server says
+    assert f"at most {most:,} in answers" in printed
+    assert "1 dropped for overlap with the evaluation data" in printed
+    prompt, answer = SAMPLES * 7, SAMPLES * 5  # as the server reports
     cost = (prompt * 2.5 + answer * 10) / 1e6
-    assert f"used: {prompt} tokens of prompts, {answer} of answers; price {cost:,.2f}" in printed
+    assert f"used: {prompt} tokens in prompts, {answer} in answers; price {cost:,.2f}" in printed
 
 
-def test_the_key_is_in_no_file_and_on_no_screen(uninterrupted):
+def test_the_api_key_is_neither_written_nor_printed(uninterrupted):
     out, printed = uninterrupted
     assert KEY not in printed
     for file in out.iterdir():
@@ -94,12 +94,13 @@ def test_the_key_is_in_no_file_and_on_no_screen(uninterrupted):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_restarted_it_writes_the_same_bytes(
+def test_a_run_killed_at_random_moments_writes_the_same_bytes(
     folder, uninterrupted, kills, tmp_path
 ):
-    """SIGKILL while it starts, asks or writes, against 429, 500, time-outs and torn bodies.
+    """SIGKILL at start, during requests or during writes, with a server that injects faults.
 
-    Three requests after the moment the server answers no more, so that no process is done before its kill.
+    The server stops answering three requests after the chosen moment, so that no process finishes
+    before it is killed.
     """
     moments = random.Random(kills)
     with ChatServer(key=KEY, faulty=0.3, slow=1.5, pause=0.02) as server:
@@ -130,7 +131,7 @@ def test_killed_at_random_moments_and_restarted_it_writes_the_same_bytes(
             file.write('{"key": "torn')
         done = start(*arguments, OPENAI_API_KEY=KEY)
         assert set(server.met) >= {"429", "500", "slow", "torn body", "broken connection"}
-    assert "cut a torn last line of 13 bytes" in done.stdout
+    assert "removed an incomplete last line of 13 bytes" in done.stdout
     assert 0 < answered < SAMPLES
     raw = rows(tmp_path / "raw.jsonl")
     assert len(raw) == len({row["key"] for row in raw}) == SAMPLES
@@ -138,14 +139,14 @@ def test_killed_at_random_moments_and_restarted_it_writes_the_same_bytes(
     assert (tmp_path / "train.jsonl").read_bytes() == expected
 
 
-def test_an_estimate_alone_asks_nothing_and_needs_no_key(folder, tmp_path):
+def test_estimate_only_sends_no_request_and_needs_no_key(folder, tmp_path):
     with ChatServer() as server:
         done = start(*command(folder, server, tmp_path, "--estimate_only", "true"))
         assert done.returncode == 0 and "price: at most" in done.stdout, done.stdout
         assert not server.requests and not (tmp_path / "train.jsonl").exists()
 
 
-def test_what_the_server_refuses_is_an_error_that_a_recipe_may_accept(folder, tmp_path):
+def test_refused_requests_are_an_error_unless_skip_failed_is_set(folder, tmp_path):
     def picky(request: dict) -> dict:
         if request["messages"][-1]["content"].endswith(" 3?"):
             return {"refused": "not this one"}
@@ -155,17 +156,17 @@ def test_what_the_server_refuses_is_an_error_that_a_recipe_may_accept(folder, tm
         arguments = command(folder, server, tmp_path)
         refused = start(*arguments)
         assert refused.returncode == 2 and "Traceback" not in refused.stdout
-        assert f"3 of {SAMPLES} samples have no answer, the first for: " in refused.stdout
+        assert f"3 of {SAMPLES} samples have no answer, the first because: " in refused.stdout
         assert "not this one" in refused.stdout
         asked = len(server.requests)
         done = start(*arguments, "--skip_failed", "true")
         assert done.returncode == 0 and "3 without an answer" in done.stdout, done.stdout
-        assert len(server.requests) == asked + 3  # it was asked once more
+        assert len(server.requests) == asked + 3  # each is requested once more
     train = (tmp_path / "train.jsonl").read_text()
     assert " 4?" in train and " 3?" not in train
 
 
-def test_each_kind_of_token_has_its_own_price():
+def test_prompt_and_answer_tokens_have_different_prices():
     server = ServerSettings(price_per_million_tokens=[2.5, 10.0])
     assert price(1e6, 0, server) == 2.5 and price(0, 1e6, server) == 10.0
     assert price(1, 1, ServerSettings()) is None

@@ -1,4 +1,4 @@
-"""The HTTP client against a real server that misbehaves."""
+"""The HTTP client against a faulty local server."""
 
 import threading
 
@@ -29,10 +29,10 @@ def ask(server: ChatServer, asked: list[dict]) -> dict[int, Completion | Failure
     return results
 
 
-def test_every_kind_of_fault_is_asked_again_until_it_is_answered():
+def test_every_kind_of_fault_is_retried_until_it_is_answered():
     asked = requests(40)
     with Served(faulty=0.6, slow=60.0) as served:
-        # Long, for what is asked again because this machine was late would be counted below.
+        # A long timeout: a retry caused by a slow machine would be counted below.
         results = ask(ChatServer(served.url, timeout=5.0, retries=3), asked)
         assert set(served.met) == set(FAULTS)
         assert len(served.requests) == 40 + served.met.total()
@@ -47,7 +47,7 @@ def test_every_kind_of_fault_is_asked_again_until_it_is_answered():
         assert result.served_by == "m-2026"
 
 
-def test_no_more_requests_are_under_way_than_concurrency_allows():
+def test_no_more_requests_are_in_flight_than_concurrency_allows():
     now, most, lock, two = 0, 0, threading.Lock(), threading.Event()
 
     def counted(request: dict) -> dict:
@@ -57,7 +57,7 @@ def test_no_more_requests_are_under_way_than_concurrency_allows():
             most = max(most, now)
             if now > 1:
                 two.set()
-        two.wait(60)  # the first ones, until there is a second
+        two.wait(60)  # the first request waits for a second one
         threading.Event().wait(0.02)
         with lock:
             now -= 1
@@ -68,7 +68,7 @@ def test_no_more_requests_are_under_way_than_concurrency_allows():
     assert 1 < most <= 5
 
 
-def test_a_refused_request_fails_alone_and_is_not_repeated():
+def test_a_refused_request_fails_alone_and_is_not_retried():
     def picky(request: dict) -> dict:
         odd = request["messages"][0]["content"] == "3?"
         return {"refused": "not this one"} if odd else some_answer(request)
@@ -81,7 +81,7 @@ def test_a_refused_request_fails_alone_and_is_not_repeated():
     assert "not this one" in results[3].message
 
 
-def test_a_wrong_key_stops_at_once_and_is_not_quoted(monkeypatch):
+def test_a_wrong_key_stops_the_run_at_once_and_is_not_quoted(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     with (
         Served(key="another") as served,
@@ -92,23 +92,23 @@ def test_a_wrong_key_stops_at_once_and_is_not_quoted(monkeypatch):
     assert len(served.requests) == 1
 
 
-def test_the_key_of_the_environment_is_sent(monkeypatch):
+def test_the_key_from_the_environment_is_sent(monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     with Served(key=KEY) as served:
         assert isinstance(ask(ChatServer(served.url, "MY_KEY"), requests(1))[0], Completion)
 
 
-def test_a_server_that_answers_nothing_stops_the_run():
+def test_a_server_that_never_answers_stops_the_run():
     with Served(lambda _: {"message": None}) as served:
         server = ChatServer(served.url, concurrency=2, retries=0)
-        with pytest.raises(ValueError, match="4 requests in a row failed.*no chat completion"):
+        with pytest.raises(ValueError, match="4 requests in a row failed.*not a chat completion"):
             ask(server, requests(50))
         assert len(served.requests) < 10
     with pytest.raises(ValueError, match="in a row failed.*Connection"):
-        ask(ChatServer(served.url, retries=0), requests(50))  # nobody listens there now
+        ask(ChatServer(served.url, retries=0), requests(50))  # the server is gone
 
 
-def test_a_server_that_answers_now_and_then_does_not_stop_the_run():
+def test_a_server_that_answers_occasionally_does_not_stop_the_run():
     def moody(request: dict) -> dict:
         third = int(request["messages"][0]["content"][:-1]) % 3 == 2
         return some_answer(request) if third else {"refused": "not now"}
@@ -118,11 +118,10 @@ def test_a_server_that_answers_now_and_then_does_not_stop_the_run():
     assert [isinstance(results[i], Failure) for i in range(12)] == [True, True, False] * 4
 
 
-def test_log_probabilities_are_handed_on():
-    content = [
-        {"token": "m", "logprob": -0.1, "bytes": [], "top_logprobs": [
-            {"token": "m", "logprob": -0.1, "bytes": []}, {"token": "M", "logprob": -2.4, "bytes": []}]}
-    ]  # fmt: skip
+def test_log_probabilities_are_returned():
+    first = {"token": "m", "logprob": -0.1, "bytes": []}
+    second = {"token": "M", "logprob": -2.4, "bytes": []}
+    content = [first | {"top_logprobs": [first, second]}]
     with Served(lambda r: some_answer(r) | {"logprobs": {"content": content}}) as served:
         asked = [requests(1)[0] | {"logprobs": True, "top_logprobs": 2}]
         result = ask(ChatServer(served.url), asked)[0]
@@ -130,7 +129,7 @@ def test_log_probabilities_are_handed_on():
     assert result.top_log_probabilities == [{"m": -0.1, "M": -2.4}]
 
 
-def test_the_limit_of_new_tokens_has_the_name_that_the_host_wants(monkeypatch):
+def test_the_token_limit_has_the_name_that_the_host_expects(monkeypatch):
     with Served() as served:
         server = ChatServer(served.url)
         ask(server, requests(1))
@@ -143,7 +142,7 @@ def test_the_limit_of_new_tokens_has_the_name_that_the_host_wants(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://me:secret@host/v1"])
-def test_a_url_that_cannot_serve_is_refused_without_being_quoted_with_its_password(url):
+def test_an_invalid_url_is_an_error_that_does_not_quote_its_password(url):
     with pytest.raises(ValueError, match="server:") as error:
         check_url(url)
     assert "secret" not in str(error.value)

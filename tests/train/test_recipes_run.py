@@ -58,7 +58,7 @@ def test_experiment_b_the_teachers_answers_and_a_student_of_them(kind):
     prompts = [row["messages"][-2]["content"] for row in rows]
     assert rows and (kind == "expansion" or len(set(prompts)) == len(prompts))
     if kind == "reward":
-        told = re.search(r"(\d+) beside their prompt's keep_best", printed)
+        told = re.search(r"(\d+) ranked below their prompt's keep_best", printed)
         scores = (SMALL / "b_reward").glob("rewards*.jsonl")
         scored = sum(len(file.read_text().splitlines()) for file in scores)
         assert told and int(told.group(1)) + len(rows) <= scored
@@ -161,7 +161,7 @@ def test_three_stages_by_one_command_that_does_nothing_twice():
     (SMALL / "f_on_policy" / "done.json").unlink()
     again = start(*whole)
     assert again.stdout.count("is finished already") == 2
-    assert "going on from runs/small/f_on_policy/checkpoint-2" in again.stdout, again.stdout
+    assert "resuming from runs/small/f_on_policy/checkpoint-2" in again.stdout, again.stdout
     assert (SMALL / "f_on_policy" / "done.json").exists()
 
 
