@@ -1,9 +1,11 @@
-"""The training loss from hidden states and heads, in tiles of tokens: (N, V) never exists whole.
+"""The distillation loss fused with the output heads: it never holds all (N, V) logits at once.
 
-N target tokens, V vocabulary, H hidden. A tile costs one product for the student's logits, one for
-the teacher's (none where a cache gives its likeliest ids), one for the gradient of the hidden states
-and, where the head trains, one for the head's. The gradient is that of the SUM over tokens; it is
-formed in the forward and kept in float32, because the loss scale is known only in backward.
+N target tokens, V vocabulary, H hidden. The loss runs over tiles of tokens. Each tile costs one
+matrix product for the student's logits, one for the teacher's (none if a cache gives them), one for
+the gradient of the hidden states and, if the head is trained, one for the gradient of its weight.
+
+The forward pass computes the gradient of the SUM of the loss over tokens and keeps it in float32;
+the backward pass only multiplies it by the incoming gradient, such as a loss scale.
 """
 
 import importlib.util
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from kd.losses import cross_tokenizer as aligned
 from kd.losses import elementwise, sparse
-from kd.losses.objective import METRICS, Head, Objective, TeacherSignal
-from kd.losses.segments import AlignedSignal
-from kd.losses.sparse import SparseSignal
+from kd.losses.head import Head, TeacherOutputs
+from kd.losses.metrics import TOKEN_METRICS
+from kd.losses.segments import AlignedTeacherOutputs
+from kd.losses.sparse import SparseTeacherOutputs
+from kd.settings.distillation import Objective
 
-TILE = 256  # tokens a tile at most on a CPU: smaller products are slower, larger ones hardly faster
-PIECE_BYTES = 2**25  # of a head that is converted for the product, at one time
+TILE = 256  # most tokens per tile on a CPU: larger products are hardly faster
+PIECE_BYTES = 2**25  # of a head that is converted to another dtype at one time
 
 
 def linear_distillation_loss(
@@ -28,23 +32,36 @@ def linear_distillation_loss(
     labels: Tensor,
     head: Head,
     objective: Objective,
-    vocabulary: int,
-    teacher: TeacherSignal | SparseSignal | None = None,
+    vocab_size: int,
+    teacher: TeacherOutputs | SparseTeacherOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss summed over tokens, metric sums in the order of METRICS).
+    """Compute the training loss, summed over tokens, from hidden states and output heads.
 
-    `hidden` (N, H) predicts `labels` (N,). N may be 0: the loss is then 0 with a gradient path.
-    The gradient reaches `hidden` and, where they train, the head's weight and bias. Both
-    distributions are over the first `vocabulary` ids, those that the tokenizer has; a teacher with
-    another tokenizer has as many as its signal says.
-    Memory beside the results: objective.loss_workspace_mb. Raises ValueError where a head has
-    fewer rows than that.
+    Gradients reach `hidden` and, where they require one, the weight and bias of `head`. Besides its
+    results, the loss needs `objective.loss_workspace_mb` of memory.
+
+    Args:
+        hidden: (N, H) states that predict the labels. N may be 0; the loss is then 0.
+        labels: (N,) target ids.
+        head: The student's head.
+        objective: The loss.
+        vocab_size: Number of ids of the tokenizer. Both distributions are over the first
+            `vocab_size` ids, without the padding of a head. A teacher with another tokenizer
+            brings its own vocab_size.
+        teacher: The teacher's outputs for these tokens; None only at soft_weight 0.
+
+    Returns:
+        The loss, a scalar, and the sums of TOKEN_METRICS, (len(TOKEN_METRICS),), both in float32,
+        or float64 for float64 states.
+
+    Raises:
+        ValueError: A head has fewer rows than its tokenizer has ids.
     """
     assert teacher is not None or objective.soft_weight == 0.0
-    _check_rows("student", head, vocabulary)
-    live = isinstance(teacher, TeacherSignal)
+    _check_rows("student", head, vocab_size)
+    live = isinstance(teacher, TeacherOutputs)
     if live:
-        _check_rows("teacher", teacher.head, _teacher_vocabulary(teacher, vocabulary))
+        _check_rows("teacher", teacher.head, _teacher_vocab_size(teacher, vocab_size))
     device = hidden.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)
@@ -58,58 +75,65 @@ def linear_distillation_loss(
             labels,
             head,
             objective,
-            vocabulary,
+            vocab_size,
             teacher,
             torch.is_grad_enabled(),
         )
 
 
-def head_logits(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:
-    """(n, vocabulary) logits of (n, H) hidden states, in float32 by the products of the loss."""
+def head_logits(hidden: Tensor, head: Head, vocab_size: int) -> Tensor:
+    """Compute (n, vocab_size) logits of (n, H) states, with the dtypes and products of the loss."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    kind = _product_type(hidden, head.weight, exact)
-    logits = torch.empty(len(hidden), vocabulary, dtype=exact, device=hidden.device)
-    _project(hidden.to(kind), head.weight, logits)
+    dtype = _product_dtype(hidden, head.weight, exact)
+    logits = torch.empty(len(hidden), vocab_size, dtype=exact, device=hidden.device)
+    _project(hidden.to(dtype), head.weight, logits)
     return head.finish_(logits)
 
 
 def tile_tokens(
     objective: Objective,
-    vocabulary: int,
+    vocab_size: int,
     exact: torch.dtype,
-    product_types: list[torch.dtype],
+    product_dtypes: list[torch.dtype],
     device: torch.device,
 ) -> int:
-    """Tokens a tile, so that its buffers and temporaries stay within the objective's workspace.
+    """Return the tokens per tile whose buffers and temporaries fit the objective's workspace.
 
-    `product_types` are those of the heads' products; a half-precision one needs a copy of the
-    gradient.
+    Args:
+        objective: Sets the workspace.
+        vocab_size: Width of the buffers.
+        exact: dtype of logits and sums.
+        product_dtypes: dtypes of the heads' products, the student's first. A half-precision
+            student needs a second buffer for its gradient.
+        device: Where the loss runs.
     """
-    block = max(elementwise.BLOCK_ELEMENTS, vocabulary) * exact.itemsize
+    block = max(elementwise.BLOCK_ELEMENTS, vocab_size) * exact.itemsize
     aside = (elementwise.SCRATCH + 1) * block + 2 * PIECE_BYTES
-    sizes = [exact.itemsize for _ in product_types]
-    sizes += [product_types[0].itemsize] if product_types[0] != exact else []
-    tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocabulary * sum(sizes)))
+    sizes = [exact.itemsize for _ in product_dtypes]
+    sizes += [product_dtypes[0].itemsize] if product_dtypes[0] != exact else []
+    tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocab_size * sum(sizes)))
     if device.type == "cpu":
         return min(tokens, TILE)
-    return tokens // 128 * 128 or tokens  # whole blocks of the GPU's products
+    return tokens // 128 * 128 or tokens  # whole blocks of the GPU's matrix products
 
 
-def _check_rows(owner: str, head: Head, vocabulary: int) -> None:
-    if len(head.weight) < vocabulary:
+def _check_rows(owner: str, head: Head, vocab_size: int) -> None:
+    if len(head.weight) < vocab_size:
         raise ValueError(
-            f"the {owner}'s head has {len(head.weight)} rows and the tokenizer {vocabulary} ids; "
+            f"the {owner}'s head has {len(head.weight)} rows and the tokenizer {vocab_size} ids; "
             "wanted a row for every id: resize its embeddings to the tokenizer it was trained with"
         )
 
 
-def _teacher_vocabulary(teacher: TeacherSignal, vocabulary: int) -> int:
-    return teacher.vocabulary if isinstance(teacher, AlignedSignal) else vocabulary
+def _teacher_vocab_size(teacher: TeacherOutputs, vocab_size: int) -> int:
+    return teacher.vocab_size if isinstance(teacher, AlignedTeacherOutputs) else vocab_size
 
 
-def _tiles(teacher: TeacherSignal | SparseSignal | None, n: int, tokens: int) -> Iterator[tuple]:
-    """The student's and the teacher's rows of every tile; the same, but for another tokenizer."""
-    if isinstance(teacher, AlignedSignal):
+def _tiles(
+    teacher: TeacherOutputs | SparseTeacherOutputs | None, n: int, tokens: int
+) -> Iterator[tuple[slice, slice]]:
+    """Yield the student's and the teacher's rows of every tile; they differ across tokenizers."""
+    if isinstance(teacher, AlignedTeacherOutputs):
         yield from teacher.tiles(tokens)
         return
     for start in range(0, n, tokens or 1):
@@ -117,10 +141,10 @@ def _tiles(teacher: TeacherSignal | SparseSignal | None, n: int, tokens: int) ->
         yield tile, tile
 
 
-def _product_type(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.dtype:
-    """What a product's factors are converted to; its result is `exact` in either case.
+def _product_dtype(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product's factors; its result is always in `exact`.
 
-    Half precision only on CUDA, where products of it can be given out in float32.
+    It is half precision only on CUDA, where such products can accumulate and return float32.
     """
     if hidden.is_cuda and exact == torch.float32:
         for x in (weight, hidden):
@@ -129,49 +153,52 @@ def _product_type(hidden: Tensor, weight: Tensor, exact: torch.dtype) -> torch.d
     return exact
 
 
-def _elementwise_pass(hidden: Tensor, exact: torch.dtype) -> Callable[..., Tensor]:
-    """One kernel on CUDA, where Triton comes with PyTorch (on Linux); else passes of PyTorch."""
+def _elementwise_pass(
+    hidden: Tensor, exact: torch.dtype, objective: Objective
+) -> Callable[..., Tensor]:
+    """Choose the Triton kernel where it can run, otherwise the passes of PyTorch."""
     if hidden.is_cuda and exact == torch.float32 and importlib.util.find_spec("triton"):
         from kd.losses import triton_kernels
 
-        return triton_kernels.tile_figures
-    return elementwise.tile_figures
+        if objective.divergence in triton_kernels.KERNEL_DIVERGENCES:
+            return triton_kernels.tile_metrics
+    return elementwise.tile_metrics
 
 
 def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, V) = hidden (n, H) @ weight (V or more, H).T"""
+    """Compute out (n, V) = hidden (n, H) @ weight (V or more, H).T."""
     for rows, piece in _pieces(weight, out.shape[-1], hidden.dtype):
         _multiply(hidden, piece.T, out[:, rows])
 
 
 def _back_project(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, H) = gradient (n, V) @ weight (V or more, H)"""
+    """Compute out (n, H) = gradient (n, V) @ weight (V or more, H)."""
     for rows, piece in _pieces(weight, gradient.shape[-1], gradient.dtype):
         _multiply(gradient[:, rows], piece, out, accumulate=rows.start > 0)
 
 
-def _pieces(weight: Tensor, vocabulary: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The first rows of a head in `dtype`: one view where they are that, else piece by piece."""
-    rows = vocabulary
+def _pieces(weight: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the first rows of a head in `dtype`: one view, or converted copies piece by piece."""
+    rows = vocab_size
     if weight.dtype != dtype:
         rows = max(1, PIECE_BYTES // (weight.shape[1] * dtype.itemsize))
-    for start in range(0, vocabulary, rows):
-        piece = slice(start, min(start + rows, vocabulary))
+    for start in range(0, vocab_size, rows):
+        piece = slice(start, min(start + rows, vocab_size))
         yield piece, weight.detach()[piece].to(dtype)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b or out += a @ b, not rounded to the type of a and b before it is in `out`."""
-    types = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    """Compute out = a @ b or out += a @ b, rounded only to the dtype of `out`."""
+    dtypes = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
-        torch.addmm(out, a, b, out=out, **types)
+        torch.addmm(out, a, b, out=out, **dtypes)
     else:
-        torch.mm(a, b, out=out, **types)
+        torch.mm(a, b, out=out, **dtypes)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, head, objective, vocabulary, teacher, grad_mode):
+    def forward(ctx, hidden, weight, bias, labels, head, objective, vocab_size, teacher, grad_mode):
         inputs = (hidden, weight, bias)
         trained = [grad_mode and needed for needed in ctx.needs_input_grad[:3]]
         # Logits and sums are in float32, or in float64 where the hidden states are.
@@ -179,48 +206,50 @@ class _FusedLoss(torch.autograd.Function):
         head = Head(
             weight.detach(), bias if bias is None else bias.detach(), head.scale, head.softcap
         )
-        kind = _product_type(hidden, weight, exact)
-        live, kinds = isinstance(teacher, TeacherSignal), [kind]
+        dtype = _product_dtype(hidden, weight, exact)
+        live, dtypes = isinstance(teacher, TeacherOutputs), [dtype]
         if live:
-            teacher_kind = _product_type(teacher.hidden, teacher.head.weight, exact)
-            kinds.append(teacher_kind)
+            teacher_dtype = _product_dtype(teacher.hidden, teacher.head.weight, exact)
+            dtypes.append(teacher_dtype)
         elif teacher is not None and hidden.is_cuda:
-            kinds += [exact] * sparse.SCRATCH
-        other = isinstance(teacher, AlignedSignal)
-        theirs = _teacher_vocabulary(teacher, vocabulary)
-        if other and hidden.is_cuda:
-            kinds += [exact] * aligned.SCRATCH
-        tokens = tile_tokens(objective, max(vocabulary, theirs), exact, kinds, hidden.device)
-        tokens = max(tokens, aligned.LEAST_TOKENS) if other else min(tokens, len(labels))
+            dtypes += [exact] * sparse.SCRATCH
+        other_tokenizer = isinstance(teacher, AlignedTeacherOutputs)
+        teacher_vocab_size = _teacher_vocab_size(teacher, vocab_size)
+        if other_tokenizer and hidden.is_cuda:
+            dtypes += [exact] * aligned.SCRATCH
+        widest = max(vocab_size, teacher_vocab_size)
+        room = tile_tokens(objective, widest, exact, dtypes, hidden.device)
+        tokens = max(room, aligned.LEAST_TOKENS) if other_tokenizer else min(room, len(labels))
 
-        figures_of = _elementwise_pass(hidden, exact)
+        metrics_of = _elementwise_pass(hidden, exact, objective)
 
-        def buffer(dtype, vocabulary):
-            return torch.empty(tokens, vocabulary, dtype=dtype, device=hidden.device)
+        def buffer(dtype, vocab_size):
+            return torch.empty(tokens, vocab_size, dtype=dtype, device=hidden.device)
 
-        student_buffer = buffer(exact, vocabulary)
-        teacher_buffer = buffer(exact, theirs) if live else None
-        gradient_buffer = student_buffer if kind == exact else buffer(kind, vocabulary)
-        kept = [
-            torch.zeros(x.shape, dtype=exact, device=hidden.device) if wanted else None
-            for x, wanted in zip(inputs, trained, strict=True)
+        student_buffer = buffer(exact, vocab_size)
+        teacher_buffer = buffer(exact, teacher_vocab_size) if live else None
+        gradient_buffer = student_buffer if dtype == exact else buffer(dtype, vocab_size)
+        gradients = [
+            torch.zeros(x.shape, dtype=exact, device=hidden.device) if needed else None
+            for x, needed in zip(inputs, trained, strict=True)
         ]
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=hidden.device)
+        sums = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=hidden.device)
         for tile, rows in _tiles(teacher, len(labels), tokens):
             n = tile.stop - tile.start
             student = student_buffer[:n]  # (n, V)
-            tile_hidden = hidden.detach()[tile].to(kind)  # (n, H)
+            tile_hidden = hidden.detach()[tile].to(dtype)  # (n, H)
             _project(tile_hidden, head.weight, student)
             teacher_logits = None
             if live:
                 teacher_logits = teacher_buffer[: rows.stop - rows.start]  # (n, V)
-                _project(teacher.hidden[rows].to(teacher_kind), teacher.head.weight, teacher_logits)
+                teacher_hidden = teacher.hidden[rows].to(teacher_dtype)
+                _project(teacher_hidden, teacher.head.weight, teacher_logits)
             gradient = gradient_buffer[:n] if any(trained) else None
-            if isinstance(teacher, SparseSignal):
+            if isinstance(teacher, SparseTeacherOutputs):
                 known = teacher.rows(tile, exact)
-                sums += sparse.tile_figures(student, known, labels[tile], head, objective, gradient)
-            elif other:
-                sums += aligned.tile_figures(
+                sums += sparse.tile_metrics(student, known, labels[tile], head, objective, gradient)
+            elif other_tokenizer:
+                sums += aligned.tile_metrics(
                     student,
                     teacher_logits,
                     labels[tile],
@@ -231,7 +260,7 @@ class _FusedLoss(torch.autograd.Function):
                     gradient,
                 )
             else:
-                sums += figures_of(
+                sums += metrics_of(
                     student,
                     teacher_logits,
                     labels[tile],
@@ -240,26 +269,28 @@ class _FusedLoss(torch.autograd.Function):
                     objective,
                     gradient,
                 )
-            if trained[0]:
-                _back_project(gradient, head.weight, kept[0][tile])
-            if trained[1]:
-                _multiply(gradient.T, tile_hidden, kept[1][:vocabulary], accumulate=True)
-            if trained[2]:
-                kept[2][:vocabulary] += gradient.sum(0, dtype=exact)
-        ctx.kept = kept
-        ctx.types = [None if x is None else x.dtype for x in inputs]
-        divergence, hard = sums[METRICS.index("divergence")], sums[METRICS.index("cross_entropy")]
-        total, sums = objective.total(divergence, hard).to(exact), sums.to(exact)
+            hidden_gradient, weight_gradient, bias_gradient = gradients
+            if hidden_gradient is not None:
+                _back_project(gradient, head.weight, hidden_gradient[tile])
+            if weight_gradient is not None:
+                _multiply(gradient.T, tile_hidden, weight_gradient[:vocab_size], accumulate=True)
+            if bias_gradient is not None:
+                bias_gradient[:vocab_size] += gradient.sum(0, dtype=exact)
+        ctx.gradients = gradients
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        divergence = sums[TOKEN_METRICS.index("divergence")]
+        cross_entropy = sums[TOKEN_METRICS.index("cross_entropy")]
+        loss, sums = objective.total(divergence, cross_entropy).to(exact), sums.to(exact)
         ctx.mark_non_differentiable(sums)
-        return total, sums
+        return loss, sums
 
     @staticmethod
     def backward(ctx, grad_output, _):
-        # Through `out`, the multiplication is in float32 and rounds once; no copy of a head.
+        # With `out`, the product is formed in float32 and rounded once, without a copy of a head.
         scaled = [
             None
             if gradient is None
             else torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=dtype))
-            for gradient, dtype in zip(ctx.kept, ctx.types, strict=True)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, *[None] * 6)

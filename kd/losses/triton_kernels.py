@@ -1,8 +1,9 @@
-"""elementwise.py on CUDA: one kernel a tile, one program a token, two or three passes over its row.
+"""The work of elementwise.py on CUDA: one Triton kernel per tile, one program per token.
 
-V vocabulary. p is the teacher, q the student; d and the divergences as in elementwise.py. The first
-pass finds both normalisers, the second the divergence and sum q d, the last writes the gradient;
-forward KL and soft cross-entropy need no sum, and so no second pass.
+V vocabulary; p is the teacher, q the student; d as in kd.losses.divergences. A program passes over
+its row of logits two or three times. The first pass computes both softmax normalizers, the second
+the divergence and sum q d, the last writes the gradient. Forward KL and soft cross-entropy do not
+need the sum, so they skip the second pass.
 """
 
 import torch
@@ -10,14 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kd.losses.elementwise import CLOSED_FORMS
-from kd.losses.objective import METRICS, Head, Objective
+from kd.losses.head import Head
+from kd.losses.metrics import TOKEN_METRICS
+from kd.settings.distillation import Objective
 
-BLOCK = 2048  # ids at one time
+BLOCK = 2048  # ids per step of a pass
 WARPS = 8
 
+KERNEL_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "soft_cross_entropy",
+)
+"""The divergences that `_terms` computes; the others run through elementwise.py."""
 
-def tile_figures(
+# Rows of the kernel's (metrics, n) output.
+CROSS_ENTROPY = tl.constexpr(TOKEN_METRICS.index("cross_entropy"))
+DIVERGENCE_SUM = tl.constexpr(TOKEN_METRICS.index("divergence"))
+TEACHER_CROSS_ENTROPY = tl.constexpr(TOKEN_METRICS.index("teacher_cross_entropy"))
+LABEL_PROBABILITY = tl.constexpr(TOKEN_METRICS.index("teacher_label_probability"))
+AGREEMENT = tl.constexpr(TOKEN_METRICS.index("top1_agreement"))
+STUDENT_ENTROPY = tl.constexpr(TOKEN_METRICS.index("student_entropy"))
+TEACHER_ENTROPY = tl.constexpr(TOKEN_METRICS.index("teacher_entropy"))
+COUNT = tl.constexpr(TOKEN_METRICS.index("tokens"))
+
+
+def tile_metrics(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
@@ -26,9 +49,15 @@ def tile_figures(
     objective: Objective,
     gradient: Tensor | None,
 ) -> Tensor:
-    """As elementwise.tile_figures, but for float32 products alone, which stay as they are."""
-    n, vocabulary = student.shape
-    figures = torch.zeros(len(METRICS), n, device=student.device)
+    """Compute the metric sums of a tile and fill `gradient`, as `elementwise.tile_metrics` does.
+
+    Takes float32 products `student` and `teacher` (n, V), labels (n,), and a gradient (n, V) or
+    None. Leaves the products as they are, unless `gradient` shares the memory of `student`. Returns
+    (len(TOKEN_METRICS),) sums in float64.
+    """
+    assert objective.divergence in KERNEL_DIVERGENCES
+    n, vocab_size = student.shape
+    metrics = torch.zeros(len(TOKEN_METRICS), n, device=student.device)
     teacher_head = teacher_head or student_head
     weight = objective.soft_weight
     _tile_kernel[(n,)](
@@ -36,7 +65,7 @@ def tile_figures(
         student if teacher is None else teacher,
         labels,
         student if gradient is None else gradient,
-        figures,
+        metrics,
         student_head.bias,
         teacher_head.bias,
         n,
@@ -50,7 +79,7 @@ def tile_figures(
         next(iter(objective.mixture.values()), 0.5),
         weight * objective.divergence_scale / objective.temperature,
         1 - weight,
-        DIVERGENCE=list(CLOSED_FORMS).index(objective.divergence),
+        DIVERGENCE=objective.divergence,
         TEACHER=teacher is not None,
         WARM=teacher is not None and objective.temperature != 1.0,
         GRADIENT=gradient is not None,
@@ -58,18 +87,18 @@ def tile_figures(
         HARD=weight < 1.0,
         STUDENT_SOFTCAP=student_head.softcap is not None,
         TEACHER_SOFTCAP=teacher_head.softcap is not None,
-        VOCABULARY=vocabulary,
+        VOCAB_SIZE=vocab_size,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
-    sums = figures.sum(-1, dtype=torch.float64)
-    sums[METRICS.index("divergence")] *= objective.divergence_scale
+    sums = metrics.sum(-1, dtype=torch.float64)
+    sums[TOKEN_METRICS.index("divergence")] *= objective.divergence_scale
     return sums
 
 
 @triton.jit
 def _logits(row, bias, ids, mask, scale, softcap, SOFTCAP: tl.constexpr):
-    """A head's logits of `ids`, from its bare product."""
+    """Compute the logits of `ids` from a row of a head's product."""
     z = tl.load(row + ids, mask=mask, other=0.0)
     if bias is not None:
         z += tl.load(bias + ids, mask=mask, other=0.0).to(tl.float32)
@@ -81,12 +110,15 @@ def _logits(row, bias, ids, mask, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _fold(z, ids, mask, top, total, moment, warm, best, inverse_temperature, WARM: tl.constexpr):
-    """Running (max, sum exp(z - max), sum of the same times z - max, warm sum, argmax)."""
+    """Update the running max, sum e, sum e (z - max), sum exp((z - max) / T) and argmax.
+
+    Here e = exp(z - max).
+    """
     z_top = tl.max(tl.where(mask, z, -float("inf")), 0)
     place = tl.min(tl.where(mask & (z == z_top), ids, 2147483647), 0)
     best = tl.where(z_top > top, place, best)
     new = tl.maximum(top, z_top)
-    shift = tl.where(total > 0.0, top - new, 0.0)  # at first top is -inf
+    shift = tl.where(total > 0.0, top - new, 0.0)  # top starts at -inf
     e = tl.where(mask, tl.exp(z - new), 0.0)
     moment = tl.exp(shift) * (moment + shift * total) + tl.sum(e * (z - new), 0)
     total = tl.exp(shift) * total + tl.sum(e, 0)
@@ -99,43 +131,43 @@ def _fold(z, ids, mask, top, total, moment, warm, best, inverse_temperature, WAR
 
 @triton.jit
 def _terms(log_p, log_q, p, q, mixture, DIVERGENCE: tl.constexpr):
-    """(what sums to the divergence, d without constants), in the order of CLOSED_FORMS."""
+    """Return the terms whose sum over V is the divergence, and d up to a constant."""
     tiny = 1.1754943508222875e-38
-    if DIVERGENCE == 0:  # forward_kl; its gradient is q - p
+    if DIVERGENCE == "forward_kl":  # its gradient is q - p
         value = p * (log_p - log_q)
         d = value
-    elif DIVERGENCE == 1:  # reverse_kl
+    elif DIVERGENCE == "reverse_kl":
         d = log_q - log_p
         value = q * d
-    elif DIVERGENCE == 2:  # jensen_shannon
+    elif DIVERGENCE == "jensen_shannon":
         log_m = tl.log(tl.maximum(mixture * p + (1 - mixture) * q, tiny))
         d = (1 - mixture) * (log_q - log_m)
         value = mixture * p * (log_p - log_m) + q * d
-    elif DIVERGENCE == 3:  # skew_forward_kl
+    elif DIVERGENCE == "skew_forward_kl":
         m = tl.maximum(mixture * p + (1 - mixture) * q, tiny)
         value = p * (log_p - tl.log(m))
         d = (mixture - 1) * (p / m)
-    elif DIVERGENCE == 4:  # skew_reverse_kl
+    elif DIVERGENCE == "skew_reverse_kl":
         m = tl.maximum(mixture * q + (1 - mixture) * p, tiny)
         gap = log_q - tl.log(m)
         value = q * gap
         d = gap - mixture * (q / m)
-    elif DIVERGENCE == 5:  # total_variation
+    elif DIVERGENCE == "total_variation":
         value = tl.abs(p - q) / 2
         d = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
-    else:  # soft_cross_entropy; its gradient is q - p
+    else:  # soft_cross_entropy, whose gradient is q - p
         value = -p * log_q
         d = value
     return value, d
 
 
-@triton.jit(do_not_specialize=["n"])  # the last tile's n is any number: no compilation for it
+@triton.jit(do_not_specialize=["n"])  # n of the last tile varies; do not recompile for it
 def _tile_kernel(
     student,
     teacher,
     labels,
     gradient,
-    figures,
+    metrics,
     student_bias,
     teacher_bias,
     n,
@@ -157,19 +189,20 @@ def _tile_kernel(
     HARD: tl.constexpr,
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
-    VOCABULARY: tl.constexpr,  # a constant: the interpreter takes no tensor in range
+    VOCAB_SIZE: tl.constexpr,  # a constant, because the interpreter takes no tensor in range
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     q_row, p_row = student + token * stride, teacher + token * stride
     label = tl.load(labels + token)
-    SIMPLE: tl.constexpr = (DIVERGENCE == 0) or (DIVERGENCE == 6)
+    # The gradient is q - p, without sum q d.
+    SIMPLE: tl.constexpr = (DIVERGENCE == "forward_kl") or (DIVERGENCE == "soft_cross_entropy")
 
     q_top, q_total, q_moment, q_warm, q_best = -float("inf"), 0.0, 0.0, 0.0, 0
     p_top, p_total, p_moment, p_warm, p_best = -float("inf"), 0.0, 0.0, 0.0, 0
-    for start in range(0, VOCABULARY, BLOCK):
+    for start in range(0, VOCAB_SIZE, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        mask = ids < VOCABULARY
+        mask = ids < VOCAB_SIZE
         z = _logits(q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP)
         q_top, q_total, q_moment, q_warm, q_best = _fold(
             z, ids, mask, q_top, q_total, q_moment, q_warm, q_best, inverse_temperature, WARM
@@ -186,10 +219,10 @@ def _tile_kernel(
     at_label = _logits(
         q_row, student_bias, label, True, student_scale, student_softcap, STUDENT_SOFTCAP
     )
-    tl.store(figures + token, q_log_total - (at_label - q_top))
-    tl.store(figures + 5 * n + token, q_log_total - q_moment / q_total)
-    tl.store(figures + 7 * n + token, 1.0)
-    # log softmax(z / T) = (z - top) / T - norm: no digits are lost in a large top.
+    tl.store(metrics + n * CROSS_ENTROPY + token, q_log_total - (at_label - q_top))
+    tl.store(metrics + n * STUDENT_ENTROPY + token, q_log_total - q_moment / q_total)
+    tl.store(metrics + n * COUNT + token, 1.0)
+    # log softmax(z / T) = (z - top) / T - norm. This order loses no digits to a large top.
     q_norm = tl.log(q_warm) if WARM else q_log_total
     p_norm = q_norm
     if TEACHER:
@@ -198,17 +231,17 @@ def _tile_kernel(
             p_row, teacher_bias, label, True, teacher_scale, teacher_softcap, TEACHER_SOFTCAP
         )
         hard = p_log_total - (at_label - p_top)
-        tl.store(figures + 2 * n + token, hard)
-        tl.store(figures + 3 * n + token, tl.exp(-hard))
-        tl.store(figures + 4 * n + token, tl.where(p_best == q_best, 1.0, 0.0))
-        tl.store(figures + 6 * n + token, p_log_total - p_moment / p_total)
+        tl.store(metrics + n * TEACHER_CROSS_ENTROPY + token, hard)
+        tl.store(metrics + n * LABEL_PROBABILITY + token, tl.exp(-hard))
+        tl.store(metrics + n * AGREEMENT + token, tl.where(p_best == q_best, 1.0, 0.0))
+        tl.store(metrics + n * TEACHER_ENTROPY + token, p_log_total - p_moment / p_total)
         p_norm = tl.log(p_warm) if WARM else p_log_total
 
     divergence, centre = 0.0, 0.0
     if TEACHER and not (SIMPLE and GRADIENT and SOFT):
-        for start in range(0, VOCABULARY, BLOCK):
+        for start in range(0, VOCAB_SIZE, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            mask = ids < VOCABULARY
+            mask = ids < VOCAB_SIZE
             z = _logits(
                 q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP
             )
@@ -224,9 +257,9 @@ def _tile_kernel(
 
     if GRADIENT:
         out = gradient + token * gradient_stride
-        for start in range(0, VOCABULARY, BLOCK):
+        for start in range(0, VOCAB_SIZE, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            mask = ids < VOCABULARY
+            mask = ids < VOCAB_SIZE
             z = _logits(
                 q_row, student_bias, ids, mask, student_scale, student_softcap, STUDENT_SOFTCAP
             )
@@ -253,4 +286,4 @@ def _tile_kernel(
             tl.store(out + ids, (g * student_scale).to(gradient.dtype.element_ty), mask=mask)
 
     if TEACHER:
-        tl.store(figures + n + token, divergence)
+        tl.store(metrics + n * DIVERGENCE_SUM + token, divergence)
