@@ -1,24 +1,22 @@
-"""Make a student of some of its parent's blocks.
+"""Build a student from some of its parent's layers.
 
 python train/inherit.py --parent data/quickstart/teacher --keep 3 --output_dir runs/student
 
---choice says which: even (evenly spaced, with the first and the last), first or last; or measured
-on --data, which is read up to --tokens: angular (without the blocks that turn the hidden states
-least), angular_run (without the run of blocks that does), perplexity (without the blocks that are
-missed least). --layers 0 2 5 names them instead.
+--choice selects the layers: even (evenly spaced, with the first and the last), first, last, or by
+measurements on up to --tokens tokens of --data. Of the measured choices, angular removes the layers
+that change the direction of the hidden states least, angular_run the run of layers that does so,
+and perplexity the layers that perplexity needs least. --layers 0 2 5 names the layers instead.
 """
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kd.data.sources import check_sources
 from kd.data.tokenizer import load_tokenizer
 from kd.distributed import device
-from kd.evaluation.influence import MEASURED, measured_layers, text_batches
+from kd.evaluation.influence import MEASURED_CHOICES, choose_by_influence, text_batches
+from kd.models.frozen import load_frozen
 from kd.models.inherit import CHOICES, check_keep, check_layers, inherit, parent_config
 from kd.recipe import parse, parse_json_list, setting
 from kd.run.exit import is_done, mark_done, run
@@ -27,20 +25,24 @@ from kd.run.run_record import write_record
 
 @dataclass
 class InheritSettings:
-    parent: str = setting("", "hub name or folder, not quantised; also in several files")
+    """The parent, and which of its layers the student gets."""
+
+    parent: str = setting("", "Hub name or folder of the unquantized parent")
     layers: list[int] = field(
-        default_factory=list, metadata={"help": "blocks to keep, counted from 0: 0 2 5"}
+        default_factory=list, metadata={"help": "Layers to keep, counted from 0: 0 2 5"}
     )
-    keep: int = setting(0, "number of blocks to keep, where `choice` says which")
+    keep: int = setting(0, "Number of layers to keep; choice selects them")
     choice: Literal["even", "first", "last", "angular", "angular_run", "perplexity"] = setting(
-        "even", "of the blocks; the last three are measured on `data`"
+        "even", "How to select the layers; angular, angular_run and perplexity measure on data"
     )
-    data: str = setting("", "JSON list of sources to measure on: [{path, split, count, ...}, ...]")
-    mixture_seed: int = setting(0, "draws the rows of `data`")
-    max_length: int = setting(512, "tokens a row at most, where measured")
-    tokens: int = setting(20_000, "measured at most, of rows drawn from all of `data`")
-    batch_size: int = setting(8, "rows a forward; the figures do not depend on it")
-    output_dir: str = setting("", "folder of the student")
+    data: str = setting(
+        "", "JSON list of sources for a measured choice: [{path, split, count, ...}, ...]"
+    )
+    mixture_seed: int = setting(0, "Seed that draws the rows of data")
+    max_length: int = setting(512, "Maximum number of tokens per measured row")
+    tokens: int = setting(20_000, "Maximum number of measured tokens, over all sources of data")
+    batch_size: int = setting(8, "Rows per forward pass; results do not depend on it")
+    output_dir: str = setting("", "Folder of the student")
 
     def __post_init__(self) -> None:
         for key in ("parent", "output_dir"):
@@ -52,13 +54,13 @@ class InheritSettings:
                 f"layers, keep: {found} given; wanted one: --layers 0 2 5, or --keep 3"
             )
         self.sources = parse_json_list("data", self.data)
-        measured = not self.layers and self.choice in MEASURED
+        measured = not self.layers and self.choice in MEASURED_CHOICES
         if measured != bool(self.sources):
             raise ValueError(
                 f"choice: {self.choice} is measured on text; give data"
                 if measured
-                else "data: given, and nothing is measured on it; wanted keep with a choice of "
-                + ", ".join(MEASURED)
+                else "data: given, but nothing is measured on it; wanted keep with a choice of "
+                + ", ".join(MEASURED_CHOICES)
             )
         check_sources(self.sources)
         if self.max_length < 2 or self.tokens < 2 or self.batch_size < 1:
@@ -67,52 +69,47 @@ class InheritSettings:
 
 def main() -> None:
     (settings,) = parse(InheritSettings, description=__doc__)
+    depth = check_parent_and_layers(settings)
+    if is_done(settings.output_dir):
+        print(f"{settings.output_dir} is finished already; remove it to build it again")
+        return
+    tokenizer = load_tokenizer(settings.parent)
+    parent = load_frozen(settings.parent, device=device() if settings.sources else "cpu")
+    layers, measured = choose_layers(settings, parent, tokenizer)
+    student = inherit(parent, layers)
+    student.save_pretrained(settings.output_dir)
+    tokenizer.save_pretrained(settings.output_dir)
+    write_record(settings.output_dir, [settings])
+    mark_done(settings.output_dir, {"layers": layers, "of": depth, **measured})
+    print(
+        f"saved to {settings.output_dir}: layers {layers} of {depth}, "
+        f"{student.num_parameters():,} of {parent.num_parameters():,} parameters"
+    )
+
+
+def check_parent_and_layers(settings: InheritSettings) -> int:
+    """The parent's number of layers. Raises ValueError before any weights are loaded."""
     depth = parent_config(settings.parent).num_hidden_layers
     if settings.layers:
         check_layers(settings.layers, depth)
     else:
         check_keep(settings.keep, depth)
-    if is_done(settings.output_dir):
-        print(f"{settings.output_dir} is finished already; remove it to make it anew")
-        return
-    tokenizer = load_tokenizer(settings.parent)
-    parent = AutoModelForCausalLM.from_pretrained(
-        settings.parent, dtype="auto", device_map={"": device()} if settings.sources else None
-    ).eval()
-    layers, figures = choose(settings, parent, tokenizer)
-    student = inherit(parent, layers)
-    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(settings.output_dir)
-    tokenizer.save_pretrained(settings.output_dir)
-    write_record(settings.output_dir, [settings])
-    mark_done(settings.output_dir, {"layers": layers, "of": depth, **figures})
-    print(
-        f"saved to {settings.output_dir}: blocks {layers} of {depth}, "
-        f"{student.num_parameters():,} parameters of {parent.num_parameters():,}"
-    )
+    return depth
 
 
-def choose(
-    settings: InheritSettings, parent, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], dict]:
-    """(the blocks to keep, the figures that chose them)."""
+def choose_layers(settings: InheritSettings, parent, tokenizer) -> tuple[list[int], dict]:
+    """The layers to keep, and the measurements that chose them."""
     if settings.layers:
         return settings.layers, {}
     if settings.choice in CHOICES:
         return CHOICES[settings.choice](settings.keep, parent.config.num_hidden_layers), {}
-    batches = text_batches(
-        settings.sources,
-        tokenizer,
-        settings.max_length,
-        settings.tokens,
-        settings.batch_size,
-        settings.mixture_seed,
-    )
-    layers, figures = measured_layers(
+    limits = (settings.max_length, settings.tokens, settings.batch_size, settings.mixture_seed)
+    batches = text_batches(settings.sources, tokenizer, *limits)
+    layers, measured = choose_by_influence(
         settings.choice, parent, batches, len(tokenizer), settings.keep
     )
-    print(json.dumps(figures))
-    return layers, figures
+    print(json.dumps(measured))
+    return layers, measured
 
 
 if __name__ == "__main__":

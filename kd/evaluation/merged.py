@@ -1,16 +1,17 @@
-"""How far a merged model is from what was trained: an adapter on four-bit weights."""
+"""Compare a merged model with what was trained: the adapter on 4-bit weights."""
 
 import copy
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.distributed import device
 from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
 from kd.evaluation.rows import encode_heldout, load_sources
-from kd.models.load import four_bit, keep_packing_of_four_bit_weights
+from kd.models.frozen import load_frozen
+from kd.models.heads import causal_lm
+from kd.models.load import nf4_config
 
-MAX_LENGTH, BATCH = 512, 4
+MAX_LENGTH, BATCH_SIZE = 512, 4
 
 
 def four_bit_difference(
@@ -21,22 +22,27 @@ def four_bit_difference(
     sources: list[dict],
     count: int,
 ) -> dict:
-    """KL from the trained model to the merged one and both cross-entropies, in nats a token.
+    """Measure the KL from the trained to the merged model and both cross-entropies, per token.
 
-    Without rows, or where their files are gone, only that is told.
+    Uses `count` rows of each source. The result has a printable "text"; it has nothing else if
+    there are no rows or their files cannot be read.
     """
+    missing = "4-bit adapter vs. merged model: not measured ({}); give --data"
     try:
         raw = load_sources(copy.deepcopy(sources), 0)
     except ValueError as error:
-        return {"text": f"adapter on 4 bit against merged: not measured ({error}); give --data"}
+        return {"text": missing.format(error)}
     raw = {label: rows[:count] for label, rows in raw.items()}
     if not raw:
-        return {"text": "adapter on 4 bit against merged: not measured (no rows); give --data"}
+        return {"text": missing.format("no rows")}
     rows = encode_heldout(raw, tokenizer, MAX_LENGTH)
-    batches = make_batches(rows, tokenizer.pad_token_id, BATCH)
-    trained = load_four_bit(base, adapter, merged.dtype)
+    batches = make_batches(rows, tokenizer.pad_token_id, BATCH_SIZE)
+    dtype = merged.dtype
+    trained = causal_lm(
+        load_frozen(adapter, dtype, device(), base=base, quantization_config=nf4_config(dtype))
+    )
     states = teacher_states(trained, batches, len(tokenizer))
-    del trained  # before the next one computes
+    del trained  # its memory is free before the merged model runs
     sums = row_sums(merged.eval(), batches, len(tokenizer), states, "merged").rows.sum(0)
     tokens = sum(row.targets for row in rows)
     means = dict(zip(AGREEMENT, (sums / tokens).tolist(), strict=True))
@@ -45,18 +51,8 @@ def four_bit_difference(
         "rows": len(rows),
         **means,
         "text": (
-            f"adapter on 4 bit against merged, {tokens} target tokens: cross-entropy "
-            f"{means['teacher_cross_entropy']:.4f} and {means['cross_entropy']:.4f} nats a token, "
-            f"KL {means['forward_kl']:.4f}, top-1 agreement {means['top1_agreement']:.1%}"
+            f"4-bit adapter vs. merged model, {tokens} target tokens: cross-entropy "
+            f"{means['teacher_cross_entropy']:.4f} vs. {means['cross_entropy']:.4f} nats per "
+            f"token, KL {means['forward_kl']:.4f}, top-1 agreement {means['top1_agreement']:.1%}"
         ),
     }
-
-
-def load_four_bit(base: str, adapter: str, dtype: torch.dtype) -> PreTrainedModel:
-    """As it was trained: NF4 base, the adapter beside it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, quantization_config=four_bit(dtype), device_map={"": device}
-    )
-    keep_packing_of_four_bit_weights(model)
-    return PeftModel.from_pretrained(model, adapter).get_base_model().eval()

@@ -1,6 +1,6 @@
-"""AWQ's packed weights to floating point on CUDA: one pass, every packed word read once.
+"""Dequantize AWQ weights on CUDA in one pass that reads every packed word once.
 
-R rows (in), W words (8 columns, out) of a block.
+R rows (input features) and W words (8 output columns each) of a block.
 """
 
 import torch
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # at most; a power of two that divides the group, so that a block has one row of zeros
+ROWS = 32  # upper limit; a power of two that divides the group: one row of zeros per block
 WORDS = 64
 
 
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As kd.models.awq.dequantize."""
+    """The weight, (in, out), as kd.models.awq.dequantize computes it; shapes are given there."""
     inputs, words = qweight.shape
     group = inputs // len(scales)
     rows = min(ROWS, group & -group)
@@ -27,7 +27,7 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dty
 
 @triton.jit
 def _unpack(words):
-    """(R, W) words -> (R, 8 W) numbers 0..15; column j of a word is nibble 0 4 1 5 2 6 3 7."""
+    """Unpack words, (R, W), into numbers 0..15, (R, 8 W); column j is nibble 0 4 1 5 2 6 3 7."""
     column = tl.arange(0, 8)
     shifts = 4 * ((column >> 1) + 4 * (column & 1))
     numbers = (words[:, :, None] >> shifts[None, None, :]) & 15  # (R, W, 8)

@@ -1,170 +1,159 @@
-"""Make an AWQ checkpoint of an unquantised one, by rounding to the nearest of sixteen values.
+"""Write an AWQ checkpoint by rounding to nearest; train/quantize.py is the command.
 
-python -m kd.models.awq --model runs/teacher --output_dir runs/teacher-awq
-
-Tensor by tensor: memory is that of one file written and of the largest tensor, whatever the model.
-AutoAWQ's search for better scales needs text and a GPU, and loses less; eval/teacher_cost.py
-measures how much either loses. Interrupted, the same command goes on after the last whole file.
+The weights are processed tensor by tensor. Memory use is one output file and the largest tensor,
+whatever the size of the model. An interrupted run continues after the last complete file.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from kd.data.tokenizer import load_tokenizer
 from kd.models.awq import pack
 from kd.models.quantized import check_readable, empty_model, quantization_settings
 from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import INDEX, TensorFiles, read_header
-from kd.recipe import parse, setting
-from kd.run.exit import is_done, mark_done
+from kd.run.atomic import atomic_path
 
-FILE_BYTES = 2**31  # of one file written, about
+FILE_BYTES = 2**31  # approximate size of an output file
 PARTS = ("qweight", "qzeros", "scales")
-SMALLEST = 2.0**-24  # of float16
+SMALLEST = 2.0**-24  # the smallest positive float16
 
 
-@dataclass
-class WriterSettings:
-    model: str = setting("", "hub name or folder of the unquantised model")
-    output_dir: str = setting("", "folder of the AWQ checkpoint")
-    group_size: int = setting(128, "inputs that share one scale and one zero")
+def open_unquantized(model: str) -> tuple[PretrainedConfig, TensorFiles]:
+    """The configuration and the tensors of a hub name or folder.
 
-    def __post_init__(self) -> None:
-        for key in ("model", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; --help says what it means")
-        if self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size}; wanted 1 or more (128, say)")
-
-
-def main() -> None:
-    (settings,) = parse(WriterSettings, description=__doc__)
-    write(settings)
-
-
-def write(settings: WriterSettings) -> None:
-    """Raises ValueError for a model that cannot be packed, before anything is written."""
-    out = Path(settings.output_dir)
-    folder = checkpoint_folder(settings.model)
+    Raises ValueError if the model is quantized already or cannot be read.
+    """
+    folder = checkpoint_folder(model)
     config = AutoConfig.from_pretrained(folder)
     if quantization_settings(config):
-        raise ValueError(f"model: {settings.model} is quantised already; wanted the one before it")
-    check_readable(config, settings.model)
-    files = TensorFiles(folder)
-    packed, left = choose_linears(config, files, settings.group_size)
-    begin(out, folder, settings, left)
-    if is_done(settings.output_dir):
-        print(f"{out} is finished already; remove it to write anew")
-        return
-    index = write_files(out, files, packed, settings.group_size)
-    (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    load_tokenizer(settings.model).save_pretrained(out)
-    size = index["metadata"]["total_size"]
-    mark_done(settings.output_dir, asdict(settings) | {"bytes": size})
-    print(
-        f"saved to {out}: {len(packed)} layers of 4 bits, {size:,} bytes of {files.total_bytes:,}"
-    )
+        raise ValueError(
+            f"model: {model} is quantized already; wanted the unquantized model that it was made "
+            "from"
+        )
+    check_readable(config, model)
+    return config, TensorFiles(folder)
 
 
-def choose_linears(config, files: TensorFiles, group: int) -> tuple[set[str], list[str]]:
-    """(names of the Linears to pack, names of those left): all but the head, where sizes divide.
+def choose_linears(
+    config: PretrainedConfig, files: TensorFiles, group_size: int
+) -> tuple[set[str], list[str]]:
+    """The names of the Linears to pack, and of those left unquantized.
 
-    Raises ValueError where none can be packed.
+    A Linear is left if it is the head, or if group_size or 8 does not divide its sizes.
+    Raises ValueError if none can be packed.
     """
     model, _ = empty_model(config, files, torch.float32)
-    packed, left = set(), []
+    packed, skipped = set(), []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        divides = module.in_features % group == 0 and module.out_features % 8 == 0
+        divides = module.in_features % group_size == 0 and module.out_features % 8 == 0
         if divides and module is not model.get_output_embeddings():
             packed.add(name)
         else:
-            left.append(name)
+            skipped.append(name)
     if not packed:
         sizes = sorted({m.in_features for m in model.modules() if isinstance(m, nn.Linear)})
-        raise ValueError(f"group_size: {group} divides none of the model's inputs {sizes}")
-    return packed, left
+        raise ValueError(
+            f"group_size: {group_size} divides none of the model's input sizes {sizes}; choose a "
+            "divisor of one"
+        )
+    return packed, skipped
 
 
-def begin(out: Path, folder: Path, settings: WriterSettings, left: list[str]) -> None:
-    """Write config.json first. Raises ValueError where the folder holds other work."""
-    config = json.loads((folder / "config.json").read_text())
-    config["_name_or_path"] = settings.model
+def write_config(
+    output_dir: str, model: str, source: Path, group_size: int, skipped: list[str]
+) -> None:
+    """Write config.json, from that in the folder `source`, before any weights.
+
+    Raises ValueError if output_dir holds another model.
+    """
+    out = Path(output_dir)
+    config = json.loads((source / "config.json").read_text())
+    config["_name_or_path"] = model
     config["quantization_config"] = {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": settings.group_size,
+        "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": left,
+        "modules_to_not_convert": skipped,
     }
     file = out / "config.json"
     if file.is_file() and json.loads(file.read_text()) != config:
-        raise ValueError(f"output_dir: {out} holds another model; take another folder")
+        raise ValueError(f"output_dir: {out} holds another model; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2) + "\n")
-    if (folder / "generation_config.json").is_file():
-        shutil.copy(folder / "generation_config.json", out)
+    if (source / "generation_config.json").is_file():
+        shutil.copy(source / "generation_config.json", out)
 
 
-def write_files(out: Path, files: TensorFiles, packed: set[str], group: int) -> dict:
-    """The checkpoint's index."""
-    weights = {f"{name}.weight" for name in packed}
-    parts = plan(files, weights)
+def write_tensors(output_dir: str, files: TensorFiles, packed: set[str], group_size: int) -> int:
+    """Write the safetensors files that are missing, then their index; return the size in bytes."""
+    out, weights = Path(output_dir), {f"{name}.weight" for name in packed}
+    groups = split_into_files(files, weights)
     places, total = {}, 0
-    with tqdm(total=files.total_bytes, desc="packing", unit="B", unit_scale=True) as shown:
-        for number, names in enumerate(parts, 1):
-            file = out / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+    with tqdm(total=files.total_bytes, desc="packing", unit="B", unit_scale=True) as progress:
+        for number, names in enumerate(groups, 1):
+            file = out / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             if not file.is_file():
-                tensors = dict(convert(files, names, weights, group, shown))
-                save_file(tensors, file.with_suffix(".tmp"), metadata={"format": "pt"})
-                file.with_suffix(".tmp").rename(file)
+                tensors = dict(convert(files, names, weights, group_size, progress))
+                with atomic_path(file) as temporary:
+                    save_file(tensors, temporary, metadata={"format": "pt"})
                 del tensors
             written = read_header(file)
             places |= dict.fromkeys(written, file.name)
             total += sum(tensor.bytes for tensor in written.values())
-    return {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    return total
 
 
-def plan(files: TensorFiles, weights: set[str]) -> list[list[str]]:
-    """Names of the tensors of each file to be written."""
-    parts, size = [[]], 0
+def split_into_files(files: TensorFiles, weights: set[str]) -> list[list[str]]:
+    """The names of the tensors that go into each output file; `weights` will be packed."""
+    groups, size = [[]], 0
     for name, tensor in files.tensors.items():
         if size > FILE_BYTES:
-            parts.append([])
+            groups.append([])
             size = 0
-        parts[-1].append(name)
+        groups[-1].append(name)
         size += tensor.bytes // (4 if name in weights else 1)
-    return parts
+    return groups
 
 
 def convert(
-    files: TensorFiles, names: list[str], weights: set[str], group: int, shown: tqdm
+    files: TensorFiles, names: list[str], weights: set[str], group_size: int, progress: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors `names` and yield (name, tensor) pairs to write; pack those in `weights`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in names:
         tensor = files.read(name)
         if name in weights:
-            for part, value in zip(PARTS, quantize(tensor.to(device), group), strict=True):
+            parts = quantize(tensor.to(device), group_size)
+            for part, value in zip(PARTS, parts, strict=True):
                 yield name.removesuffix("weight") + part, value.cpu()
         else:
             yield name, tensor
-        shown.update(files.tensors[name].bytes)
+        progress.update(files.tensors[name].bytes)
 
 
-def quantize(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(qweight, qzeros, scales) nearest to `weight` (out, in); 0 stays 0."""
-    groups = weight.float().unflatten(1, (-1, group))  # (out, G, group)
+def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each number of `weight`, (out, in), to the nearest of its group's 16 values.
+
+    A zero stays zero.
+
+    Returns:
+        qweight (in, out / 8), qzeros (G, out / 8) and scales (G, out), with G = in / group_size.
+    """
+    groups = weight.float().unflatten(1, (-1, group_size))  # (out, G, group_size)
     low, high = groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)  # (out, G)
     scales = ((high - low) / 15).clamp(min=SMALLEST).half()
     zeros = (-low / scales.float()).round().clamp(0, 15)

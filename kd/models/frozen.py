@@ -1,108 +1,160 @@
-"""How a teacher is had: a model, a model with its adapter, or the student's own base; and how not."""
+"""Load a teacher: a full model, a base plus adapter, or the student's frozen base.
+
+`load_frozen` is the one loader of models that are not trained: teachers, evaluated models, local
+generation engines, reward models, and the models that merging and layer inheritance start from.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kd.data.tokenizer import load_tokenizer
+from kd.models.adapters import adapter_base, is_adapter, merge_command
 from kd.models.heads import backbone_only, causal_lm
-from kd.models.load import adapter_base
-from kd.models.quantized import check_teacher as check_format
-from kd.models.quantized import has_own_layers
+from kd.models.load import disable_cpu_repacking
+from kd.models.quantized import NEED_EXTRA_PACKAGE, READERS, check_readable, packed_format
 from kd.models.sharding import load_unsharded, without_zero_init
 from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 
 
+def load_frozen(
+    name: str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    base: str | None = None,
+    model_class: type = AutoModelForCausalLM,
+    quantization_config: BitsAndBytesConfig | None = None,
+    packed_formats: Collection[str] = NEED_EXTRA_PACKAGE,
+) -> PreTrainedModel | PeftModel:
+    """Load a model for inference: whole on one device, in eval mode, without gradients.
+
+    An adapter stays unmerged, because a merge in 16 bits rounds part of it away. Its folder's
+    generation settings replace those of its base. (AutoPeftModel is not used: it resizes the
+    embeddings of the base to the tokenizer.)
+
+    Args:
+        name: Hub name or folder of a model, or folder of a PEFT adapter.
+        dtype: Type of the weights, or its name; "auto" keeps the type of the checkpoint.
+        device: Device of the whole model.
+        attn_implementation: Attention kernel; None leaves the choice to Transformers.
+        base: Model that replaces the base named in the adapter's configuration.
+        model_class: Auto class of Transformers, which decides on the head.
+        quantization_config: Quantizes the weights while they are loaded, as in QLoRA training.
+        packed_formats: Quantized formats (keys of READERS) that are read into PackedLinear layers
+            instead of the layers of Transformers.
+
+    Returns:
+        The model; a PeftModel if `name` is an adapter.
+    """
+    base = base or adapter_base(name) or name
+    dtype = str(dtype).removeprefix("torch.")
+    with without_zero_init():
+        if model_class is AutoModelForCausalLM and packed_format(base) in packed_formats:
+            attention = attn_implementation or "sdpa"
+            model = load_unsharded(base, attention, dtype, torch.device(device))
+        else:
+            model = model_class.from_pretrained(
+                base,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                device_map={"": device},
+                quantization_config=quantization_config,
+            )
+        if quantization_config is not None:
+            disable_cpu_repacking(model)
+        if is_adapter(name):
+            model = PeftModel.from_pretrained(model, name, torch_device=str(device))
+            if (Path(name) / "generation_config.json").is_file():
+                config = GenerationConfig.from_pretrained(name)
+                causal_lm(model).generation_config = config
+    return model.eval().requires_grad_(False)
+
+
+def load_teacher(
+    settings: TeacherSettings, model: ModelSettings, device: torch.device
+) -> PreTrainedModel:
+    """Load the unsharded, frozen teacher; its forward returns the last hidden states, (B, T, H).
+
+    A quantized teacher has the same PackedLinear layers as a sharded one. With an adapter, base and
+    adapter are loaded as Transformers and PEFT load them.
+
+    Raises ValueError if the adapter replaces the head by its own layer.
+    """
+    adapter = is_adapter(settings.teacher)
+    teacher = causal_lm(
+        load_frozen(
+            settings.teacher,
+            settings.teacher_dtype,
+            device,
+            model.attn_implementation,
+            packed_formats=NEED_EXTRA_PACKAGE if adapter else READERS,
+        )
+    )
+    head = teacher.get_output_embeddings()
+    if adapter and not isinstance(head, nn.Linear | TrainableTokensWrapper):
+        raise ValueError(
+            f"teacher: the adapter {settings.teacher} turns the head into a "
+            f"{type(head).__name__}; wanted a plain Linear: {merge_command(settings.teacher)}"
+        )
+    backbone_only(teacher)
+    return teacher
+
+
 def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:
-    """Raise ValueError where the teacher cannot be had in the way that was asked for."""
+    """Raise ValueError if the teacher cannot be loaded as the settings ask."""
     if teacher.teacher == OWN_BASE:
         if not model.lora_rank:
             raise ValueError(
-                "teacher: self is the student without its adapters, and with lora_rank: 0 it has "
-                "none; set lora_rank (16, say), or give the teacher's name"
+                "teacher: self is the student without its adapters, but lora_rank: 0 means that "
+                "it has none; set lora_rank (16, for example) or give the name of a teacher"
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "teacher: self with the student under ZeRO-3, which gathers layers in the order of "
-                "the training forward alone; take ZeRO-2 or DDP, or give the base's name as teacher"
+                "teacher: self does not work with a student under ZeRO-3, which gathers layers "
+                "only in the order of the training forward; use ZeRO-2 or DDP, or give the name of "
+                "the base as teacher"
             )
         return
-    if teacher.teacher_deepspeed and adapter_base(teacher.teacher):
+    if teacher.teacher_deepspeed and is_adapter(teacher.teacher):
         raise ValueError(
-            f"teacher_deepspeed: {teacher.teacher} is an adapter, and only a whole model is "
+            f"teacher_deepspeed: {teacher.teacher} is an adapter, and only a whole model can be "
             f"sharded; {merge_command(teacher.teacher)}"
         )
     if teacher.teacher_deepspeed and "RANK" not in os.environ:
         raise ValueError(
             "teacher_deepspeed: this is one process without a launcher, so there is nothing to "
-            "shard over; start it by a profile (launch/cpu.sh train/distill.py ...), or leave it out"
+            "shard over; start it with a launch profile (launch/cpu.sh train/distill.py ...), or "
+            "leave teacher_deepspeed out"
         )
-    if not adapter_base(teacher.teacher):
-        check_format(teacher.teacher, teacher.teacher_deepspeed is not None)
+    if is_adapter(teacher.teacher):
+        return
+    if teacher.teacher_deepspeed is not None or packed_format(teacher.teacher):
+        check_readable(AutoConfig.from_pretrained(teacher.teacher), teacher.teacher)
 
 
-def base_model(teacher: TeacherSettings, student: str) -> str:
-    """The name of the model that the teacher is, adapters aside."""
+def teacher_base(teacher: TeacherSettings, student: str) -> str:
+    """The name of the teacher's model without any adapter."""
     name = student if teacher.teacher == OWN_BASE else teacher.teacher
     return adapter_base(name) or name
 
 
-def teacher_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the teacher's weights; an adapter may have left it to its base."""
-    own = (Path(name) / "tokenizer_config.json").is_file()
-    return load_tokenizer(name if own else adapter_base(name) or name)
+def student_base_forward(student: PeftModel) -> Callable[..., Tensor]:
+    """Return a function that computes the last hidden states, (B, T, H), of the student's base.
 
-
-def load_whole(
-    settings: TeacherSettings, model: ModelSettings, device: torch.device
-) -> PreTrainedModel:
-    """The unsharded teacher, frozen; a quantised one has the layers of the sharded one.
-
-    An adapter stays beside its base, unmerged, and both are loaded as Transformers and PEFT load
-    them. Raises ValueError where it has a head of its own.
-    """
-    dtype, base = settings.teacher_dtype, adapter_base(settings.teacher)
-    if not base and has_own_layers(settings.teacher):
-        teacher = load_unsharded(settings.teacher, model.attn_implementation, dtype, device)
-        backbone_only(teacher)
-        return teacher
-    with without_zero_init():
-        teacher = AutoModelForCausalLM.from_pretrained(
-            base or settings.teacher,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=model.attn_implementation,
-            device_map={"": device},
-        )
-    if base:
-        PeftModel.from_pretrained(teacher, settings.teacher, torch_device=str(device))
-        head = teacher.get_output_embeddings()
-        if not isinstance(head, nn.Linear | TrainableTokensWrapper):
-            raise ValueError(
-                f"teacher: the adapter {settings.teacher} makes of the head a "
-                f"{type(head).__name__}; wanted a plain Linear: {merge_command(settings.teacher)}"
-            )
-    teacher.eval().requires_grad_(False)
-    backbone_only(teacher)
-    return teacher
-
-
-def merge_command(adapter: str) -> str:
-    """What to do with an adapter that cannot be taken as it is."""
-    merged = f"{adapter.rstrip('/')}-merged"
-    return f"merge it first: python train/merge.py --adapter {adapter} --output_dir {merged}"
-
-
-def base_of_student(student: PeftModel) -> Callable[..., Tensor]:
-    """A function that gives the last hidden states, (B, T, H), of the student's base.
-
-    Its adapters are off while it runs, and so are dropout and gradient checkpointing.
+    Adapters, dropout and gradient checkpointing are off while it runs.
     """
     backbone: nn.Module = causal_lm(student).base_model
 

@@ -1,4 +1,4 @@
-"""A model that is being trained writes for a moment: as it was loaded, on whole weights, hooks off.
+"""Switch a model from training to generation and back: original forwards, whole weights, no hooks.
 
 B rows, V vocabulary.
 """
@@ -12,26 +12,27 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-SCORES = 24  # bytes of an id in a step of generation: logits, scores and noise in float64
+SCORE_BYTES = 24  # per id and generation step: logits, scores and noise in float64
 
 
 def row_bytes(config: PreTrainedConfig, length: int, itemsize: int) -> int:
-    """What a row of `length` tokens needs while it is written: keys and values, and its scores."""
+    """Bytes to generate a row of `length` tokens: its keys and values, and one step's scores."""
     text = config.get_text_config().to_dict()
     heads = text["num_attention_heads"]
     width = text.get("head_dim") or text["hidden_size"] // heads
     width *= text.get("num_key_value_heads") or heads
-    return length * 2 * text["num_hidden_layers"] * width * itemsize + SCORES * text["vocab_size"]
+    keys_and_values = length * 2 * text["num_hidden_layers"] * width * itemsize
+    return keys_and_values + SCORE_BYTES * text["vocab_size"]
 
 
 @contextlib.contextmanager
 def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Inside, `model.generate` works by `config` alone, and no collective runs.
+    """Inside, `model.generate` follows `config` alone and runs no collectives.
 
-    So ranks may make different numbers of forwards. The forwards of kd.models.heads.return_loss are
-    set aside. Under ZeRO-3 the weights are gathered once, and every rank must enter and leave.
-    DeepSpeed's hooks would otherwise let go of them after each forward; as they do not run, its
-    trace of the training's forward stays as it is.
+    So ranks may run different numbers of forwards. The forwards set by
+    kd.models.heads.return_loss are put aside. Under ZeRO-3 the weights are gathered once, and all
+    ranks must enter and leave. DeepSpeed's hooks are off: they would release the weights after each
+    forward and add to the trace of the training forward.
     """
     modules, head = list(model.modules()), model.get_output_embeddings()
     states = [(module.training, *(getattr(module, name) for name in HOOKS)) for module in modules]
@@ -41,10 +42,10 @@ def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
     for module in modules:
         for name in HOOKS:
             setattr(module, name, OrderedDict())
-    model.generation_config = config  # generate fills what its argument leaves open from there
+    model.generation_config = config  # generate takes from here what its argument leaves open
     try:
-        # Not inference_mode: what a model keeps of a forward may be needed in the backward of another.
-        with whole_weights(model), torch.no_grad():
+        # no_grad, not inference_mode: a backward may need tensors that the model caches here.
+        with gathered_weights(model), torch.no_grad():
             yield
     finally:
         model.generation_config = own_config
@@ -56,13 +57,13 @@ def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
             part.forward = forward
 
 
-def whole_weights(model: PreTrainedModel) -> contextlib.AbstractContextManager:
-    """Collective under ZeRO-3: inside, every parameter is whole on every rank."""
+def gathered_weights(model: PreTrainedModel) -> contextlib.AbstractContextManager:
+    """Collective under ZeRO-3: inside, every rank has the whole of every parameter."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    # Small ones are whole all the time; gathered here they would be partitioned behind.
-    apart = [p for p in model.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    return deepspeed.zero.GatheredParameters(apart)
+    # Small parameters are always whole. Gathering them here would partition them on leaving.
+    sharded = [p for p in model.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    return deepspeed.zero.GatheredParameters(sharded)

@@ -1,36 +1,40 @@
-"""Weights of four bits as GPTQ packs them; its order of inputs (act-order) is read as well.
+"""4-bit weights as GPTQ packs them, with or without act-order.
 
-qweight int32 (in / 8, out): eight inputs a word; qzeros int32 (groups, out / 8): eight outputs a
-word, each less by one in the first version of the format; scales (groups, out); g_idx (in,): the
-group of each input. weight = (q - zero) * scale.
+qweight int32 (in / 8, out): eight inputs per word; qzeros int32 (groups, out / 8): eight outputs
+per word, each zero minus one in the first version of the format; scales (groups, out); g_idx (in,):
+the group of each input. weight = (q - zero) * scale.
 """
 
 import torch
 from torch import Tensor, nn
 
-from kd.models.packed_linear import PackedLinear, frozen, stored_dtype
+from kd.models.packed_linear import PackedLinear, meta_parameter, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
-NUMBERS = 2**24  # formed at one time
+TILE = 2**24  # numbers that are dequantized at once
 
 
 class GptqLinear(PackedLinear):
+    """A Linear with GPTQ weights (arXiv 2210.17323)."""
+
     def __init__(self, linear: nn.Linear, name: str, files: TensorFiles, settings: dict):
         super().__init__(linear, name, files)
-        group = settings["group_size"]
-        groups = 1 if group == -1 else -(-self.in_features // group)
-        self.qweight = frozen((self.in_features // 8, self.out_features), torch.int32)
-        self.qzeros = frozen((groups, self.out_features // 8), torch.int32)
-        self.scales = frozen((groups, self.out_features), stored_dtype(files, f"{name}.scales"))
-        self.g_idx = frozen((self.in_features,), torch.int32)
-        self.less_by_one = settings.get("checkpoint_format", "gptq") == "gptq"
+        size = settings["group_size"]
+        groups = 1 if size == -1 else -(-self.in_features // size)
+        scales = stored_dtype(files, f"{name}.scales")
+        self.qweight = meta_parameter((self.in_features // 8, self.out_features), torch.int32)
+        self.qzeros = meta_parameter((groups, self.out_features // 8), torch.int32)
+        self.scales = meta_parameter((groups, self.out_features), scales)
+        self.g_idx = meta_parameter((self.in_features,), torch.int32)
+        self.zeros_minus_one = settings.get("checkpoint_format", "gptq") == "gptq"
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, (out, in), in `dtype`."""
         zeros = unpack(self.qzeros).flatten(1)  # (groups, out)
-        if self.less_by_one:
+        if self.zeros_minus_one:
             zeros = (zeros + 1) & 15
         weight = torch.empty(self.in_features, self.out_features, dtype=dtype, device=zeros.device)
-        step = max(1, NUMBERS // (8 * self.out_features))  # words
+        step = max(1, TILE // (8 * self.out_features))  # words
         for start in range(0, len(self.qweight), step):
             # (words, out, 8) -> (inputs, out)
             numbers = unpack(self.qweight[start : start + step]).transpose(1, 2).flatten(0, 1)
@@ -41,12 +45,12 @@ class GptqLinear(PackedLinear):
 
 
 def unpack(words: Tensor) -> Tensor:
-    """(..., 8) numbers 0..15 of int32 words."""
+    """Unpack int32 words, (...), into numbers 0..15, (..., 8)."""
     return (words[..., None] >> (4 * torch.arange(8, device=words.device))) & 15
 
 
 def check_gptq(settings: dict, name: str) -> None:
-    """Raises ValueError where quantization_config is of another layout."""
+    """Raise ValueError if quantization_config describes another layout."""
     form = settings.get("checkpoint_format", "gptq")
     if settings.get("bits") != 4 or form not in ("gptq", "gptq_v2"):
         raise ValueError(
@@ -58,6 +62,7 @@ def check_gptq(settings: dict, name: str) -> None:
 def gptq_layer(
     linear: nn.Linear, name: str, files: TensorFiles, settings: dict
 ) -> GptqLinear | None:
+    """The packed layer; None if the checkpoint left it unquantized."""
     if f"{name}.qweight" not in files.tensors:
         return None
     return GptqLinear(linear, name, files, settings)

@@ -1,17 +1,18 @@
-"""A student made of some of its parent's blocks: everything but the left-out blocks is inherited.
+"""Build a student from some of its parent's layers: embeddings, final norm and head come along.
 
-Inheritune (Sanyal et al. 2024, arXiv 2404.08634) takes the first blocks, DistilBERT every second;
-embeddings, final norm and head come along, or the student starts from nothing. The student's
-config.json says which blocks it has, so that whatever is trained from it still knows.
+Inheritune (Sanyal et al. 2024, arXiv 2404.08634) keeps the first layers, DistilBERT every second.
+The student's config.json records which layers it has, so that models trained from it know, too.
 """
 
 import copy
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-# Their blocks are the list model.layers, alike in shape, and know their number by PER_BLOCK alone.
+from kd.models.adapters import is_adapter
+
+# Their layers are the list model.layers, have equal shapes, and depend on their position only
+# through PER_LAYER.
 ARCHITECTURES = (
     "gemma2",
     "gemma3_text",
@@ -24,20 +25,22 @@ ARCHITECTURES = (
     "qwen3",
     "smollm3",
 )
-PER_BLOCK = ("layer_types", "no_rope_layers")  # keys of a configuration with one value a block
-ORIGIN = "inherited"  # the key of a student's configuration that holds its origin
+PER_LAYER = ("layer_types", "no_rope_layers")  # configuration keys with one value per layer
+ORIGIN = "inherited"  # configuration key that records the student's origin
 
 
 def first(keep: int, depth: int) -> list[int]:
+    """The first `keep` of `depth` layers."""
     return list(range(keep))
 
 
 def last(keep: int, depth: int) -> list[int]:
+    """The last `keep` of `depth` layers."""
     return list(range(depth - keep, depth))
 
 
 def even(keep: int, depth: int) -> list[int]:
-    """Evenly spaced, the first and the last block among them; the first where it is one."""
+    """Evenly spaced layers that include the first and the last; with keep 1, the first."""
     return [round(n * (depth - 1) / max(keep - 1, 1)) for n in range(keep)]
 
 
@@ -45,25 +48,26 @@ CHOICES = {"first": first, "last": last, "even": even}
 
 
 def check_keep(keep: int, depth: int) -> None:
-    """Raise ValueError where a parent of `depth` blocks has not `keep` of them."""
+    """Raise ValueError if a parent of `depth` layers does not have `keep` of them."""
     if not 1 <= keep <= depth:
-        raise ValueError(f"keep: {keep}; wanted 1 to {depth}, the number of the parent's blocks")
+        raise ValueError(f"keep: {keep}; wanted 1 to {depth}, the number of the parent's layers")
 
 
 def check_layers(layers: list[int], depth: int) -> None:
-    """Raise ValueError where `layers` are not increasing numbers of the parent's blocks."""
+    """Raise ValueError if `layers` are not increasing indices of the parent's `depth` layers."""
     if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
         raise ValueError(
-            f"layers: {layers}; wanted increasing numbers from 0 to {depth - 1}, the parent's blocks"
+            f"layers: {layers}; wanted increasing numbers from 0 to {depth - 1}, the parent's "
+            "layers"
         )
 
 
 def parent_config(name: str) -> PreTrainedConfig:
-    """The configuration of a parent, before its weights are loaded.
+    """Load the configuration of a parent before its weights.
 
-    Raises ValueError, with the remedy, for adapters, other architectures and quantised parents.
+    Raises ValueError for adapters, unsupported architectures and quantized parents.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if is_adapter(name):
         raise ValueError(
             f"parent: {name} is a LoRA adapter; wanted a whole model: python train/merge.py "
             f"--adapter {name} --output_dir MERGED, then --parent MERGED"
@@ -74,41 +78,41 @@ def parent_config(name: str) -> PreTrainedConfig:
 
 
 def check_parent(config: PreTrainedConfig) -> None:
-    """Raise ValueError where blocks of this parent cannot be inherited, with the reason."""
+    """Raise ValueError, with the reason, if layers of this parent cannot be inherited."""
     kind, supported = config.model_type, ", ".join(ARCHITECTURES)
     if config.get_text_config() is not config:
         raise ValueError(
-            f"{kind}: it reads more than text, and its text model alone is no checkpoint that "
-            f"could be trained here; wanted a text-only parent of {supported}"
+            f"{kind}: a multimodal model, and its text model alone is not a checkpoint that can be "
+            f"trained here; wanted a text-only parent of {supported}"
         )
     if kind not in ARCHITECTURES:
         experts = any("expert" in key for key in config.to_dict())
         reason = (
-            "it is a mixture of experts"
+            "because it is a mixture of experts"
             if experts
-            else "whether its blocks depend on each other or on their number was not checked"
+            else "because nobody has checked whether they depend on each other or on their position"
         )
-        raise ValueError(f"{kind}: its blocks cannot be inherited, {reason}; wanted {supported}")
+        raise ValueError(f"{kind}: its layers cannot be inherited, {reason}; wanted {supported}")
     found = getattr(config, "quantization_config", None)
     if found is not None:
         method = found["quant_method"] if isinstance(found, dict) else found.quant_method.value
         raise ValueError(
-            f"the parent is quantised ({method}), and a student is trained on "
-            "from its weights; inherit from the checkpoint in bfloat16 or float32 that it was made "
-            "from (for a name that ends in -AWQ, -GPTQ or -bnb-4bit, the one without), and give "
-            "the quantised one as teacher: to train/distill.py"
+            f"the parent is quantized ({method}), but the student is trained from its weights; "
+            "inherit from the bfloat16 or float32 checkpoint that it was made from (its name "
+            "usually lacks -AWQ, -GPTQ or -bnb-4bit), and use the quantized one as teacher in "
+            "train/distill.py"
         )
 
 
 def student_config(parent: PreTrainedConfig, layers: list[int], name: str) -> PreTrainedConfig:
-    """The parent's configuration with the values of these blocks, and where they come from."""
+    """The parent's configuration, reduced to `layers`, with the parent's `name` as origin."""
     config, depth = copy.deepcopy(parent), parent.num_hidden_layers
     config.num_hidden_layers = len(layers)
-    for key in PER_BLOCK:
+    for key in PER_LAYER:
         values = getattr(parent, key, None)
         if values is not None:
             setattr(config, key, [values[n] for n in layers])
-    # Qwen: from this block on attention slides. Transformers reads layer_types, others this.
+    # Qwen: attention slides from this layer on. Transformers reads layer_types, others this key.
     window = getattr(parent, "max_window_layers", None)
     if window is not None:
         config.max_window_layers = sum(n < window for n in layers)
@@ -117,35 +121,37 @@ def student_config(parent: PreTrainedConfig, layers: list[int], name: str) -> Pr
 
 
 def inherited_pairs(student: PreTrainedConfig, teacher: PreTrainedConfig) -> list[str] | None:
-    """The layer map "student:teacher" of a student of blocks of such a teacher, else None.
+    """The layer map "student:teacher" for hidden states; None if the depths do not match.
 
-    Layer n is behind block n, counted from 1: each block of the student goes to the one that it
-    was. But its last layer goes to the teacher's last, for both are behind the final norm.
+    Hidden state n is the output of layer n, counted from 1. Each state of the student maps to that
+    of the layer it was inherited from. The last maps to the teacher's last, because both come after
+    the final norm.
     """
     origin = getattr(student, ORIGIN, None)
     depth = teacher.num_hidden_layers
     if not origin or origin["of"] != depth or len(origin["layers"]) != student.num_hidden_layers:
         return None
-    theirs = [n + 1 for n in origin["layers"][:-1]] + [depth]
-    return [f"{ours}:{layer}" for ours, layer in enumerate(theirs, 1)]
+    teacher_states = [n + 1 for n in origin["layers"][:-1]] + [depth]
+    return [f"{number}:{state}" for number, state in enumerate(teacher_states, 1)]
 
 
 def inherit(parent: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
-    """A new model with the parent's blocks `layers` (counted from 0), in the parent's type.
+    """Build a new model with the parent's `layers` (counted from 0), in the parent's dtype.
 
-    With all blocks it equals its parent to the last bit. Raises ValueError for other architectures,
-    quantised parents and wrong layers.
+    With all layers it equals its parent bit for bit.
+
+    Raises ValueError for unsupported architectures, quantized parents and wrong layers.
     """
     check_parent(parent.config)
     check_layers(layers, parent.config.num_hidden_layers)
     config = student_config(parent.config, layers, parent.name_or_path)
     student = AutoModelForCausalLM.from_config(config, dtype=parent.dtype)
-    place = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
+    renamed = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
     weights = {}
     for name, tensor in parent.state_dict().items():
         prefix = ".".join(name.split(".")[:3]) + "."
-        if prefix in place:
-            weights[place[prefix] + name[len(prefix) :]] = tensor
+        if prefix in renamed:
+            weights[renamed[prefix] + name[len(prefix) :]] = tensor
         elif not name.startswith("model.layers."):
             weights[name] = tensor
     with torch.no_grad():

@@ -1,9 +1,7 @@
-"""The trained model: full weights, LoRA on full weights, or LoRA on four-bit weights (QLoRA)."""
-
-from pathlib import Path
+"""Load the model that is trained: all weights, LoRA, or LoRA on 4-bit weights (QLoRA)."""
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -16,32 +14,32 @@ from kd.settings.distillation import ModelSettings
 
 
 def check_attention(implementation: str) -> None:
-    """Raise ValueError where the machine has no kernel for it, before anything is loaded."""
+    """Raise ValueError if this machine has no kernel for the attention implementation."""
     if implementation != "flash_attention_2":
         return
     if not torch.cuda.is_available():
-        raise ValueError("attn_implementation: flash_attention_2 runs on GPUs alone; set sdpa")
+        raise ValueError("attn_implementation: flash_attention_2 needs a GPU; set sdpa")
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         raise ValueError(
             f"attn_implementation: flash_attention_2 needs compute capability 8.0 or more, and "
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; set sdpa, which "
-            "keeps packed documents apart by a mask"
+            "separates packed documents with a mask"
         )
 
 
 def load_trained(
     name: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:
-    """The model of a hub name or folder, ready for the Trainer."""
+    """Load the model of a hub name or folder, ready for the Trainer."""
     dtype = getattr(torch, settings.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype,
-        quantization_config=four_bit(dtype) if settings.quantization == "nf4" else None,
+        quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
         attn_implementation=settings.attn_implementation,
     )
-    keep_packing_of_four_bit_weights(model)
+    disable_cpu_repacking(model)
     model.generation_config = generation_config(model, tokenizer)
     new_tokens = check_template_tokens(model, tokenizer, settings)
     if settings.lora_rank:
@@ -50,27 +48,20 @@ def load_trained(
     return model
 
 
-def adapter_base(name: str) -> str | None:
-    """The base's name where `name` is the folder of a PEFT adapter."""
-    if not (Path(name) / "adapter_config.json").is_file():
-        return None
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
-
-
-def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's base: NF4 with double quantisation."""
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The quantization of a QLoRA base: NF4 with double quantization (arXiv 2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # The storage type must be the others' type, or DeepSpeed cannot flatten the weights.
+        # DeepSpeed flattens all weights together, so their storage types must be the same.
         bnb_4bit_quant_storage=dtype,
     )
 
 
 def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig:
-    """`tokens`: ids whose embeddings are trained as well."""
+    """The LoRA configuration of the settings; embeddings of the ids `tokens` are trained, too."""
     targets = settings.lora_target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -82,9 +73,12 @@ def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig
     )
 
 
-def keep_packing_of_four_bit_weights(model: PreTrainedModel) -> None:
-    """On CPUs with avx512_bf16 bitsandbytes repacks a weight at its first forward in eval mode,
-    which breaks ZeRO-3 and any training after an evaluation; switch that off."""
+def disable_cpu_repacking(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with avx512_bf16.
+
+    It does so at the first forward in eval mode, which breaks ZeRO-3 and any training after an
+    evaluation.
+    """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -93,24 +87,27 @@ def keep_packing_of_four_bit_weights(model: PreTrainedModel) -> None:
 def check_template_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings
 ) -> list[int]:
-    """The template's special tokens; says which of them the base model was never trained on."""
+    """Return the template's special tokens; print a note if LoRA leaves some untrained."""
     ids = template_tokens(tokenizer)
-    embedding = model.get_input_embeddings().weight
-    if not ids or embedding.numel() == 0:  # under ZeRO-3 the rows are spread over the ranks
+    embedding = model.get_input_embeddings().weight  # (V, H)
+    if not ids or embedding.numel() == 0:  # ZeRO-3 has sharded the rows
         return ids
     untrained = untrained_tokens(embedding.detach(), ids)
     if untrained and settings.lora_rank and not settings.train_template_tokens:
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(untrained))
         print(
-            f"note: the template's tokens {tokens} look untrained in this model, and LoRA leaves "
-            "embeddings as they are; train_template_tokens: true trains them "
+            f"note: the template's tokens {tokens} look untrained in this model, and LoRA does not "
+            "train embeddings; train_template_tokens: true trains them "
             "(PEFT's trainable_token_indices)"
         )
     return ids
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all), four-bit weights and ZeRO-3 shards counted as the numbers they stand for."""
+    """The numbers of trainable and of all parameters.
+
+    4-bit weights and ZeRO-3 shards count as the parameters that they stand for.
+    """
     trained = total = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())

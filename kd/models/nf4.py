@@ -1,7 +1,7 @@
-"""Weights of four bits as bitsandbytes stores them: a code for each number, a maximum for each block.
+"""4-bit weights as bitsandbytes stores them: a code per number and a maximum per block.
 
-weight (out * in / 2, 1) codes, absmax (blocks,); where the maxima are quantised themselves
-(double quantisation) absmax is uint8, and nested_absmax, nested_quant_map give its values.
+weight (out * in / 2, 1) codes, absmax (blocks,). With double quantization the maxima are quantized,
+too: absmax is uint8, and nested_absmax and nested_quant_map give its values.
 """
 
 import json
@@ -10,34 +10,37 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor, nn
 
-from kd.models.packed_linear import PackedLinear, frozen, stored_dtype
+from kd.models.packed_linear import PackedLinear, meta_parameter, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
 STATE = "weight.quant_state.bitsandbytes__"  # JSON in a tensor of bytes
 
 
 class Nf4Linear(PackedLinear):
+    """A Linear with NF4 or FP4 weights (QLoRA, arXiv 2305.14314, section 3)."""
+
     stored_as = {name: f"weight.{name}" for name in ("absmax", "nested_absmax", "nested_quant_map")}
 
     def __init__(self, linear: nn.Linear, name: str, files: TensorFiles, quant_type: str):
         super().__init__(linear, name, files)
         self.state = json.loads(bytes(files.read(f"{name}.{STATE}{quant_type}").tolist()))
-        files.used.add(f"{name}.weight.quant_map")  # the values that quant_type stands for
-        numbers = self.in_features * self.out_features
+        files.used.add(f"{name}.weight.quant_map")  # quant_type determines its values
+        numel = self.in_features * self.out_features
         stored = stored_dtype(files, f"{name}.weight")
-        self.weight = frozen((-(-numbers // (2 * stored.itemsize)), 1), stored)
-        blocks = -(-numbers // self.state["blocksize"])
+        self.weight = meta_parameter((-(-numel // (2 * stored.itemsize)), 1), stored)
+        blocks = -(-numel // self.state["blocksize"])
         absmax = f"{name}.{self.stored_as['absmax']}"
-        self.absmax = frozen((blocks,), stored_dtype(files, absmax))
+        self.absmax = meta_parameter((blocks,), stored_dtype(files, absmax))
         self.nested_absmax = self.nested_quant_map = None
         if "nested_blocksize" in self.state:
             nested = -(-blocks // self.state["nested_blocksize"])
-            self.nested_absmax = frozen((nested,), torch.float32)
-            self.nested_quant_map = frozen((256,), torch.float32)
+            self.nested_absmax = meta_parameter((nested,), torch.float32)
+            self.nested_quant_map = meta_parameter((256,), torch.float32)
             offset = torch.tensor(self.state["nested_offset"])
             self.register_buffer("offset", offset, persistent=False)
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, (out, in), in `dtype`."""
         state = QuantState(
             self.absmax.data,
             torch.Size((self.out_features, self.in_features)),
@@ -57,7 +60,7 @@ class Nf4Linear(PackedLinear):
 
 
 def nf4_layer(linear: nn.Linear, name: str, files: TensorFiles, settings: dict) -> Nf4Linear | None:
-    """None for a Linear that the checkpoint left as it was (llm_int8_skip_modules)."""
+    """The packed layer; None if the checkpoint left it unquantized (llm_int8_skip_modules)."""
     for quant_type in ("nf4", "fp4"):
         if f"{name}.{STATE}{quant_type}" in files.tensors:
             return Nf4Linear(linear, name, files, quant_type)

@@ -1,68 +1,79 @@
-"""Teachers streamed from disk: spread over all processes by ZeRO-3, or whole on each.
+"""Stream a frozen model from disk: sharded over all ranks by ZeRO-3, or whole on each rank.
 
-Sharded, every rank reads only its own range of bytes of every tensor, and never holds more than its
-shard and one tensor. Packed tensors (AWQ, NF4, GPTQ) are sharded as they are: a 4-bit teacher costs
-a rank its bytes / ranks, and the layer that is being used.
+When sharding, a rank reads only its own byte range of each tensor and never holds more than its
+shard and one tensor. Packed tensors (AWQ, NF4, GPTQ) are sharded in their packed form, so a 4-bit
+teacher costs a rank its file size / ranks, plus the layer in use.
 """
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers.integrations.deepspeed as integration
 from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from kd.distributed import local_rank, print_rank0, raise_on_all_ranks, rank, world_size
 from kd.models.blocks import decoder_blocks
 from kd.models.heads import backbone_only
-from kd.models.quantized import Slot, check_readable, empty_model
+from kd.models.quantized import StoredParameter, check_readable, empty_model
 from kd.models.tensor_files import TensorFiles
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors"]
-COMPUTED = "rotary_emb.inv_freq"  # in old files; the configuration gives it
+COMPUTED = "rotary_emb.inv_freq"  # older checkpoints store it; it is computed from the config
 
 
-def load_sharded(name: str, ds_config: str, attn_implementation: str, dtype: str = "auto"):
-    """(DeepSpeed engine, module) of the causal language model in a folder or on the hub.
+def load_sharded(
+    name: str, ds_config: str, attn_implementation: str, dtype: str = "auto"
+) -> tuple[Any, PreTrainedModel]:
+    """Collective: load a causal language model, sharded, from a folder or the hub.
 
-    `ds_config` is a ZeRO-3 JSON without a precision section. The engine returns hidden states.
-    Raises ValueError for checkpoints that cannot be sharded, the same on every rank.
+    `ds_config` is the path of a ZeRO-3 JSON without a precision section.
+
+    Returns:
+        The DeepSpeed engine, whose forward returns hidden states (B, T, H), and its module.
+
+    Raises ValueError, the same on every rank, for checkpoints that cannot be sharded.
     """
     settings = engine_settings(ds_config)
     return shard(*open_checkpoint(name, attn_implementation, dtype), settings)
 
 
-def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, settings: dict):
-    """(DeepSpeed engine, module) of what `open_checkpoint` has opened."""
+def shard(
+    model: PreTrainedModel, parameters: list[StoredParameter], files: TensorFiles, settings: dict
+) -> tuple[Any, PreTrainedModel]:
+    """Collective: fill a model from `open_checkpoint` and return (DeepSpeed engine, module).
+
+    Raises ValueError on every rank if one of them cannot read its part of the files.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    # Not entered as a context: that would cast every float tensor made inside (rotary frequencies,
-    # scales), replace F.linear for good, and send every whole tensor from rank 0 to the others.
+    # Init is not entered as a context: that would cast every float tensor created inside (rotary
+    # frequencies, scales), replace F.linear for good, and broadcast whole tensors from rank 0.
     zero = deepspeed.zero.Init(config_dict_or_path=settings, dtype=model.dtype)
 
-    def read_shard(slot: Slot) -> nn.Parameter:
-        parameter = torch.empty_like(slot.parameter, device=zero.local_device)
+    def read_shard(stored: StoredParameter) -> nn.Parameter:
+        parameter = torch.empty_like(stored.parameter, device=zero.local_device)
         parameter = nn.Parameter(parameter, requires_grad=False)
         zero._convert_to_deepspeed_param(parameter)
         parameter.partition()
-        own = parameter.ds_tensor.data  # flat, ceil(numel / ranks) numbers, padded at the end
-        first, count = own_range(parameter.ds_numel, own.numel(), dist.get_rank())
-        files.read_range(slot.stored, first, own[:count])
-        own[count:].zero_()
+        local = parameter.ds_tensor.data  # flat, ceil(numel / ranks) numbers, padded at the end
+        first, count = shard_range(parameter.ds_numel, local.numel(), rank())
+        files.read_range(stored.name, first, local[:count])
+        local[count:].zero_()
         return parameter
 
-    fill_model(slots, files, read_shard, 1 / dist.get_world_size())
-    to_device(model, zero.local_device)
+    fill_model(parameters, files, read_shard, 1 / world_size())
+    move_buffers(model, zero.local_device)
     backbone_only(model)
-    # A block is gathered whole, by one hook: so it may run over many micro-batches at one gather,
-    # and the trace of modules is the same however many they are.
+    # As a leaf module, a block is gathered whole by one hook. So it can run over many
+    # micro-batches per gather, and DeepSpeed's module trace does not depend on their number.
     for block in decoder_blocks(model):
         set_z3_leaf_module(block, True)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -70,25 +81,28 @@ def shard(model: PreTrainedModel, slots: list[Slot], files: TensorFiles, setting
     return engine, model
 
 
-def own_range(numbers: int, size: int, rank: int) -> tuple[int, int]:
-    """(first, count) of a tensor's numbers in a rank's shard of `size`; behind them is padding."""
-    first = rank * size
-    return first, min(max(numbers - first, 0), size)
+def shard_range(numel: int, shard_size: int, rank: int) -> tuple[int, int]:
+    """(first, count) of a tensor's numbers in the shard of `rank`; the rest of it is padding."""
+    first = rank * shard_size
+    return first, min(max(numel - first, 0), shard_size)
 
 
 def load_unsharded(
     name: str, attn_implementation: str, dtype: str, device: torch.device
 ) -> PreTrainedModel:
-    """The frozen CausalLM with the layers of `load_sharded`, whole in this process."""
-    model, slots, files = open_checkpoint(name, attn_implementation, dtype)
+    """Load the frozen CausalLM whole in this process, with the layers of `load_sharded`.
 
-    def read_whole(slot: Slot) -> nn.Parameter:
-        whole = torch.empty_like(slot.parameter, device=device)
-        files.read_range(slot.stored, 0, whole.view(-1))
+    Raises ValueError for checkpoints that cannot be read.
+    """
+    model, parameters, files = open_checkpoint(name, attn_implementation, dtype)
+
+    def read_whole(stored: StoredParameter) -> nn.Parameter:
+        whole = torch.empty_like(stored.parameter, device=device)
+        files.read_range(stored.name, 0, whole.view(-1))
         return nn.Parameter(whole, requires_grad=False)
 
-    fill_model(slots, files, read_whole, 1.0)
-    to_device(model, device)
+    fill_model(parameters, files, read_whole, 1.0)
+    move_buffers(model, device)
     if (files.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return model
@@ -96,100 +110,94 @@ def load_unsharded(
 
 def open_checkpoint(
     name: str, attn_implementation: str, dtype: str
-) -> tuple[PreTrainedModel, list[Slot], TensorFiles]:
-    """The model without its tensors, the places for them, and the files that hold them."""
+) -> tuple[PreTrainedModel, list[StoredParameter], TensorFiles]:
+    """Collective: build the model on the meta device and find its tensors in the files.
+
+    Raises ValueError on every rank if the checkpoint cannot be read on one of them.
+    """
     folder = checkpoint_folder(name)
-    with error_on_every_rank():
+    with raise_on_all_ranks():
         config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation)
         check_readable(config, name)
         files = TensorFiles(folder)
         with without_zero_init():
             kept = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model, slots = empty_model(config, files, kept or torch.float32)
-    return model, slots, files
+            model, parameters = empty_model(config, files, kept or torch.float32)
+    return model, parameters, files
 
 
 def checkpoint_folder(name: str) -> Path:
-    """The folder itself, or the hub's files, downloaded by one process a machine."""
+    """Collective: the folder `name`, or that of its hub files, downloaded once per machine.
+
+    Raises ValueError on every rank if a download fails.
+    """
     if Path(name).is_dir():
         return Path(name)
-    with error_on_every_rank():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    with raise_on_all_ranks():
+        if local_rank() == 0:
             snapshot_download(name, allow_patterns=CHECKPOINT_FILES)
     return Path(snapshot_download(name, local_files_only=True, allow_patterns=CHECKPOINT_FILES))
 
 
 def fill_model(
-    slots: list[Slot], files: TensorFiles, read: Callable[[Slot], nn.Parameter], share: float
+    parameters: list[StoredParameter],
+    files: TensorFiles,
+    read: Callable[[StoredParameter], nn.Parameter],
+    share: float,
 ) -> None:
-    """Read every slot; `share` of the bytes are this rank's."""
-    total = share * sum(files.tensors[slot.stored].bytes for slot in slots)
-    shown = tqdm(
+    """Collective: read every parameter; this rank reads the fraction `share` of the bytes.
+
+    Raises ValueError on every rank if one of them cannot read.
+    """
+    total = share * sum(files.tensors[stored.name].bytes for stored in parameters)
+    progress = tqdm(
         total=round(total),
         desc="streaming the teacher",
         unit="B",
         unit_scale=True,
-        disable=is_distributed() and dist.get_rank() != 0,
+        disable=rank() != 0,
     )
-    with shown, error_on_every_rank():
-        for slot in slots:
-            slot.put(read(slot))
-            shown.update(files.bytes_read - shown.n)
-    note_unread(files)
+    with progress, raise_on_all_ranks():
+        for stored in parameters:
+            stored.assign(read(stored))
+            progress.update(files.bytes_read - progress.n)
+    print_unread(files)
 
 
-def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move the buffers, which are computed on the CPU on every machine."""
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move all buffers to `device`; they were computed on the CPU, the same on every machine."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
 
-def note_unread(files: TensorFiles) -> None:
-    """Nothing is left out in silence."""
+def print_unread(files: TensorFiles) -> None:
+    """Print a note about tensors in the files that the model has no parameter for."""
     unread = [key for key in files.unread() if not key.endswith(COMPUTED)]
-    if unread and not (is_distributed() and dist.get_rank()):
-        print(
-            f"note: {files.folder}: {len(unread)} tensors of its files have no place in the model and were "
-            f"not read: {', '.join(unread[:5])}{', ...' if len(unread) > 5 else ''}",
-            flush=True,
+    if unread:
+        names = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+        print_rank0(
+            f"note: {files.folder}: {len(unread)} tensors were not read, because the model has no "
+            f"parameter for them: {names}"
         )
 
 
 @contextlib.contextmanager
-def error_on_every_rank() -> Iterator[None]:
-    """What goes wrong on one rank inside is raised on all: none waits for another for ever."""
-    error = None
-    try:
-        yield
-    except (ValueError, OSError) as caught:
-        error = caught
-    errors = [error and str(error)]
-    if is_distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error and str(error))
-    for rank, text in enumerate(errors):
-        if text:
-            raise ValueError(text if rank == 0 else f"{text} (rank {rank})") from error
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextlib.contextmanager
 def without_zero_init() -> Iterator[None]:
-    """With the student under ZeRO-3 Transformers would shard a teacher in the student's way, too."""
-    kept = integration._hf_deepspeed_config_weak_ref
+    """Hide the student's ZeRO-3 config, with which Transformers would shard any model it loads."""
+    hidden = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = kept
+        integration._hf_deepspeed_config_weak_ref = hidden
 
 
 def engine_settings(ds_config: str) -> dict:
-    """The JSON with the one number that DeepSpeed insists on. Raises ValueError on other stages."""
+    """Read the teacher's ZeRO-3 JSON and add the batch size that DeepSpeed requires.
+
+    Raises ValueError for other ZeRO stages and for precision sections.
+    """
     settings = json.loads(Path(ds_config).read_text())
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage != 3:

@@ -1,4 +1,4 @@
-"""What a block does to text, against formulas in float64 and against students without it."""
+"""The influence of layers, against formulas in float64 and against students without them."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from small import small_model, small_rows, small_tokenizer
 from kd.evaluation.influence import (
     angle,
     angular_distances,
-    least_missed,
-    measured_layers,
+    choose_by_influence,
+    greedy_removal,
     perplexity_without,
     text_batches,
 )
@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def parent(tokenizer):
-    """Four blocks; of these the third passes on what it is given, and the second nearly does."""
+    """Four layers; the third returns its input, and the second nearly does."""
     model = small_model(tokenizer, num_hidden_layers=4).eval()
     with torch.no_grad():
         for n, scale in ((1, 0.05), (2, 0.0)):
@@ -41,26 +41,26 @@ def batches(tokenizer, tmp_path_factory):
     return text_batches([{"path": str(file)}], tokenizer, 64, 300, 2)
 
 
-def test_text_is_read_up_to_its_number_of_tokens_and_no_further(tokenizer, tmp_path):
+def test_the_rows_have_at_most_the_given_number_of_tokens(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in small_rows(200)))
     source = [{"path": str(file)}]
 
     def tokens(limit: int) -> int:
         batches = text_batches(source, tokenizer, 64, limit, 4)
-        # Padding apart: of a row, all tokens up to its last target are its own.
+        # Everything after the last target of a row is padding.
         ends = [(row != -100).nonzero().max() + 1 for b in batches for row in b.inputs["labels"]]
         return int(sum(ends))
 
     assert 900 < tokens(1000) <= 1000 and 100 < tokens(200) <= 200
-    with pytest.raises(ValueError, match="tokens: 3, and the first row alone has more"):
+    with pytest.raises(ValueError, match="tokens: 3, but the first row alone has more"):
         text_batches(source, tokenizer, 64, 3, 4)
 
 
-def test_angle_is_arccos_of_the_cosine_and_exact_near_equality():
+def test_the_angle_is_the_arccos_of_the_cosine_and_exact_near_equality():
     a, b = torch.randn(2, 50, 8, dtype=torch.float64)
-    wanted = torch.cosine_similarity(a, b, dim=-1).arccos() / math.pi
-    torch.testing.assert_close(angle(a, b).double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = torch.cosine_similarity(a, b, dim=-1).arccos() / math.pi
+    torch.testing.assert_close(angle(a, b).double(), expected, rtol=1e-5, atol=1e-6)
     assert angle(a, a).abs().max() == 0.0
     torch.testing.assert_close(angle(a, -a), torch.ones(50))
     tiny = torch.tensor([[1.0, 1e-6]])
@@ -69,7 +69,7 @@ def test_angle_is_arccos_of_the_cosine_and_exact_near_equality():
 
 @pytest.mark.parametrize("run", [1, 2])
 @torch.no_grad()
-def test_angular_distances_are_those_of_output_hidden_states(parent, batches, run):
+def test_angular_distances_agree_with_output_hidden_states(parent, batches, run):
     norm = parent.model.norm
     sums, count = torch.zeros(5 - run, dtype=torch.float64), 0
     for batch in batches:
@@ -78,39 +78,39 @@ def test_angular_distances_are_those_of_output_hidden_states(parent, batches, ru
         ids, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
         found = parent(ids, position_ids=positions, output_hidden_states=True).hidden_states
         hook.remove()
-        states = [state.double() for state in (*found[:-1], last[0])]  # not behind the norm
+        states = [state.double() for state in (*found[:-1], last[0])]  # before the final norm
         targets = batch.inputs["labels"] != -100
         for n in range(5 - run):
             cosine = torch.cosine_similarity(states[n], states[n + run], dim=-1)
             sums[n] += (cosine.clamp(max=1.0).arccos() / math.pi)[targets].sum()
         count += targets.sum()
-    wanted = (sums / count).tolist()
+    expected = (sums / count).tolist()
     assert angular_distances(parent, batches, run, progress=False) == pytest.approx(
-        wanted, abs=1e-6
+        expected, abs=1e-6
     )
 
 
-def test_perplexity_without_blocks_is_that_of_the_student_without_them(parent, batches, tokenizer):
+def test_perplexity_without_layers_is_that_of_the_student_without_them(parent, batches, tokenizer):
     whole = perplexity_without(parent, batches, len(tokenizer))
     assert perplexity_without(inherit(parent, [0, 1, 2, 3]), batches, len(tokenizer)) == whole
-    left = perplexity_without(parent, batches, len(tokenizer), [1, 3])
-    assert left == perplexity_without(inherit(parent, [0, 2]), batches, len(tokenizer)) != whole
-    assert perplexity_without(parent, batches, len(tokenizer)) == whole  # nothing stays left out
+    found = perplexity_without(parent, batches, len(tokenizer), [1, 3])
+    assert found == perplexity_without(inherit(parent, [0, 2]), batches, len(tokenizer)) != whole
+    assert perplexity_without(parent, batches, len(tokenizer)) == whole  # all layers are back
 
 
 @pytest.mark.parametrize("choice", ["angular", "angular_run"])
-def test_blocks_that_turn_the_states_least_are_left_out(parent, batches, tokenizer, choice):
-    layers, figures = measured_layers(choice, parent, batches, len(tokenizer), 2, False)
-    assert layers == [0, 3] and len(figures["angular_distances"]) == (
+def test_the_layers_with_the_smallest_angles_are_removed(parent, batches, tokenizer, choice):
+    layers, measured = choose_by_influence(choice, parent, batches, len(tokenizer), 2, False)
+    assert layers == [0, 3] and len(measured["angular_distances"]) == (
         4 if choice == "angular" else 3
     )
-    assert measured_layers(choice, parent, batches, len(tokenizer), 4, False)[0] == [0, 1, 2, 3]
+    assert choose_by_influence(choice, parent, batches, len(tokenizer), 4, False)[0] == [0, 1, 2, 3]
 
 
-def test_each_block_left_out_is_the_least_missed_of_those_still_there(parent, batches, tokenizer):
-    left = least_missed(parent, batches, len(tokenizer), 2, progress=False)
+def test_each_removed_layer_raises_the_perplexity_least(parent, batches, tokenizer):
+    removed = greedy_removal(parent, batches, len(tokenizer), 2, progress=False)
     students, gone = {}, []
-    for block, perplexity in left.items():
+    for layer, perplexity in removed.items():
         students = {
             n: perplexity_without(
                 inherit(parent, [k for k in range(4) if k not in (*gone, n)]),
@@ -120,13 +120,13 @@ def test_each_block_left_out_is_the_least_missed_of_those_still_there(parent, ba
             for n in range(4)
             if n not in gone
         }
-        assert perplexity == students[block] == min(students.values())
-        gone.append(block)
-    layers, figures = measured_layers("perplexity", parent, batches, len(tokenizer), 2, False)
-    assert layers == sorted(set(range(4)) - set(gone)) and figures["perplexity_without"] == left
+        assert perplexity == students[layer] == min(students.values())
+        gone.append(layer)
+    layers, measured = choose_by_influence("perplexity", parent, batches, len(tokenizer), 2, False)
+    assert layers == sorted(set(range(4)) - set(gone)) and measured["perplexity_without"] == removed
 
 
-def test_figures_do_not_depend_on_the_batch_size(parent, tokenizer, tmp_path):
+def test_measurements_do_not_depend_on_the_batch_size(parent, tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in small_rows(12)))
     found = []

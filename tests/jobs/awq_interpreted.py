@@ -1,4 +1,7 @@
-"""Worst differences of AWQ's Triton kernel from torch, as JSON; run with TRITON_INTERPRET=1."""
+"""Print the largest differences between the AWQ Triton kernel and torch as JSON.
+
+TRITON_INTERPRET=1 python tests/jobs/awq_interpreted.py
+"""
 
 import json
 import sys
@@ -8,8 +11,8 @@ import torch
 from kd.models import awq, awq_kernel
 
 CASES = {  # in, out, group
-    "one row of blocks": (64, 64, 32),
-    "a width that fills no block": (96, 8 * 67, 48),
+    "one block": (64, 64, 32),
+    "a width that is no multiple of the block width": (96, 8 * 67, 48),
     "several groups": (256, 8 * 5, 128),
     "an odd group": (21, 8, 7),
 }
@@ -23,7 +26,10 @@ def main() -> None:
         zeros = torch.randint(16, (inputs // group, out))
         scales = torch.rand(inputs // group, out).half()
         packed = (awq.pack(numbers), awq.pack(zeros), scales)
-        for dtype in (torch.float32, torch.float16):  # the interpreter's numpy has no bfloat16
+        for dtype in (
+            torch.float32,
+            torch.float16,
+        ):  # the interpreter lacks bfloat16
             ours = awq_kernel.dequantize(*packed, dtype)
             difference = ours - awq.dequantize(*packed, dtype)
             found[f"{name}, {dtype}"] = difference.abs().max().item()

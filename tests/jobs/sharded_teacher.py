@@ -1,9 +1,9 @@
-"""One start of several ranks: every checkpoint in WORK/good sharded and whole, in WORK/bad refused.
+"""Load every checkpoint in WORK/good, sharded and whole, and try every one in WORK/bad.
 
 torchrun --nproc-per-node 3 tests/jobs/sharded_teacher.py WORK
 
-Writes WORK/<ranks>-<rank>.json: for every good checkpoint what was held, read, gathered and how far
-its logits are from the whole model's; for every bad one the error.
+Each rank writes WORK/<ranks>-<rank>.json. A good checkpoint has the bytes held and read, the
+gathers, and the largest difference of its logits from the whole model's; a bad one has its error.
 """
 
 import json
@@ -24,10 +24,11 @@ from kd.run.exit import leave
 from kd.settings.distillation import ModelSettings
 
 CPU = torch.device("cpu")
-gathers, sent = [], []  # numbers of each all-gather, of each broadcast
+gathers, sent = [], []  # numel of each all-gather and of each broadcast
 
 
 def count(owner, name: str, log: list, place: int) -> None:
+    """Log the numel of the argument at `place` whenever owner.name is called."""
     real = getattr(owner, name)
 
     def counting(*args, **kw):
@@ -39,9 +40,9 @@ def count(owner, name: str, log: list, place: int) -> None:
 
 @torch.no_grad()
 def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
-    """Three forwards in a row, of other lengths on every rank, the student called between."""
-    attention = "eager" if "gemma2" in folder.name else "sdpa"  # it has no other
-    if "bf16" in folder.name:  # the oracle is Transformers where it can be
+    """Run three forwards of different lengths per rank, with the student called in between."""
+    attention = "eager" if "gemma2" in folder.name else "sdpa"  # sdpa has no soft-capping
+    if "bf16" in folder.name:  # Transformers is the oracle unless the format needs another package
         whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     else:
         whole = sharding.load_unsharded(str(folder), attention, "auto", CPU)
@@ -67,7 +68,7 @@ def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
     for forward, length in enumerate((9 + 8 * dist.get_rank(), 24, 3)):
         ids = torch.arange(3, 3 + length)[None]
         positions = torch.zeros_like(ids, dtype=torch.bool)
-        positions[:, :-1] = forward or dist.get_rank()  # first, rank 0 has no target token
+        positions[:, :-1] = forward or dist.get_rank()  # rank 0 starts without targets
         gathers.clear()
         hidden = engine(input_ids=ids, position_ids=torch.arange(length)[None])
         found["gathers"].append(len(gathers))
@@ -85,8 +86,8 @@ def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
     return found
 
 
-def refusal(folder: Path, ds_config: str) -> str:
-    if (folder / "0").is_dir():  # a machine of its own for every rank
+def error_of(folder: Path, ds_config: str) -> str:
+    if (folder / "0").is_dir():  # one folder per rank, as if on different machines
         folder = folder / str(dist.get_rank())
     try:
         sharding.load_sharded(str(folder), ds_config, "sdpa")
@@ -95,8 +96,8 @@ def refusal(folder: Path, ds_config: str) -> str:
     return "none"
 
 
-def refusal_in_the_middle(folder: Path, ds_config: str) -> str:
-    """A disk that gives up on one rank, after some tensors."""
+def error_while_reading(folder: Path, ds_config: str) -> str:
+    """The error if the disk of rank 1 fails after some tensors."""
     real, calls = tensor_files.fill, []
 
     def failing(file, out):
@@ -106,7 +107,7 @@ def refusal_in_the_middle(folder: Path, ds_config: str) -> str:
         real(file, out)
 
     tensor_files.fill = failing
-    found = refusal(folder, ds_config)
+    found = error_of(folder, ds_config)
     tensor_files.fill = real
     return found
 
@@ -122,12 +123,12 @@ def main() -> None:
     student = load_trained(name, settings, load_tokenizer(name))
     good, bad = (sorted((work / kind).iterdir()) for kind in ("good", "bad"))
     config = str(work / "teacher.json")
-    found = {"bad": {folder.name: refusal(folder, config) for folder in bad}}
+    found = {"bad": {folder.name: error_of(folder, config) for folder in bad}}
     found["good"] = {folder.name: compare(folder, student, config) for folder in good}
     for profile in ("teacher_zero3", "teacher_zero3_offload"):
         found["good"][profile] = compare(good[0], student, f"ds_configs/{profile}.json")
-    # The last: DeepSpeed numbers parameters, and here one rank stops counting before the others.
-    found["bad"]["reading"] = refusal_in_the_middle(work / "good" / "qwen2-bf16", config)
+    # Last, because DeepSpeed numbers parameters and the failing rank creates fewer than the others.
+    found["bad"]["reading"] = error_while_reading(work / "good" / "qwen2-bf16", config)
     (work / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 

@@ -1,8 +1,8 @@
-"""Peak of a rank's own memory (RssAnon) while it loads a sharded teacher, and of what it maps.
+"""Measure the peak of anonymous memory (RssAnon), reads and mapped memory of loading a teacher.
 
 torchrun --nproc-per-node 2 tests/jobs/teacher_memory.py FOLDER OUT
 
-Writes OUT/<rank>.json in bytes.
+Each rank writes OUT/<rank>.json, in bytes.
 """
 
 import json
@@ -19,12 +19,13 @@ from kd.run.exit import leave
 
 
 def status(key: str) -> int:
+    """A value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def read_by_kernel() -> int:
-    """Bytes that this process has asked the kernel for by read(2) and its kin."""
+    """Bytes that this process has requested with read(2) and similar calls."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 

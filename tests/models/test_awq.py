@@ -1,4 +1,4 @@
-"""AWQ's layout, as AutoAWQ's own code packs it; the writer; the Triton kernel."""
+"""The AWQ layout against AutoAWQ's code, the checkpoint writer, and the Triton kernel."""
 
 import importlib.util
 import json
@@ -9,12 +9,13 @@ import pytest
 import torch
 from processes import start, succeed
 from safetensors.torch import load_file
+from scripts import quantize
 from small import save_small
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kd.generation.engines import load_answering_model
 from kd.models import awq, awq_writer
+from kd.models.frozen import load_frozen
 from kd.models.sharding import load_unsharded
 from kd.models.tensor_files import TensorFiles
 
@@ -23,13 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 IDS = torch.arange(3, 40)[None]
 
 
-def write_awq(model, folder, group: int = 16) -> Path:
-    arguments = ["--model", model, "--output_dir", folder, "--group_size", group]
-    succeed(sys.executable, "-m", "kd.models.awq", *arguments)
-    return folder
-
-
-def test_unpacking_agrees_with_autoawqs_own_code():
+def test_unpacking_agrees_with_autoawq():
     layer = load_file(FIXTURE)
     found = awq.dequantize(layer["qweight"], layer["qzeros"], layer["scales"], torch.float16)
     assert found.shape == layer["weight"].shape == (64, 96)
@@ -37,22 +32,23 @@ def test_unpacking_agrees_with_autoawqs_own_code():
     assert torch.equal(awq.unpack(layer["qweight"]), layer["numbers"].int())
 
 
-def test_packing_gives_autoawqs_words():
+def test_packing_agrees_with_autoawq():
     layer = load_file(FIXTURE)
     assert torch.equal(awq.pack(layer["numbers"]), layer["qweight"])
     assert torch.equal(awq.pack(awq.unpack(layer["qzeros"])), layer["qzeros"])
 
 
-def test_rounding_errs_by_half_a_step_at_most_and_keeps_zero():
+def test_rounding_error_is_at_most_half_a_step_and_zero_stays_zero():
     torch.manual_seed(0)
     weight = torch.randn(48, 64)
-    weight[:, :16] += 9.0  # a group without small numbers
+    weight[:, :16] += 9.0  # a group without numbers near zero
     weight[3, 16:32] = 0.0
     weight[5, 40] = 0.0
     qweight, qzeros, scales = awq_writer.quantize(weight, 16)
     found = awq.dequantize(qweight, qzeros, scales, torch.float32).T
     steps = scales.float().T.repeat_interleave(16, dim=1)
-    # Half a step; at the ends of the range rounding of zero and of scale (float16) may add as much.
+    # Half a step. At the ends of the range, rounding the zero point and the float16 scale may add
+    # another half.
     assert ((found - weight).abs() <= 1.01 * steps).all()
     inner = (weight - weight.mean()).abs() < 0.5
     assert ((found - weight).abs()[inner] <= 0.51 * steps[inner]).all()
@@ -61,15 +57,16 @@ def test_rounding_errs_by_half_a_step_at_most_and_keeps_zero():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
-    """A model, with biases in its attention, and its AWQ checkpoint by the command."""
+    """A model with attention biases, and its AWQ checkpoint written by the command."""
     folder = tmp_path_factory.mktemp("checkpoints")
     save_small(folder / "model", hidden=48, tie_word_embeddings=False)
-    write_awq(folder / "model", folder / "awq")
+    arguments = ["--model", folder / "model", "--output_dir", folder / "awq", "--group_size", 16]
+    assert "saved to" in succeed(sys.executable, "train/quantize.py", *arguments)
     return folder
 
 
 def rounded(checkpoints: Path):
-    """The oracle: Transformers' own model, whose Linears hold the rounded weights."""
+    """The oracle: the model of Transformers with the rounded weights in its Linears."""
     model = AutoModelForCausalLM.from_pretrained(checkpoints / "model")
     files = TensorFiles(checkpoints / "awq")
     for name, module in model.named_modules():
@@ -80,36 +77,35 @@ def rounded(checkpoints: Path):
 
 
 @torch.no_grad()
-def test_a_written_checkpoint_gives_the_logits_of_its_rounded_weights(checkpoints):
+def test_a_written_checkpoint_has_the_logits_of_its_rounded_weights(checkpoints):
     found = load_unsharded(str(checkpoints / "awq"), "sdpa", "float32", torch.device("cpu"))
     assert sum(isinstance(m, awq.AwqLinear) for m in found.modules()) == 14
     assert type(found.lm_head) is nn.Linear
     difference = found(IDS).logits - rounded(checkpoints)(IDS).logits
     assert difference.abs().max() < 1e-4
     exact = AutoModelForCausalLM.from_pretrained(checkpoints / "model")
-    assert (found(IDS).logits - exact(IDS).logits).abs().max() > 0.05  # it is rounded, after all
+    assert (found(IDS).logits - exact(IDS).logits).abs().max() > 0.05  # rounding changes the logits
 
 
-def test_a_quantised_teacher_answers(checkpoints):
-    """Transformers itself would ask for gptqmodel here."""
-    found = load_answering_model(str(checkpoints / "awq"), torch.float32, "cpu")
-    wanted = rounded(checkpoints)
+def test_a_quantized_teacher_generates_as_its_rounded_model(checkpoints):
+    """Transformers itself would require gptqmodel here."""
+    found = load_frozen(str(checkpoints / "awq"), torch.float32, "cpu")
+    expected = rounded(checkpoints)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(found.generate(IDS, **settings), wanted.generate(IDS, **settings))
+    assert torch.equal(found.generate(IDS, **settings), expected.generate(IDS, **settings))
 
 
-def test_an_interrupted_writer_goes_on_after_the_last_whole_file(
+def test_an_interrupted_writer_continues_after_the_last_complete_file(
     checkpoints, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(awq_writer, "FILE_BYTES", 20_000)
 
     def write(folder, group: int = 16):
-        model = str(checkpoints / "model")
-        awq_writer.write(awq_writer.WriterSettings(model, str(folder), group))
+        quantize(checkpoints / "model", folder, group)
         return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
-    wanted = write(tmp_path / "whole")
-    assert len(wanted) > 2
+    expected = write(tmp_path / "whole")
+    assert len(expected) > 2
     writes = []
     real = awq_writer.save_file
 
@@ -124,7 +120,7 @@ def test_an_interrupted_writer_goes_on_after_the_last_whole_file(
     assert not (tmp_path / "cut" / "done.json").exists()
     saved = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut").glob("*.safetensors")}
     monkeypatch.setattr(awq_writer, "save_file", real)
-    assert write(tmp_path / "cut") == wanted and len(saved) == 2
+    assert write(tmp_path / "cut") == expected and len(saved) == 2
     assert all(file.stat().st_mtime_ns == time for file, time in saved.items())
     with pytest.raises(ValueError, match="holds another model"):
         write(tmp_path / "cut", group=8)
@@ -135,10 +131,10 @@ def test_an_interrupted_writer_goes_on_after_the_last_whole_file(
     [
         ({"bits": 8}, "'bits': 8"),
         ({"version": "gemv"}, "'version': 'gemv'"),
-        ({"quant_method": "fp8"}, "fp8 weights are not read here.*python -m kd.models.awq"),
+        ({"quant_method": "fp8"}, "fp8 weights are not read here.*python train/quantize.py"),
     ],
 )
-def test_other_layouts_are_refused_by_name(checkpoints, tmp_path, changes, message):
+def test_other_layouts_are_rejected_by_name(checkpoints, tmp_path, changes, message):
     config = json.loads((checkpoints / "awq" / "config.json").read_text())
     config["quantization_config"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -146,16 +142,16 @@ def test_other_layouts_are_refused_by_name(checkpoints, tmp_path, changes, messa
         load_unsharded(str(tmp_path), "sdpa", "auto", torch.device("cpu"))
 
 
-def test_the_writer_names_a_group_that_divides_nothing(checkpoints, tmp_path):
+def test_a_group_size_that_divides_no_layer_is_rejected(checkpoints, tmp_path):
     arguments = ["--model", checkpoints / "model", "--output_dir", tmp_path, "--group_size", 7]
-    done = start(sys.executable, "-m", "kd.models.awq", *arguments)
+    done = start(sys.executable, "train/quantize.py", *arguments)
     assert done.returncode == 2 and "group_size: 7 divides none" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_the_interpreted_kernel_gives_the_weights_of_torch():
-    """In a process of its own: Triton reads the variable when it is imported."""
+def test_the_interpreted_kernel_agrees_with_torch():
+    """Runs in a new process, because Triton reads TRITON_INTERPRET when it is imported."""
     output = succeed(sys.executable, "tests/jobs/awq_interpreted.py", TRITON_INTERPRET="1")
     found = json.loads(output.splitlines()[-1])
     assert len(found) == 8 and set(found.values()) == {0.0}
@@ -164,7 +160,7 @@ def test_the_interpreted_kernel_gives_the_weights_of_torch():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("inputs, out, group", [(5120, 27648, 128), (96, 536, 48), (21, 8, 7)])
-def test_the_kernel_on_a_gpu_gives_the_weights_of_torch(inputs, out, group, dtype):
+def test_the_kernel_agrees_with_torch_on_a_gpu(inputs, out, group, dtype):
     torch.manual_seed(0)
     numbers, zeros = torch.randint(16, (inputs, out)), torch.randint(16, (inputs // group, out))
     scales = torch.rand(inputs // group, out).half()

@@ -1,4 +1,4 @@
-"""A student of all blocks is its parent; of some, it has those, and all that is not a block."""
+"""A student with all layers equals its parent; otherwise it has the chosen layers and the rest."""
 
 import json
 
@@ -50,7 +50,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SLIDING = {"sliding_window": 5, "head_dim": 8}  # shorter than the 30 tokens that are read
+SLIDING = {"sliding_window": 5, "head_dim": 8}  # shorter than the 30 tokens of IDS
 PATTERN = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 CONFIGS = {
@@ -74,7 +74,7 @@ IDS = torch.arange(3, 33)[None]
 
 
 def parent_of(name: str) -> PreTrainedModel:
-    """With every weight drawn, also the norms, which would begin as ones and could be mistaken."""
+    """A parent with random weights, norms included: fresh norms are all ones and look alike."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     with torch.no_grad():
@@ -89,47 +89,46 @@ def test_every_supported_architecture_is_tested():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_all_blocks_give_the_parent_to_the_last_bit_saved_and_loaded_too(name, tmp_path):
+def test_a_student_with_all_layers_equals_the_parent_bit_for_bit_also_when_loaded(name, tmp_path):
     parent = parent_of(name)
     student = inherit(parent, [0, 1, 2, 3])
-    wanted = parent(IDS).logits
-    assert torch.equal(student(IDS).logits, wanted)
+    expected = parent(IDS).logits
+    assert torch.equal(student(IDS).logits, expected)
     student.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted)
-    # A student of a student of all blocks: nothing is added up.
-    assert torch.equal(inherit(student, [0, 1, 2, 3])(IDS).logits, wanted)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)
+    # Inheriting from a student works as well.
+    assert torch.equal(inherit(student, [0, 1, 2, 3])(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("layers", [[0, 3], [1, 2, 3], [2]])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_some_blocks_are_the_parent_with_the_others_passing_on(name, layers, tmp_path):
-    """Each block keeps its own window, rotation and mask, wherever it now stands."""
+def test_a_student_equals_the_parent_with_the_other_layers_skipped(name, layers, tmp_path):
+    """Each layer keeps its window, rotary embedding and mask at its new position."""
     parent = parent_of(name)
     student = inherit(parent, layers)
     for n in set(range(4)) - set(layers):
         parent.model.layers[n].forward = lambda hidden_states, *_, **__: hidden_states
-    wanted = parent(IDS, use_cache=False).logits
-    assert torch.equal(student(IDS).logits, wanted)
+    expected = parent(IDS, use_cache=False).logits
+    assert torch.equal(student(IDS).logits, expected)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(IDS).logits, wanted)
+    assert torch.equal(loaded(IDS).logits, expected)
     new = loaded.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert (
-        new[0, 30] == wanted[0, -1].argmax()
-    )  # with a cache, whose layers the configuration names
+    # With a cache, whose layers depend on the configuration.
+    assert new[0, 30] == expected[0, -1].argmax()
 
 
-def test_values_of_each_block_go_along_and_sliding_begins_where_it_did():
+def test_configuration_values_per_layer_move_with_their_layers():
     config = student_config(CONFIGS["smollm3"], [1, 3], "parent")
     assert config.no_rope_layers == [0, 1] and len(config.layer_types) == 2
     config = student_config(CONFIGS["qwen2"], [0, 2, 3], "parent")
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
-    assert config.max_window_layers == 1  # what readers of Qwen's own key go by
-    assert CONFIGS["qwen2"].num_hidden_layers == 4  # the parent's is left alone
+    assert config.max_window_layers == 1  # Qwen's own key
+    assert CONFIGS["qwen2"].num_hidden_layers == 4  # the parent's is unchanged
 
 
-def test_choices_have_their_ends_and_no_block_twice():
+def test_the_choices_select_distinct_layers_evenly():
     assert first(3, 6) == [0, 1, 2] and last(3, 6) == [3, 4, 5]
     assert even(3, 6) == [0, 2, 5] and even(6, 26) == [0, 5, 10, 15, 20, 25] and even(1, 9) == [0]
     for depth in range(2, 41):
@@ -140,12 +139,15 @@ def test_choices_have_their_ends_and_no_block_twice():
             assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 
-def test_the_layer_map_of_an_inherited_student_is_that_of_its_blocks(tmp_path):
+def test_the_layer_map_of_an_inherited_student_follows_its_layers(tmp_path):
     parent = parent_of("llama")
     inherit(parent, [0, 2]).save_pretrained(tmp_path)
     student = AutoConfig.from_pretrained(tmp_path)
     assert student.inherited["layers"] == [0, 2] and student.inherited["of"] == 4
-    assert inherited_pairs(student, parent.config) == ["1:1", "2:4"]  # the last behind both norms
+    assert inherited_pairs(student, parent.config) == [
+        "1:1",
+        "2:4",
+    ]  # the last to the last
     assert inherited_pairs(parent.config, parent.config) is None
     assert inherited_pairs(student, LlamaConfig(**SIZES | {"num_hidden_layers": 5})) is None
     grown = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3)
@@ -153,7 +155,7 @@ def test_the_layer_map_of_an_inherited_student_is_that_of_its_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [0, 4], [-1, 2]])
-def test_wrong_layers_are_refused(layers):
+def test_wrong_layers_are_rejected(layers):
     with pytest.raises(ValueError, match="wanted increasing numbers from 0 to 3"):
         inherit(parent_of("llama"), layers)
 
@@ -161,36 +163,36 @@ def test_wrong_layers_are_refused(layers):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (GPT2Config(n_layer=2), "gpt2: its blocks cannot be inherited, whether its blocks depend"),
-        (Qwen3MoeConfig(), "qwen3_moe: .* it is a mixture of experts"),
-        (Gemma3Config(), "gemma3: it reads more than text"),
-        (LlamaConfig(quantization_config={"quant_method": "awq"}), "quantised .awq.*it was made"),
+        (GPT2Config(n_layer=2), "gpt2: its layers cannot be inherited, because nobody has checked"),
+        (Qwen3MoeConfig(), "qwen3_moe: .* because it is a mixture of experts"),
+        (Gemma3Config(), "gemma3: a multimodal model"),
+        (LlamaConfig(quantization_config={"quant_method": "awq"}), "quantized .awq.*it was made"),
     ],
 )
-def test_other_parents_are_refused_with_the_reason(config, message):
+def test_unsupported_parents_are_rejected_with_the_reason(config, message):
     with pytest.raises(ValueError, match=message):
         check_parent(config)
 
 
-def test_a_four_bit_parent_is_refused_before_it_is_loaded_and_after(tmp_path):
+def test_a_four_bit_parent_is_rejected_before_and_after_it_is_loaded(tmp_path):
     save_small(tmp_path / "parent")
     parent = AutoModelForCausalLM.from_pretrained(
         tmp_path / "parent", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
     parent.save_pretrained(tmp_path / "nf4")
-    for refused in (lambda: parent_config(str(tmp_path / "nf4")), lambda: inherit(parent, [0])):
-        with pytest.raises(ValueError, match="quantised .bitsandbytes.*that it was made"):
-            refused()
+    for attempt in (lambda: parent_config(str(tmp_path / "nf4")), lambda: inherit(parent, [0])):
+        with pytest.raises(ValueError, match="quantized .bitsandbytes.*that it was made"):
+            attempt()
 
 
-def test_an_adapter_is_refused_with_the_command_that_merges_it(tmp_path):
+def test_an_adapter_is_rejected_with_the_command_that_merges_it(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="train/merge.py --adapter"):
         parent_config(str(tmp_path))
 
 
 @torch.no_grad()
-def test_a_parent_in_several_files_gives_the_same_student(tmp_path):
+def test_a_parent_stored_in_several_files_gives_the_same_student(tmp_path):
     model = small_model(small_tokenizer(), num_hidden_layers=3).eval()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
@@ -198,7 +200,7 @@ def test_a_parent_in_several_files_gives_the_same_student(tmp_path):
     assert torch.equal(student(IDS).logits, inherit(model, [0, 2])(IDS).logits)
 
 
-def test_the_parents_type_and_its_settings_of_generation_are_inherited_and_its_own_stay():
+def test_the_student_inherits_copies_of_the_dtype_and_generation_config():
     parent = parent_of("llama").to(torch.bfloat16)
     parent.generation_config.update(eos_token_id=[2, 7], repetition_penalty=1.3)
     student = inherit(parent, [0, 2])
@@ -210,5 +212,5 @@ def test_the_parents_type_and_its_settings_of_generation_are_inherited_and_its_o
     assert parent.generation_config.repetition_penalty == 1.3
     assert parent.config.rope_parameters["rope_theta"] != 5.0
     assert parent.config.num_hidden_layers == 4 and not hasattr(parent.config, "inherited")
-    student.model.layers[1].mlp.up_proj.weight.data.zero_()  # nor is a weight shared
+    student.model.layers[1].mlp.up_proj.weight.data.zero_()  # no weight is shared
     assert parent.model.layers[2].mlp.up_proj.weight.abs().max() > 0

@@ -1,16 +1,16 @@
-"""bitsandbytes' pre-quantised checkpoints, against bitsandbytes' own layers."""
+"""Pre-quantized bitsandbytes checkpoints against the layers of bitsandbytes."""
 
 import pytest
 import torch
 from small import save_small
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from kd.models.load import keep_packing_of_four_bit_weights
+from kd.models.load import disable_cpu_repacking
 from kd.models.nf4 import Nf4Linear
 from kd.models.sharding import load_unsharded
 
 IDS = torch.arange(3, 40)[None]
-KINDS = {  # blocks of absmax need 256 of them before one maximum is not enough
+KINDS = {  # at hidden size 160, double quantization needs several blocks of 256 maxima
     "plain": {"bnb_4bit_quant_type": "nf4"},
     "nested": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"bnb_4bit_quant_type": "fp4"},
@@ -24,7 +24,7 @@ KINDS = {  # blocks of absmax need 256 of them before one maximum is not enough
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_and_logits_are_those_of_bitsandbytes(tmp_path, kind):
+def test_weights_and_logits_equal_those_of_bitsandbytes(tmp_path, kind):
     save_small(tmp_path / "model", hidden=160, tie_word_embeddings=False)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
@@ -33,7 +33,7 @@ def test_weights_and_logits_are_those_of_bitsandbytes(tmp_path, kind):
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **KINDS[kind]
         ),
     )
-    keep_packing_of_four_bit_weights(theirs)
+    disable_cpu_repacking(theirs)
     theirs.save_pretrained(tmp_path / "nf4")
     ours = load_unsharded(str(tmp_path / "nf4"), "sdpa", "auto", torch.device("cpu"))
     layers = {n: m for n, m in ours.named_modules() if isinstance(m, Nf4Linear)}
@@ -42,5 +42,5 @@ def test_weights_and_logits_are_those_of_bitsandbytes(tmp_path, kind):
         other = theirs.get_submodule(name)
         square = torch.eye(layer.in_features, dtype=torch.bfloat16)
         bias = 0 if other.bias is None else other.bias
-        assert torch.equal(layer.weight_in(torch.bfloat16), (other(square) - bias).T), name
+        assert torch.equal(layer.dequantized(torch.bfloat16), (other(square) - bias).T), name
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)

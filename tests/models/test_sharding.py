@@ -1,4 +1,4 @@
-"""A sharded teacher is the whole one to the last bit, at its share of memory and of reading."""
+"""A sharded teacher equals the whole one bit for bit; each rank holds and reads only its share."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import start
 from safetensors.torch import load_file, save_file
+from scripts import quantize
 from small import save_small, small_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +29,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from kd.models import awq, awq_writer
+from kd.models import awq
 from kd.models.sharding import load_unsharded
 
 SIZES = {
@@ -44,7 +45,7 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,
 }
-ARCHITECTURES = {  # with untied heads, where not said otherwise
+ARCHITECTURES = {  # with untied heads unless a comment says otherwise
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
@@ -55,7 +56,7 @@ ARCHITECTURES = {  # with untied heads, where not said otherwise
 }
 FORMATS = ("bf16", "awq", "nf4")
 GROUP = 32
-# Small tensors are kept whole, and groups of others fetched ahead, at the sizes of these models.
+# DeepSpeed's thresholds for whole small tensors and for prefetching, scaled to these models.
 DEEPSPEED = {
     "stage": 3,
     "stage3_prefetch_bucket_size": 20_000,
@@ -66,7 +67,7 @@ DEEPSPEED = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Checkpoints of every architecture and format, and broken ones."""
+    """Checkpoints of every architecture and format, and broken ones in bad/."""
     work = tmp_path_factory.mktemp("sharding")
     save_small(work / "student", hidden=64)
     (work / "teacher.json").write_text(json.dumps({"zero_optimization": DEEPSPEED}))
@@ -76,8 +77,7 @@ def work(tmp_path_factory):
         plain = work / "good" / f"{name}-bf16"
         build().to(torch.bfloat16).save_pretrained(plain, max_shard_size="60KB")
         small_tokenizer().save_pretrained(plain)
-        awq = work / "good" / f"{name}-awq"
-        awq_writer.write(awq_writer.WriterSettings(str(plain), str(awq), GROUP))
+        quantize(plain, work / "good" / f"{name}-awq", GROUP)
         write_nf4(plain, work / "good" / f"{name}-nf4", nested=name != "llama")
     write_gptq(work / "good" / "qwen2-awq", work / "good" / "qwen2-gptq")
     break_checkpoints(work)
@@ -94,7 +94,7 @@ def write_nf4(plain, folder, nested: bool) -> None:
 
 
 def write_gptq(source, folder) -> None:
-    """The numbers of an AWQ checkpoint, packed as GPTQ packs them."""
+    """Repack an AWQ checkpoint in the GPTQ layout."""
     shutil.copytree(source, folder)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
@@ -116,6 +116,7 @@ def write_gptq(source, folder) -> None:
 
 
 def break_checkpoints(work) -> None:
+    """Write one checkpoint for each key of EXPECTED_ERRORS except "reading"."""
     bad = work / "bad"
     bad.mkdir()
 
@@ -148,13 +149,13 @@ def break_checkpoints(work) -> None:
     Qwen3MoeConfig(**SIZES).save_pretrained(bad / "experts")
 
 
-WANTED_REFUSALS = {
+EXPECTED_ERRORS = {
     "torn": ["model-00001-of-00001.safetensors", "up to the end of", "fetch it again"],
     "missing file": ["model-00002-of-", "missing"],
     "missing tensor": ["model.layers.1.mlp.up_proj.scales"],
     "wrong shape": ["model-00001-of-00001.safetensors", "model.norm.weight is (63,); wanted (64,)"],
     "torn on one machine": ["one machine/1", "fetch it again", "(rank 1)"],
-    "fp8": ["fp8 weights", "python -m kd.models.awq"],
+    "fp8": ["fp8 weights", "python train/quantize.py"],
     "experts": ["mixture of experts", "leave teacher_deepspeed out"],
     "reading": [".safetensors", "cannot be read", "the disk gave up", "(rank 1)"],
 }
@@ -162,7 +163,7 @@ WANTED_REFUSALS = {
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def found(work, request) -> list[dict]:
-    """What every rank found."""
+    """The results of every rank."""
     ranks = request.param
     job = start(
         "torchrun", "--nproc-per-node", ranks, "tests/jobs/sharded_teacher.py", work, timeout=900
@@ -172,16 +173,16 @@ def found(work, request) -> list[dict]:
     return [json.loads(file.read_text()) for file in files]
 
 
-def test_logits_are_those_of_the_whole_teacher_to_the_last_bit(found):
-    """Lengths differ between the ranks, one has no target token, a student is called between."""
+def test_logits_equal_those_of_the_whole_teacher_bit_for_bit(found):
+    """Row lengths differ between ranks, one has no targets, and a student runs in between."""
     for rank in found:
         assert len(rank["good"]) == len(ARCHITECTURES) * len(FORMATS) + 3
         assert {k: v["differences"] for k, v in rank["good"].items() if any(v["differences"])} == {}
         assert all(v["spread"] > 0.3 for v in rank["good"].values())
 
 
-def test_every_forward_gathers_a_block_at_a_time(found):
-    """Not a tensor at a time, in the first forward either; and DeepSpeed's trace stays whole."""
+def test_every_forward_gathers_whole_blocks(found):
+    """Not single tensors, even in the first forward; DeepSpeed's module trace stays valid."""
     for rank in found:
         for name, model in rank["good"].items():
             first, _, third = model["gathers"]
@@ -189,33 +190,32 @@ def test_every_forward_gathers_a_block_at_a_time(found):
             assert third <= min(first, model["blocks"] + 3), (name, model["gathers"])
 
 
-def test_a_rank_holds_and_reads_its_share_and_nothing_is_sent(found):
+def test_a_rank_holds_and_reads_its_share_and_sends_nothing(found):
     ranks = len(found)
     for name in found[0]["good"]:
         models = [rank["good"][name] for rank in found]
         size = models[0]["checkpoint"]
-        # Each byte once; every rank reads the few bytes that describe an NF4 layer.
+        # Each byte is read once, except the few bytes that describe an NF4 layer.
         excess = sum(model["read"] for model in models) - size
         assert 0 <= excess < 0.05 * size if "nf4" in name else excess == 0, name
         for model in models:
-            # A share is rounded up to whole numbers, of 4 bytes at most, for each tensor.
+            # The share of each tensor is rounded up to whole numbers of at most 4 bytes.
             assert model["held"] <= size / ranks + 4 * 100, (name, model)
             assert model["sent"] == 0, name
-            if name not in ("teacher_zero3", "teacher_zero3_offload"):  # all is small for these
+            if name not in ("teacher_zero3", "teacher_zero3_offload"):  # these keep all whole
                 assert model["kept whole"] < 0.1 * size, (name, model)
 
 
 def test_every_tensor_keeps_the_type_of_its_file(found):
     for name, model in found[0]["good"].items():
-        wanted = {"bf16": [], "awq": ["float16", "int32"], "nf4": ["float32", "uint8"]}
-        wanted["gptq"] = wanted["awq"]
+        packed = {"bf16": [], "awq": ["float16", "int32"], "nf4": ["float32", "uint8"]}
+        packed["gptq"] = packed["awq"]
         if "-" in name:
-            types = sorted(["bfloat16", *wanted[name.split("-")[1]]])
+            types = sorted(["bfloat16", *packed[name.split("-")[1]]])
             assert model["types"] == [f"torch.{dtype}" for dtype in types], name
 
 
-def test_awq_and_gptq_give_one_model(work):
-    """The same numbers in another packing."""
+def test_the_same_numbers_packed_as_awq_and_as_gptq_have_the_same_logits(work):
     folder, ids = work / "good", torch.arange(3, 40)[None]
     one, other = (
         load_unsharded(str(folder / name), "sdpa", "auto", torch.device("cpu"))
@@ -224,9 +224,9 @@ def test_awq_and_gptq_give_one_model(work):
     assert torch.equal(one(ids).logits, other(ids).logits)
 
 
-def test_broken_checkpoints_are_named_on_every_rank(found):
+def test_errors_about_broken_checkpoints_are_raised_on_every_rank(found):
     for rank in found:
-        assert set(rank["bad"]) == set(WANTED_REFUSALS)
-        for name, parts in WANTED_REFUSALS.items():
+        assert set(rank["bad"]) == set(EXPECTED_ERRORS)
+        for name, parts in EXPECTED_ERRORS.items():
             text = rank["bad"][name]
             assert not [part for part in parts if part not in text], (name, text)

@@ -1,4 +1,4 @@
-"""A teacher of 1 GB, made by another process: no rank ever holds more than its share."""
+"""Loading a sharded 1 GB teacher: no rank ever holds more than its share and one tensor."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def test_peak_memory_of_loading_is_a_shard_and_one_tensor(tmp_path):
         assert found["checkpoint"] == 2 * numbers > 1e9
         assert found["shard"] <= found["checkpoint"] / 2 + 4 * 1000
         assert found["peak"] < 1.2 * found["shard"] + found["largest"], found
-        # What the kernel was asked for; DeepSpeed and Python read a few files of their own.
+        # read(2) calls; DeepSpeed and Python read a few other files.
         assert found["counted"] <= found["asked"] < found["counted"] + 2e7, found
         assert found["counted"] <= found["checkpoint"] / 2 + 4 * 1000
-        assert found["mapped"] < 1e8, found  # nothing comes in by another way
+        assert found["mapped"] < 1e8, found  # nothing is read through memory mapping

@@ -1,4 +1,4 @@
-"""Experiment C in small, by its command lines: inherit, then train on text, distil, distil with hidden states."""
+"""Experiment C at small scale: inherit layers, then train on text, distil, add hidden states."""
 
 import json
 import math
@@ -12,7 +12,7 @@ SMALL = ROOT / "runs" / "small"
 
 
 def finish(*command) -> str:
-    """The output of a training that leaves its marker; gloo may abort it after that."""
+    """The output of a training run that writes its done marker; gloo may abort it afterwards."""
     job = start(*command, "--max_steps", "4", "--logging_steps", "1")
     folder = SMALL / command[-1].split("/")[-1].removesuffix(".yaml")
     assert (folder / "done.json").is_file(), job.stdout[-6000:]
@@ -22,39 +22,35 @@ def finish(*command) -> str:
 @pytest.fixture(scope="module")
 def inherited(docstrings):
     for path in SMALL.glob("c_*"):
-        if path.is_dir():  # the report of the whole chain is a file
+        if path.is_dir():  # the report is a file and stays
             shutil.rmtree(path)
     return succeed("python", "train/inherit.py", "--config", "recipes/small/c_inherit.yaml")
 
 
-def test_half_of_the_teacher_then_text(inherited):
-    assert "blocks [0, 2, 5] of 6" in inherited
+def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
+    assert "layers [0, 2, 5] of 6" in inherited
     printed = finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")
     assert "'cross_entropy'" in printed
     config = json.loads((SMALL / "c_text" / "config.json").read_text())
-    assert config["inherited"]["layers"] == [
-        0,
-        2,
-        5,
-    ]  # still known where it is trained on from here
+    assert config["inherited"]["layers"] == [0, 2, 5]  # the trained model keeps the record
 
 
-def test_three_terms_with_the_layer_map_of_the_blocks_and_a_sharded_teacher(inherited):
+def test_three_loss_terms_with_the_inherited_layer_map_and_a_sharded_teacher(inherited):
     recipe = "recipes/small/c_distill_hidden.yaml"
     printed = finish("launch/cpu.sh", "train/distill.py", "--config", recipe)
     assert "layers=((1, 1), (2, 3), (3, 6))" in printed and "streaming the teacher" in printed
     state = json.loads((SMALL / "c_distill_hidden" / "trainer_state.json").read_text())
     for step in state["log_history"][:4]:
-        # Five to two to one, the first of them times the temperature's square, as DistilBERT has it.
+        # DistilBERT's weights 5 : 2 : 1, the first multiplied by the squared temperature.
         terms = 0.714 * step["divergence"], 0.286 * step["cross_entropy"], 0.143 * step["hidden"]
         assert math.isclose(step["loss"], sum(terms), rel_tol=1e-2) and min(terms) > 0.0
 
 
 @pytest.mark.slow
-def test_distillation_alone_and_blocks_by_measured_influence(inherited):
+def test_distillation_alone_and_layers_chosen_by_influence(inherited):
     printed = finish("python", "train/distill.py", "--config", "recipes/small/c_distill.yaml")
     assert "hidden states:" not in printed and "'divergence'" in printed
     recipe = "recipes/small/c_inherit_measured.yaml"
     printed = succeed("python", "train/inherit.py", "--config", recipe)
     done = json.loads((SMALL / "c_inherit_measured" / "done.json").read_text())
-    assert f"blocks {done['layers']} of 6" in printed and len(done["perplexity_without"]) == 3
+    assert f"layers {done['layers']} of 6" in printed and len(done["perplexity_without"]) == 3

@@ -1,10 +1,10 @@
-"""The script that makes students, by its command line."""
+"""train/inherit.py by its command line."""
 
 import json
-import runpy
 
 import pytest
-from processes import ROOT, start, succeed
+from processes import start, succeed
+from scripts import run_main
 from small import save_small, small_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,19 +17,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_measured_student_is_saved_with_its_tokenizer_and_with_what_was_measured(folder):
+def test_a_measured_student_is_saved_with_its_tokenizer_and_the_measurements(folder):
     data = json.dumps([{"path": str(folder / "rows.jsonl")}])
     call = ("python", "train/inherit.py", "--parent", folder / "parent", "--keep", 2)
     call = (*call, "--output_dir", folder / "student", "--choice", "perplexity", "--data", data)
     printed = succeed(*call, "--tokens", 300)
     done = json.loads((folder / "student" / "done.json").read_text())
-    assert f"blocks {done['layers']} of 4" in printed
+    assert f"layers {done['layers']} of 4" in printed
     assert len(done["perplexity_without"]) == 2 and done["of"] == 4
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     assert student.config.num_hidden_layers == 2
     assert student.config.inherited["layers"] == done["layers"]
     assert AutoTokenizer.from_pretrained(folder / "student").chat_template
-    assert "finished already" in succeed(*call)  # measured once
+    assert "finished already" in succeed(*call)  # not measured again
 
 
 @pytest.mark.parametrize(
@@ -40,22 +40,21 @@ def test_a_measured_student_is_saved_with_its_tokenizer_and_with_what_was_measur
         ("", "layers, keep: neither given"),
         ("--keep 5", "keep: 5; wanted 1 to 4"),
         ("--keep 2 --choice angular", "choice: angular is measured on text; give data"),
-        ("--keep 2 --data ROWS", "data: given, and nothing is measured on it"),
+        ("--keep 2 --data ROWS", "data: given, but nothing is measured on it"),
         ("--keep 2 --choice angular --data ROWS --tokens 1", "tokens: wanted 2 or more"),
     ],
 )
-def test_a_wrong_call_is_refused_before_the_parent_is_loaded(folder, flags, message, monkeypatch):
-    script = runpy.run_path(str(ROOT / "train/inherit.py"))
-    flags = flags.replace(
-        "ROWS", json.dumps([{"path": str(folder / "rows.jsonl")}]).replace(" ", "")
-    )
-    argv = ["--parent", str(folder / "parent"), "--output_dir", str(folder / "x"), *flags.split()]
-    monkeypatch.setattr("sys.argv", ["inherit.py", *argv])
+def test_wrong_flags_are_rejected_before_the_parent_is_loaded(folder, flags, message, monkeypatch):
+    source = json.dumps([{"path": str(folder / "rows.jsonl")}]).replace(" ", "")
+    flags = flags.replace("ROWS", source).split()
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(ValueError, match=message):
-        script["main"]()
+        run_main(
+            *("train/inherit.py", "--parent", folder / "parent", "--output_dir", folder / "x"),
+            *flags,
+        )
 
 
-def test_a_mistake_ends_the_script_with_one_line(folder):
+def test_a_wrong_flag_ends_the_script_with_one_line(folder):
     done = start("python", "train/inherit.py", "--parent", folder / "parent", "--keep", 9)
     assert done.returncode == 2 and "error: output_dir: not given" in done.stdout

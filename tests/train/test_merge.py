@@ -1,8 +1,6 @@
-"""train/merge.py by its command line, on LoRA and QLoRA adapters trained here for one step."""
+"""train/merge.py on LoRA and QLoRA adapters that were trained for one step."""
 
 import json
-import os
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -11,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from processes import succeed
+from scripts import run_main
 from small import CHATML, save_small, small_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
@@ -23,28 +23,23 @@ from transformers import (
 )
 
 from kd.models.gguf import compare_gguf
-from kd.models.load import four_bit, keep_packing_of_four_bit_weights, load_trained
+from kd.models.load import disable_cpu_repacking, load_trained, nf4_config
 from kd.settings.distillation import ModelSettings
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train" / "merge.py"
 IDS = torch.arange(3, 51).view(2, 24)
 
 
-def run_here(*flags: str) -> None:
-    """main() of the script in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *flags])
-        runpy.run_path(str(SCRIPT))["main"]()
+def run_here(*flags: object) -> None:
+    run_main("train/merge.py", *flags)
 
 
-def run_command(*flags: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, str(SCRIPT), *flags], env=environment, check=True, timeout=600)
+def run_command(*flags: object) -> None:
+    succeed(sys.executable, "train/merge.py", *flags, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    texts = ["what is a list? user system assistant\n", SCRIPT.name]
+    texts = ["what is a list? user system assistant\n", "merge.py"]
     return small_tokenizer(64, texts, eos_token="<|endoftext|>", all_bytes=False)
 
 
@@ -65,7 +60,7 @@ def train_adapter(base: Path, path: Path, tokenizer: PreTrainedTokenizerFast, **
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     generation = model.get_base_model().generation_config
-    generation.no_repeat_ngram_size = 7  # to tell the adapter's folder from the base's
+    generation.no_repeat_ngram_size = 7  # differs from the base
     generation.save_pretrained(path)
 
 
@@ -88,14 +83,12 @@ def merged(request, tokenizer, tmp_path_factory) -> tuple[Path, Path, Path]:
     root, keys = tmp_path_factory.mktemp("merge"), dict(request.param)
     save_base(root / "base", tokenizer, keys.pop("tied"))
     train_adapter(root / "base", root / "adapter", tokenizer, **keys)
-    merge = run_command if keys["quantization"] == "none" else run_here  # one start is slow enough
-    merge(
-        "--adapter", str(root / "adapter"), "--output_dir", str(root / "out"), "--dtype", "float32"
-    )
+    merge = run_command if keys["quantization"] == "none" else run_here  # one start is enough
+    merge("--adapter", root / "adapter", "--output_dir", root / "out", "--dtype", "float32")
     return root / "base", root / "adapter", root / "out"
 
 
-def test_merged_logits_are_those_of_base_and_adapter_unquantised(merged):
+def test_merged_logits_equal_those_of_the_unquantized_base_and_adapter(merged):
     base, adapter, out = merged
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = logits(plain)
@@ -105,7 +98,7 @@ def test_merged_logits_are_those_of_base_and_adapter_unquantised(merged):
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_the_folder_is_a_plain_model_with_tokenizer_template_and_marker(merged):
+def test_the_folder_is_a_plain_model_with_tokenizer_template_and_done_marker(merged):
     base, adapter, out = merged
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float32" and "quantization_config" not in config
@@ -115,7 +108,7 @@ def test_the_folder_is_a_plain_model_with_tokenizer_template_and_marker(merged):
 
 
 def test_plain_generate_stops_at_the_templates_end_token(merged, tokenizer):
-    """The base's own generation_config knows EOS alone; the adapter's folder knows more."""
+    """The generation config of the base has only EOS; that of the adapter has more."""
     base, _, out = merged
     eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert GenerationConfig.from_pretrained(base).eos_token_id == eos
@@ -131,7 +124,7 @@ def test_plain_generate_stops_at_the_templates_end_token(merged, tokenizer):
         assert set(row[row.index(end) + 1 :]) <= {eos}  # padding
 
 
-def test_bfloat16_is_the_float32_sum_rounded_once_and_a_finished_merge_is_kept(
+def test_bfloat16_rounds_the_float32_sum_once_and_a_finished_merge_is_kept(
     merged, tmp_path, capsys
 ):
     base, adapter, out = merged
@@ -143,26 +136,26 @@ def test_bfloat16_is_the_float32_sum_rounded_once_and_a_finished_merge_is_kept(
         assert torch.equal(rounded[name], weight.bfloat16())
     run_here("--adapter", str(adapter), "--output_dir", str(tmp_path))
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="merged with other settings"):
         run_here("--adapter", str(adapter), "--output_dir", str(out))
 
 
-def test_a_base_that_is_stored_quantised_is_refused(merged, tmp_path):
+def test_a_quantized_base_is_rejected(merged, tmp_path):
     base, adapter, _ = merged
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ("--adapter", str(adapter), "--output_dir", str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"stored quantised \(bitsandbytes\).*--base"):
+    with pytest.raises(ValueError, match=r"stored quantized \(bitsandbytes\).*--base"):
         run_here(*flags, "--base", str(tmp_path))
 
 
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
+def test_a_folder_without_an_adapter_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="no adapter_config.json"):
         run_here("--adapter", str(tmp_path), "--output_dir", str(tmp_path / "out"))
 
 
-def test_the_adapters_own_folder_is_never_the_output(merged):
+def test_the_adapter_folder_is_rejected_as_output(merged):
     _, adapter, _ = merged
     with pytest.raises(ValueError, match="own folder"):
         run_here("--adapter", str(adapter), "--output_dir", f"{adapter}/../{adapter.name}")
@@ -170,7 +163,7 @@ def test_the_adapters_own_folder_is_never_the_output(merged):
 
 @pytest.fixture(scope="module")
 def qlora(tokenizer, tmp_path_factory) -> tuple[Path, Path, Path]:
-    """(base, adapter trained on four bits with its run.json, rows)."""
+    """(base, adapter trained on 4-bit weights with its run.json, rows)."""
     root = tmp_path_factory.mktemp("qlora")
     save_base(root / "base", tokenizer, tied=False)
     train_adapter(root / "base", root / "adapter", tokenizer, quantization="nf4")
@@ -183,16 +176,16 @@ def qlora(tokenizer, tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 def four_bit_logits(base: Path, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
-    """As training computed: (T, V)."""
+    """The logits of the model as trained, (T, V)."""
     model = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=four_bit(torch.float32), dtype=torch.float32
+        base, quantization_config=nf4_config(torch.float32), dtype=torch.float32
     )
-    keep_packing_of_four_bit_weights(model)
+    disable_cpu_repacking(model)
     with torch.no_grad():
         return PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=ids[None]).logits[0]
 
 
-def test_the_difference_to_the_adapter_on_four_bits_is_measured_and_printed(
+def test_the_difference_from_the_four_bit_adapter_is_measured_and_printed(
     qlora, tokenizer, tmp_path, capsys
 ):
     base, adapter, rows = qlora
@@ -218,10 +211,10 @@ def test_the_difference_to_the_adapter_on_four_bits_is_measured_and_printed(
         count += len(ids) - 1
     assert found["tokens"] == count
     assert found["forward_kl"] == pytest.approx(kl / count, rel=1e-4)
-    assert found["forward_kl"] > 1e-4  # four bits are not the base
+    assert found["forward_kl"] > 1e-4  # 4-bit weights differ from the base
 
 
-def test_the_card_names_recipe_difference_results_and_whose_terms_bind(qlora, tmp_path):
+def test_the_card_has_the_recipe_the_difference_the_results_and_the_licence(qlora, tmp_path):
     base, adapter, rows = qlora
     out, results = tmp_path / "out", tmp_path / "results"
     (results / "perplexity").mkdir(parents=True)
@@ -234,14 +227,14 @@ def test_the_card_names_recipe_difference_results_and_whose_terms_bind(qlora, tm
     run_here("--adapter", str(adapter), "--output_dir", str(out), "--results", str(results))
     card = (out / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {base}\n")
-    assert "| learning_rate | 0.0001 |" in card and "adapter on 4 bit against merged" in card
+    assert "| learning_rate | 0.0001 |" in card and "4-bit adapter vs. merged model" in card
     assert f"| perplexity | 12.35 | {results}/perplexity/mine.json |" in card
     assert "other.json" not in card and "bytes" not in card
     terms = card.split("## Licence")[1]
     assert all(f"`{name}`" in terms for name in (base, "some/teacher", rows))
 
 
-def test_a_folder_without_the_converter_is_refused_before_the_merge(qlora, tmp_path):
+def test_a_folder_without_the_converter_is_rejected_before_the_merge(qlora, tmp_path):
     _, adapter, _ = qlora
     flags = ("--adapter", str(adapter), "--output_dir", str(tmp_path / "out"))
     with pytest.raises(ValueError, match="no convert_hf_to_gguf.py"):
@@ -251,7 +244,7 @@ def test_a_folder_without_the_converter_is_refused_before_the_merge(qlora, tmp_p
 
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory) -> Path:
-    """The converter of the llama.cpp that llama-cpp-python's source package carries."""
+    """llama.cpp's converter from the source package of llama-cpp-python."""
     folder = tmp_path_factory.mktemp("llama_cpp")
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
     flags = ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36,<0.4"]
@@ -267,7 +260,7 @@ def llama_cpp(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama_adapter(tmp_path_factory) -> Path:
-    """A Llama with a byte-fallback tokenizer: the converter knows others by a hash of theirs."""
+    """A Llama with a byte-fallback tokenizer; the converter accepts only known BPE tokenizers."""
     root = tmp_path_factory.mktemp("llama")
     pieces = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     pieces.normalizer = normalizers.Sequence(
@@ -307,7 +300,9 @@ def llama_adapter(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_the_gguf_file_loaded_back_is_the_merged_model(llama_cpp, llama_adapter, tmp_path, kind):
+def test_the_gguf_file_loaded_back_equals_the_merged_model(
+    llama_cpp, llama_adapter, tmp_path, kind
+):
     flags = ["--adapter", llama_adapter, "--output_dir", tmp_path, "--dtype", "float32"]
     run_here(*map(str, flags), "--llama_cpp", str(llama_cpp), "--gguf_type", kind)
     found = json.loads((tmp_path / "merge.json").read_text())["gguf"]
@@ -318,7 +313,7 @@ def test_the_gguf_file_loaded_back_is_the_merged_model(llama_cpp, llama_adapter,
         assert (logits(merged) - logits(back)).abs().max() < 1e-5
     ours, theirs = merged.state_dict(), back.state_dict()
     for name, weight in ours.items():
-        if kind == "q8_0" and weight.dim() == 2:  # 32 weights in a row share a step, in float16
+        if kind == "q8_0" and weight.dim() == 2:  # 32 weights share a float16 step
             blocks, read = weight.view(-1, 32), theirs[name].view(-1, 32)
             step = blocks.abs().amax(-1, keepdim=True) / 127
             assert ((blocks - read).abs() <= 0.57 * step).all()
@@ -329,7 +324,7 @@ def test_the_gguf_file_loaded_back_is_the_merged_model(llama_cpp, llama_adapter,
 
 
 @pytest.mark.slow
-def test_a_gguf_file_of_other_weights_is_refused(llama_cpp, llama_adapter, tmp_path):
+def test_a_gguf_file_of_other_weights_is_rejected(llama_cpp, llama_adapter, tmp_path):
     flags = ["--adapter", llama_adapter, "--output_dir", tmp_path, "--dtype", "float32"]
     run_here(*map(str, flags), "--llama_cpp", str(llama_cpp), "--gguf_type", "f32")
     other = AutoModelForCausalLM.from_pretrained(tmp_path)

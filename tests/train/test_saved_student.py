@@ -1,4 +1,4 @@
-"""What is saved answers and stops with `transformers` alone."""
+"""A saved student generates and stops with plain Transformers."""
 
 import json
 
@@ -12,7 +12,7 @@ QUESTION = [{"role": "user", "content": "Say something about list."}]
 
 @pytest.fixture(scope="module")
 def student(models, tmp_path_factory):
-    """Trained by the real command line until it knows two answers by heart."""
+    """Train with the real command until the student has memorized two answers."""
     output = tmp_path_factory.mktemp("sft")
     rows = output / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in 40 * small_rows(3)[::2]))
@@ -26,7 +26,7 @@ def student(models, tmp_path_factory):
     return output / "run"
 
 
-def test_saved_student_stops_at_the_end_of_its_answer(student):
+def test_a_saved_student_stops_at_the_end_of_its_answer(student):
     tokenizer = AutoTokenizer.from_pretrained(student)
     model = AutoModelForCausalLM.from_pretrained(student)
     inputs = tokenizer.apply_chat_template(
@@ -38,7 +38,7 @@ def test_saved_student_stops_at_the_end_of_its_answer(student):
     assert tokenizer.decode(answer[:-1]) == small_rows(1)[0]["messages"][1]["content"]
 
 
-def test_saved_folder_carries_template_and_every_end_token(student):
+def test_a_saved_folder_has_the_template_and_every_end_token(student):
     tokenizer = AutoTokenizer.from_pretrained(student)
     assert tokenizer.chat_template
     ends = GenerationConfig.from_pretrained(student).eos_token_id
@@ -47,7 +47,7 @@ def test_saved_folder_carries_template_and_every_end_token(student):
     )
 
 
-def test_a_run_leaves_its_recipe_command_commit_and_versions(student):
+def test_a_run_records_its_recipe_command_commit_and_versions(student):
     record = json.loads((student / "run.json").read_text())
     assert record["recipe"]["learning_rate"] == 1e-2 and "torch" in record["versions"]
     assert record["recipe"]["model"].endswith("student") and record["recipe"]["lora_rank"] == 0

@@ -1,0 +1,34 @@
+"""LoRA adapters on disk: their base model, their tokenizer, and the command that merges them."""
+
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from kd.data.tokenizer import load_tokenizer
+
+
+def is_adapter(name: str) -> bool:
+    """Whether `name` is the folder of a PEFT adapter."""
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def adapter_base(name: str) -> str | None:
+    """The name of the base model if `name` is the folder of a PEFT adapter, else None."""
+    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else None
+
+
+def adapter_tokenizer(name: str, base: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in the folder `name`, else the one of the adapter's base.
+
+    `base` replaces the base that the adapter's configuration names. If `name` is not an adapter,
+    its own tokenizer is loaded.
+    """
+    saved_here = (Path(name) / "tokenizer_config.json").is_file()
+    return load_tokenizer(name if saved_here else base or adapter_base(name) or name)
+
+
+def merge_command(adapter: str) -> str:
+    """The remedy for an adapter that cannot be used unmerged: the command that merges it."""
+    merged = f"{adapter.rstrip('/')}-merged"
+    return f"merge it first: python train/merge.py --adapter {adapter} --output_dir {merged}"
