@@ -1,16 +1,14 @@
-# Sourced by the profiles of this folder; turns `launch/PROFILE.sh [options] SCRIPT [flags]` into one command.
+# Sourced by the machine profiles of this folder. Turns `launch/PROFILE.sh [options] SCRIPT [flags]` into one command.
+# Options:
 #   --dry-run   print the command instead of running it
-#   --cpu       rehearse the profile with two CPU processes: only counts and precision are replaced
-#   --torchrun  start by torchrun instead of accelerate launch, with the same DeepSpeed JSON
-# NUM_PROCESSES=8 in the environment replaces the profile's number of processes (of one node). With --torchrun,
-# NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT make this one of several nodes (launch/slurm/train.sbatch).
-# A profile sets: accelerate_config, flags (training scripts), distill_flags, generate_flags, plan_flags.
+#   --cpu       rehearse the profile with two CPU processes; only counts and precision are replaced
+#   --torchrun  start with torchrun instead of accelerate launch, with the same DeepSpeed JSON
+# NUM_PROCESSES in the environment replaces the profile's number of processes per node. With --torchrun, NNODES,
+# NODE_RANK, MASTER_ADDR and MASTER_PORT make this one of several nodes (launch/slurm/train.sbatch).
+# A profile sets accelerate_config, flags (training scripts), distill_flags, generate_flags and plan_flags.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
-# DeepSpeed builds its operators at first use. One folder for all environments of a user would be built
-# anew for each in turn, and a build that was killed leaves a lock there, for which the next one waits.
-[[ -d .venv ]] && export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
-# SIGUSR1 is a warning to the run, so it must not end the launcher: both launchers hand it on.
+source launch/activate.sh
+# SIGUSR1 is a warning to the run and must not end the launcher. Both launchers forward it.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 dry_run='' torchrun='' launcher=(accelerate launch --config_file "$accelerate_config" --main_process_port 0)
 [[ -n ${NUM_PROCESSES:-} ]] && launcher+=(--num_processes "$NUM_PROCESSES")
@@ -20,7 +18,7 @@ while [[ ${1:-} == --* ]]; do
         --dry-run) dry_run=1 ;;
         --torchrun) torchrun=1 ;;
         --cpu)
-            # accelerate's own --cpu would drop DeepSpeed, so a copy of the configuration says it.
+            # accelerate's own --cpu would drop DeepSpeed, so a copy of the configuration sets it.
             mkdir -p runs/rehearsal
             sed 's/^use_cpu: .*/use_cpu: true/; s/^num_processes: .*/num_processes: 2/' \
                 "$accelerate_config" > "runs/rehearsal/${accelerate_config##*/}"
@@ -45,14 +43,14 @@ fi
 case $script in
     train/distill.py | train/cache_teacher.py) flags+=("${distill_flags[@]}" "${rehearsal[@]}") ;;
     train/sft.py) flags+=("${rehearsal[@]}") ;;
-    train/plan.py)  # one plain process that plans for all of them: the GPUs need not be here
+    train/plan.py)  # one plain process plans for all of them; the GPUs need not be here
         flags+=("${distill_flags[@]}" "${plan_flags[@]}" "${rehearsal[@]}")
         launcher=(python) flags+=(--accelerate_config "$accelerate_config")
         flags+=(--num_processes $((${NUM_PROCESSES:-$processes} * ${NNODES:-1}))) ;;
     train/generate.py) flags=("${generate_flags[@]}") ;;
     *) flags=() ;;
 esac
-# The profile's flags stand in front: what the command line gives comes later, and wins.
+# The profile's flags come first, so that those of the command line override them.
 command=("${launcher[@]}" "$script" "${flags[@]}" "$@")
 if [[ -n $dry_run ]]; then printf '%q ' "${command[@]}"; echo; exit; fi
 exec "${command[@]}"

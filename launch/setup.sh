@@ -1,5 +1,9 @@
-# Sourced by quickstart.sh and tests/run.sh: a virtual environment in .venv with all that is needed.
-# Says at once what a machine lacks. Installs again only when the requirements have changed.
+#!/usr/bin/env bash
+# Create .venv and install everything that the scripts and the tests need. Installs again only if the requirements changed.
+# quickstart.sh and tests/run.sh source this file. By hand, from the root of the repository:
+#   bash launch/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "setup: $1" >&2; exit 1; }
 for name in python3 python3.13 python3.12 python3.11 python3.10; do
     python=$(command -v "$name") || continue
@@ -11,9 +15,10 @@ command -v c++ >/dev/null || command -v g++ >/dev/null ||
 wanted=$(cat requirements.txt pyproject.toml | cksum)
 if [[ $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv ||
-        fail "no venv module: apt-get install python3-venv, then again"
+        fail "no venv module: apt-get install python3-venv, then run this again"
     echo "setup: installing into .venv"
     .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[test]'
     echo "$wanted" > .venv/installed
 fi
-export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
+source launch/activate.sh
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then echo "setup: .venv is ready; in your shell: source .venv/bin/activate"; fi

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# TensorBoard of all runs below a folder, on this machine's loopback alone; prints how to reach it from elsewhere.
-#   launch/tensorboard.sh [runs/] [flags of tensorboard, such as --port 6007]
+# TensorBoard for all runs below a folder (default runs/), on the loopback interface only. Prints the ssh line that reaches
+# it from another machine. Flags after the folder go to tensorboard.
+#   launch/tensorboard.sh
+#   launch/tensorboard.sh runs/quickstart --port 6007
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -d .venv ]] && PATH="$PWD/.venv/bin:$PATH"
+source launch/activate.sh
 runs=runs
 if [[ $# -gt 0 && $1 != --* ]]; then runs=$1; shift; fi
 [[ -d $runs ]] || { echo "$0: no folder $runs; wanted the output_dir of a run, or a folder of runs" >&2; exit 2; }

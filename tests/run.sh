@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# All tests on a fresh machine: sets up .venv by itself.
-#   tests/run.sh [--all] [pytest arguments]
-# --all adds what takes minutes: the quickstart, kills, a real SLURM, a browser, all commands of the README. Tests marked gpu run where there is a GPU.
+# Run the tests. Sets up .venv on a fresh machine.
+#   tests/run.sh
+#   tests/run.sh --all
+#   tests/run.sh tests/losses
+# --all adds what takes minutes: the quickstart, kills, a real SLURM, a browser, and all commands of the documentation.
+# Other arguments go to pytest. Tests marked gpu run where there is a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tier='not slow'

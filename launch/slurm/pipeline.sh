@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All steps of a distillation as SLURM jobs, each after the one before has done its work; a failed one cancels the rest.
-# teacher -> (merge) -> answers -> students, an array -> perplexity and agreement -> report
+# Submit all steps of a distillation as SLURM jobs. Each waits for the one before; if one fails, the rest are cancelled.
+# teacher -> (merge) -> answers -> students, a job array -> perplexity and agreement -> report
 #   launch/slurm/pipeline.sh recipes/a_qwen2.5_1.5b_to_0.5b '[{"path": "heldout.jsonl"}]' --partition=gpu --gpus-per-node=2
-# The folder has 1_teacher.yaml, 2_answers.yaml and 3_*.yaml, one a student; then held-out rows for eval/, then flags of sbatch.
-# Prints the jobs, one a line. The same call again goes on where it stopped: what is finished is not done twice.
+# The folder has 1_teacher.yaml, 2_answers.yaml and one 3_*.yaml per student. Then follow held-out rows for eval/, as JSON, and
+# flags of sbatch. Prints one job per line. Run it again to resume: finished steps are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 recipes=${1:?wanted a folder with 1_teacher.yaml, 2_answers.yaml and 3_*.yaml} heldout=${2:?wanted held-out rows, as JSON}
@@ -14,13 +14,13 @@ done
 value() { sed -n "s/^$2: *\([^ #]*\).*/\1/p" "$1"; }  # FILE KEY
 submit() { # NAME DEPENDENCY [sbatch flags] -- SCRIPT [flags]
     local name=$1 after=(); [[ -z $2 ]] || after=(--dependency="afterok:$2" --kill-on-invalid-dep=yes); shift 2
-    local own=() log=runs/slurm/%x-%j.out; while [[ $1 != -- ]]; do own+=("$1"); shift; done; shift
-    [[ ${own[*]} != *--array* ]] || log=runs/slurm/%x-%A_%a.out
-    job=$(sbatch --parsable --job-name="$name" --output="$log" "${flags[@]}" "${after[@]}" "${own[@]}" launch/slurm/train.sbatch "$@")
+    local job_flags=() log=runs/slurm/%x-%j.out; while [[ $1 != -- ]]; do job_flags+=("$1"); shift; done; shift
+    [[ ${job_flags[*]} != *--array* ]] || log=runs/slurm/%x-%A_%a.out
+    job=$(sbatch --parsable --job-name="$name" --output="$log" "${flags[@]}" "${after[@]}" "${job_flags[@]}" launch/slurm/train.sbatch "$@")
     echo "$name $job"
 }
 flags=("$@") job=''
-mkdir -p runs/slurm  # a job whose log has no folder fails without a word
+mkdir -p runs/slurm  # a job whose log folder is missing fails silently
 teacher=$(value "$recipes/1_teacher.yaml" output_dir) answering=$(value "$recipes/2_answers.yaml" model)
 results=$(dirname "$teacher")/results name=$(basename "$recipes")
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Experiment C, step 3: parent, student as inherited, and students after training, in one report: zero-shot accuracy on
-# boolq, winogrande and piqa (lm-evaluation-harness), what is lost against the parent, tests of pairs, speed and size.
+# Experiment C, step 3: the parent, the student as inherited, and the students after training, in one report. Zero-shot
+# accuracy on boolq, winogrande and piqa (lm-evaluation-harness), loss against the parent, paired tests, speed and size.
 #   recipes/c_open_llama_3b_to_6_blocks/3_compare.sh launch/h100.sh
-# Measured already is not measured again; students that were not trained are left out. Reported finding: at equal
-# resources inheritance alone (text) is better than distillation. Ours: not measured yet.
+# Existing measurements are reused; students that were not trained are left out. Reported: at equal resources inheritance
+# and text beat distillation. Ours: not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source launch/activate.sh
 profile=${1:?usage: $0 launch/PROFILE.sh}
 models=(parent=openlm-research/open_llama_3b_v2) runs=()
 for name in inherited measured text text-time distill distill-hidden; do

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Experiment D: the three students, the official chat model and the teacher in one report: MT-Bench, AlpacaEval 2.0
-# against the official model, agreement with the teacher on held-out conversations, speed and size.
-#   export OPENAI_API_KEY=...
-#   recipes/d_qwen1.5_32b_to_14b/compare.sh launch/2xa100.sh FOLDER [SERVER [JUDGE]]
-# FOLDER has question.jsonl and reference_gpt-4.jsonl of MT-Bench and alpaca_eval.json (805 instructions; CC BY-NC).
-# About 2 000 calls of the judge (gpt-4o by default) for the grades and 6 500 of one token for the pairs; a rerun asks
-# what is missing. Reported by GPT-4o: distill > distill+sft > sft; distill beats the official model on AlpacaEval
-# 52.17 : 47.83. Ours: not measured yet.
+# Experiment D: the three students, the official chat model and the teacher in one report. MT-Bench, AlpacaEval 2.0 against
+# the official model, agreement with the teacher on held-out conversations, speed and size.
+#   recipes/d_qwen1.5_32b_to_14b/compare.sh launch/2xa100.sh my_data/judge
+# The folder holds question.jsonl and reference_gpt-4.jsonl of MT-Bench, and alpaca_eval.json (805 instructions; CC BY-NC). A
+# server and a judge may follow; the default is gpt-4o at api.openai.com with the key in OPENAI_API_KEY. About 2 000 judge
+# calls for the grades and 6 500 of one token for the pairs; a rerun asks only what is missing. Reported by GPT-4o:
+# distill > distill+sft and distill > sft; distill against the official model on AlpacaEval 52.17 : 47.83. Ours: not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-profile=${1:?usage: $0 launch/PROFILE.sh FOLDER [SERVER [JUDGE]]} folder=${2:?a folder with the questions}
+source launch/activate.sh
+profile=${1:?usage: $0 launch/PROFILE.sh FOLDER [SERVER [JUDGE]]} folder=${2:?wanted a folder with the questions}
 judge=(--judge "${4:-gpt-4o}" --server "${3:-https://api.openai.com/v1}" --out_dir runs/d/results)
 teacher=Qwen/Qwen1.5-32B-Chat-AWQ
 students=(sft=runs/d/sft distill=runs/d/distill distill+sft=runs/d/distill_sft official=Qwen/Qwen1.5-14B-Chat)

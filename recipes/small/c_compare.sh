@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Small CPU variant of recipes/c_open_llama_3b_to_6_blocks/3_compare.sh: the small students of experiment C, local tasks.
 #   recipes/small/c_compare.sh '{"boolq": "boolq.jsonl", "winogrande": "winogrande.jsonl", "piqa": "piqa.jsonl"}'
-# The rows have the fields of the hub's. Before it: train/inherit.py, train/sft.py and train/distill.py with c_*.yaml.
+# The rows have the fields of those on the hub. First train the students:
+#   python train/inherit.py --config recipes/small/c_inherit.yaml
+#   launch/cpu.sh train/sft.py --config recipes/small/c_text.yaml
+#   launch/cpu.sh train/distill.py --config recipes/small/c_distill.yaml
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source launch/activate.sh
 task_data=${1:?usage: $0 \{TASK: FILE\} as JSON}
 heldout='[{"path": "runs/quickstart/data/text_heldout.jsonl", "count": 40}]'
 students=(inherited=runs/small/c_inherit text=runs/small/c_text distill=runs/small/c_distill)

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Small CPU variant of recipes/d_qwen1.5_32b_to_14b/compare.sh: the small students of experiment D.
-#   recipes/small/d_compare.sh FOLDER SERVER JUDGE
-# FOLDER has question.jsonl, reference_gpt-4.jsonl and alpaca_eval.json. Before it: train/sft.py and train/distill.py
-# with d_*.yaml.
+#   recipes/small/d_compare.sh my_data/judge http://localhost:8000/v1 small
+# The folder holds question.jsonl, reference_gpt-4.jsonl and alpaca_eval.json; then follow a server and the judge's name on
+# it. First train the students:
+#   launch/cpu.sh train/sft.py --config recipes/small/d_sft.yaml
+#   launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
+#   launch/cpu.sh train/distill.py --config recipes/small/d_distill_sft.yaml
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-folder=${1:?usage: $0 FOLDER SERVER JUDGE} server=${2:?the URL of a server} name=${3:?a model of the server}
+source launch/activate.sh
+folder=${1:?usage: $0 FOLDER SERVER JUDGE} server=${2:?wanted the URL of a server} name=${3:?wanted a model of the server}
 judge=(--judge "$name" --server "$server" --max_new_tokens 24 --out_dir runs/small/d_results)
 teacher=data/quickstart/teacher
 students=(sft=runs/small/d_sft distill=runs/small/d_distill distill+sft=runs/small/d_distill_sft start=data/quickstart/student)

@@ -1,4 +1,4 @@
-"""Every recipe on every profile: the printed command parses, and its batch divides."""
+"""Every recipe parses on every launch profile, and its batch divides."""
 
 import shlex
 from pathlib import Path
@@ -26,7 +26,7 @@ def dry_run(profile: str, *arguments) -> list[str]:
 
 
 def settings_of(script: str) -> list[type]:
-    """The dataclasses that a script parses, from the script itself."""
+    """The dataclasses that a script parses."""
     names: dict = {"__name__": "parsed"}
     exec(compile((ROOT / script).read_text(), script, "exec"), names)  # defines main, runs nothing
     return [v for k, v in names.items() if k.endswith("Settings") and isinstance(v, type)]
@@ -42,7 +42,7 @@ def test_every_recipe_parses_on_every_profile(recipe, profile, monkeypatch):
     assert (ROOT / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", str(config["num_processes"]))
-    # Transformers' own part asks for the profile's GPUs and for a process group: not here.
+    # Transformers would ask for the profile's GPUs and for a process group.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
     parsed = parse(*settings_of(script), argv=command[command.index(script) + 1 :])
     training = [part for part in parsed if isinstance(part, TrainingSettings)]
@@ -50,22 +50,22 @@ def test_every_recipe_parses_on_every_profile(recipe, profile, monkeypatch):
     assert [part.global_batch_size for part in training] == [wanted] * len(training)
 
 
-def test_command_line_flags_stand_behind_the_profile_and_win():
+def test_command_line_flags_follow_those_of_the_profile_and_override_them():
     command = dry_run("2xa100", "train/sft.py", "--config", "x.yaml", "--bf16", "false")
     assert command.index("--bf16") < command.index("--config") < len(command) - 2
     assert command[-2:] == ["--bf16", "false"]
 
 
-def test_only_distill_gets_the_flags_of_the_teacher():
+def test_only_distillation_gets_the_teachers_flags():
     assert "--teacher_deepspeed" in dry_run("2xa100", "train/distill.py")
     assert "--teacher_deepspeed" not in dry_run("2xa100", "train/sft.py")
     assert dry_run("2xa100", "train/generate.py")[-1] == "train/generate.py"
-    assert dry_run("2xt4", "train/generate.py")[-2:] == ["--dtype", "float16"]  # no bfloat16 there
+    assert dry_run("2xt4", "train/generate.py")[-2:] == ["--dtype", "float16"]  # a T4 has no bfloat16
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_torchrun_starts_the_same_run(profile):
-    """As many processes, the same DeepSpeed JSON, the same flags."""
+    """With as many processes, the same DeepSpeed JSON and the same flags."""
     script = "train/distill.py"
     first = dry_run(profile, script, "--seed", 1)
     twin = dry_run(profile, "--torchrun", script, "--seed", 1)
@@ -77,12 +77,12 @@ def test_torchrun_starts_the_same_run(profile):
 
 
 @pytest.mark.parametrize("arguments", [(), ("train/missing.py",), ("--dryrun", "train/sft.py")])
-def test_a_wrong_call_of_a_profile_says_how_it_is_called(arguments):
+def test_wrong_call_of_a_profile_prints_its_usage(arguments):
     done = start("launch/cpu.sh", *arguments)
     assert done.returncode == 2 and "SCRIPT" in done.stdout or "wanted" in done.stdout
 
 
-def test_small_variants_have_the_keys_of_the_recipes_they_stand_for():
+def test_small_variants_have_the_keys_of_their_recipes():
     for small in (ROOT / "recipes" / "small").glob("*.yaml"):
         text = small.read_text()
         original = text.split("variant of ")[1].split(":")[0]

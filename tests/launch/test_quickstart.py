@@ -1,4 +1,4 @@
-"""The quickstart from its first line to its report; what the report says must hold."""
+"""The quickstart runs from its first line to its report, and the report shows a gain."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_hidden_system_prompt_is_in_no_training_row(report):
 
 
 @pytest.mark.slow
-def test_it_is_not_noise_teacher_is_better_and_distillation_brings_the_student_near(report):
+def test_teacher_is_better_and_distillation_removes_half_of_the_kl(report):
     metrics = {name: entry["metrics"] for name, entry in report["settings"].items()}
     teacher, start_ = (metrics[name]["text_perplexity"]["mean"] for name in ("teacher", "start"))
     assert teacher <= 0.75 * start_
@@ -46,7 +46,7 @@ def test_it_is_not_noise_teacher_is_better_and_distillation_brings_the_student_n
 
 
 @pytest.mark.slow
-def test_teachers_answers_are_sentences(report):
+def test_answers_of_the_teacher_are_sentences(report):
     lines = (OUT / "results" / "answers.jsonl").read_text().splitlines()
     answers = [json.loads(line)["answers"]["teacher"] for line in lines]
     sentences = [a for a in answers if a[:1].isupper() and a.endswith(".") and len(a.split()) > 3]

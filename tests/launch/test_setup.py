@@ -1,4 +1,4 @@
-"""What a machine lacks is said at once, with the remedy, before anything is installed."""
+"""launch/setup.sh names what a machine lacks, with the remedy, before it installs anything."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from processes import ROOT
 
 
 def setup_with(tmp_path, tools: dict[str, str]) -> subprocess.CompletedProcess:
-    """Source launch/setup.sh where PATH has a few tools and nothing else."""
-    for name in ("cat", "cksum", "grep"):
+    """Source launch/setup.sh with a PATH that has only these tools."""
+    for name in ("cat", "cksum", "dirname", "grep"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")

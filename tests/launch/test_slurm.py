@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from documentation import in_page
 from processes import ROOT
 from slurm_cluster import ENDED, Cluster, environment, install, wait_for
 from small import small_rows
@@ -129,7 +130,7 @@ def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster
     assert run.end() == "COMPLETED", run.told()
     assert run.restarts() == 2 and (run.output / "done.json").exists()
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 80", run.printed()).group(1)
-    assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
+    assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
     assert run.steps() == 80  # each of them once
     assert run.printed().count("rows a step: 8 = 2 processes") == 2  # one run, not one a node
     assert (LOGS / f"warned-{run.job}-node1.out").exists()  # a log for every node
@@ -150,8 +151,8 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
 
 
 def examples() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "launch/slurm/README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.strip().splitlines()]
+    lines = in_page((ROOT / "docs/cluster.md").read_text())
+    return [line for line in lines if "sbatch " in line or "launch/slurm/" in line]
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda line: " ".join(line.split()[-3:]))
@@ -204,10 +205,10 @@ def test_three_starts_in_a_row_that_come_to_nothing_are_enough(cluster, models, 
 
 def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_limited):
     run = time_limited
-    assert wait_for(lambda: "going on from" in run.printed(), 900), run.told()
+    assert wait_for(lambda: "resuming from" in run.printed(), 900), run.told()
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
-    assert f"going on from {run.output}/checkpoint-{stopped}" in run.printed()
-    first = run.printed().split("going on from")[0]
+    assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
+    first = run.printed().split("resuming from")[0]
     assert first.count("'grad_norm'") == stopped
     cluster.run("scancel", run.job)
     assert run.end() == "CANCELLED"
@@ -297,5 +298,5 @@ def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
     assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
     cluster.start_node("127.0.0.2")
     assert run.end() == "COMPLETED", run.told()
-    begun = int(re.search(r"going on from \S+/checkpoint-(\d+)", run.printed()).group(1))
+    begun = int(re.search(r"resuming from \S+/checkpoint-(\d+)", run.printed()).group(1))
     assert before - begun <= 4 and (run.output / "done.json").exists()

@@ -53,7 +53,7 @@ def runs(models, tmp_path_factory) -> Path:
     command = ["launch/cpu.sh", "train/distill.py", *as_flags(flags)]
     kill_after(command, 6)
     again = start(*command)
-    assert "going on from" in again.stdout, again.stdout[-4000:]
+    assert "resuming from" in again.stdout, again.stdout[-4000:]
     assert (folder / "distill" / "done.json").exists(), again.stdout[-4000:]
     return folder
 

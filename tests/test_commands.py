@@ -1,0 +1,289 @@
+"""Every command of the documentation works as written, in a shell set up as the README says.
+
+The shell has no environment on its PATH but what the README's own `source` line puts there. By
+default commands are dry-run: launch files print what they would start, and each script's own parser
+reads its flags and recipe. With --all, the commands that need neither a GPU nor the hub are run.
+"""
+
+import argparse
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from documentation import GUIDES, SURE, Command, commands, fenced, in_page, sources
+from processes import ROOT, succeed
+from transformers import HfArgumentParser
+
+COMMANDS = commands()
+TEXTS = sorted({command.text for command in COMMANDS})
+SETUP = fenced((ROOT / "README.md").read_text().split("## Install")[1], "bash")[0].split("\n")
+ACTIVATE = next(line for line in SETUP if line.startswith("source "))
+PROFILES = [f"launch/{name}.sh" for name in ("cpu", "2xt4", "2xa100", "h100")]
+# Programs of others, which are not installed here, and ours whose options are checked as text.
+ELSEWHERE = ("vllm", "llama-server", "ollama", "git")
+SETTING_UP = ("bash launch/setup.sh", ACTIVATE, "pip install -r requirements.txt")
+
+
+def kind_of(words: list[str]) -> str:
+    """How a command is checked. Raises AssertionError for a command of no known kind."""
+    line, first = " ".join(words), words[0]
+    if line in SETTING_UP:
+        return "set-up"
+    if first in ELSEWHERE:
+        return "elsewhere"
+    if first in PROFILES:
+        return "profile"
+    if first == "python":
+        return "script"
+    if first in ("sbatch", "accelerate", "tests/run.sh", "launch/quickstart.sh"):
+        return first
+    if first in ("launch/tensorboard.sh", "launch/slurm/pipeline.sh", "benchmarks/gpu.sh"):
+        return "shell"
+    assert re.fullmatch(r"recipes/\S+\.sh", first), f"unclassified command: {line}"
+    return "shell"
+
+
+def split(command: str) -> tuple[dict[str, str], list[str]]:
+    """(variables that a command sets in front, its words)."""
+    words = shlex.split(command, comments=True)
+    variables = {}
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, variables[name] = words.pop(0).partition("=")
+    return variables, words
+
+
+def users_environment(**changes: str) -> dict[str, str]:
+    """The environment of a new shell: no virtual environment is active."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL", "CONDA", "PYTHON"))}
+    own = {str(ROOT / ".venv/bin"), str(Path(sys.executable).parent)}
+    path = [part for part in os.environ["PATH"].split(os.pathsep) if part not in own]
+    return kept | {"PATH": os.pathsep.join(path)} | changes
+
+
+def users_shell(command: str, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> str:
+    """The output of a command that must succeed, after the README's line of activation."""
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("no .venv: this environment was not set up as the README says")
+    activate = ACTIVATE if cwd == ROOT else ":"
+    done = subprocess.run(
+        ["bash", "-c", f"{activate}\n{command}"],
+        cwd=cwd,
+        env=users_environment(**environment),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )
+    # gloo may abort a distributed process after its work is done; its last words then count.
+    assert done.returncode == 0 or "saved to" in done.stdout, done.stdout[-6000:]
+    return done.stdout
+
+
+class Parsed(Exception):
+    """A script's parser has accepted its command line."""
+
+
+@functools.cache
+def definitions(script: str) -> dict:
+    """The names that a script defines, without running it."""
+    names: dict = {"__name__": "parsed", "__file__": str(ROOT / script)}
+    exec(compile((ROOT / script).read_text(), script, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def accepts(monkeypatch):
+    """A function that lets a script's own parser read flags and recipe, and stops it there."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(self, args=None, namespace=None):
+        original(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(
+        HfArgumentParser, "parse_args_into_dataclasses", lambda self, args=None, **_: parse(self, args)
+    )
+    monkeypatch.chdir(ROOT)
+
+    def accepts(script: str, flags: list[str]) -> None:
+        assert (ROOT / script).is_file(), f"no script {script}"
+        monkeypatch.syspath_prepend(str((ROOT / script).parent))
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(Parsed):
+            definitions(script)["main"]()
+
+    return accepts
+
+
+@pytest.fixture
+def starts(accepts):
+    """A function that checks what a launch file has printed, or a shell file has called."""
+
+    def starts(words: list[str]) -> None:
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        if words[0] == "accelerate":
+            from accelerate.commands.launch import launch_command_parser
+
+            parser = launch_command_parser()
+            with pytest.raises(Parsed):
+                parser.parse_args(words[2 : at + 1])
+        elif words[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            with pytest.raises(Parsed):
+                get_args_parser().parse_args(words[1 : at + 1])
+        accepts(words[at], words[at + 1 :])
+
+    return starts
+
+
+def dry_run(profile: str, options: list[str], rest: list[str], **variables: str) -> list[str]:
+    options = [option for option in options if option != "--dry-run"]
+    command = shlex.join([profile, *options, "--dry-run", *rest])
+    return shlex.split(users_shell(command, **variables).splitlines()[-1])
+
+
+def check_profile(words: list[str], variables: dict[str, str], starts) -> None:
+    """Dry-run a launch file, and let the script that it would start read the flags."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    starts(dry_run(words[0], words[1:at], words[at:], **variables))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:120])
+def test_command_is_accepted_by_what_it_calls(text, starts, recorded):
+    variables, words = split(text)
+    kind = kind_of(words)
+    for word in words:
+        assert not re.search(r"\.\.\.|[<>]|^[A-Z][A-Z_]+$|/[A-Z_]+\.sh", word), f"placeholder {word}"
+    if kind == "profile":
+        check_profile(words, variables, starts)
+    elif kind in ("script", "accelerate"):
+        starts(words)
+    elif kind == "sbatch":
+        script = words.index("launch/slurm/train.sbatch") + 1
+        assert all(word.startswith("--") for word in words[1 : script - 1])
+        profile = f"launch/{variables.get('PROFILE', 'h100')}.sh"
+        starts(dry_run(profile, ["--torchrun"], words[script:]))
+    elif kind in ("launch/quickstart.sh", "tests/run.sh"):
+        options = [word for word in words[1:] if word.startswith("--")]
+        assert all(option in (ROOT / words[0]).read_text() for option in options)
+        assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/"))
+    elif kind == "shell":
+        called = recorded(text)
+        assert called, f"{text} starts nothing"
+        for call in called:
+            if call[0] in ("sbatch", "tensorboard"):
+                continue
+            starts(call)
+
+
+STUB = """#!/bin/bash
+{ printf '%q ' "${0##*/}" "$@"; echo; } >> "$CALLS"
+case ${0##*/} in sbatch) echo 1 ;; esac
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A function that runs a shell file in a tree of stubs and returns what it called."""
+    tree, tools = tmp_path / "tree", tmp_path / "tools"
+    for folder in (tree, tools):
+        folder.mkdir()
+    for part in ROOT.iterdir():
+        if part.name not in (".venv", "runs", ".git", "my_data"):
+            (tree / part.name).symlink_to(part)
+    for name in ("python", "python3", "accelerate", "torchrun", "sbatch", "tensorboard"):
+        (tools / name).write_text(STUB)
+        (tools / name).chmod(0o755)
+    for recipe in (ROOT / "recipes").rglob("*.yaml"):
+        output = tree / yaml.safe_load(recipe.read_text())["output_dir"]
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "done.json").write_text("{}")
+    calls = tmp_path / "calls"
+
+    def recorded(command: str) -> list[list[str]]:
+        (tree / "runs/own_data").mkdir(parents=True, exist_ok=True)
+        path = f"{tools}:/usr/bin:/bin"
+        users_shell(command, cwd=tree, PATH=path, CALLS=str(calls))
+        return [shlex.split(line) for line in calls.read_text().splitlines()]
+
+    return recorded
+
+
+@pytest.mark.parametrize("file", list(sources()))
+def test_no_command_hides_in_a_sentence(file):
+    """What looks like a command is in code, where the other tests find it."""
+    prose, found = sources()[file]
+    for text in sorted(found, key=len, reverse=True):
+        prose = " ".join(prose.split()).replace(" ".join(text.split()), "")
+    prose = re.sub(r"```(?!bash).*?```", "", prose, flags=re.S)
+    assert not SURE.search(prose), SURE.search(prose)[0]
+
+
+def test_activation_of_the_readme_gives_the_environment_that_the_setup_made():
+    found = users_shell("python -c 'import kd, sys; print(sys.prefix)'")
+    assert found.strip() == str(ROOT / ".venv")
+    assert SETUP[0] == "bash launch/setup.sh"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_launch_files_need_no_activation(profile):
+    command = f"{profile} --dry-run train/sft.py --config recipes/small/a_teacher.yaml"
+    done = subprocess.run(
+        ["bash", "-c", f"source launch/activate.sh; command -v accelerate; {command}"],
+        cwd=ROOT,
+        env=users_environment(),
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith(str(ROOT / ".venv/bin/accelerate"))
+
+
+# What a machine without GPU and hub cannot run: recipes and models of the hub, a server, own data.
+NOT_HERE = re.compile(
+    r"recipes/(?!small/|quickstart/)|my_data|localhost|llama\.cpp|Qwen/|openlm-research/|HuggingFace"
+    r"|^launch/tensorboard|^launch/quickstart|^tests/run|^bash launch/setup"
+)
+
+
+def runnable(command: Command) -> bool:
+    """Whether a command of the guides is run here, in the order in which it stands there."""
+    _, words = split(command.text)
+    if NOT_HERE.search(command.text) or kind_of(words) not in ("profile", "script", "shell"):
+        return False
+    here = words[0] == "launch/cpu.sh" or {"--cpu", "--dry-run", "train/plan.py"} & set(words)
+    return kind_of(words) != "profile" or bool(here)
+
+
+RUN = [
+    Command(page, text)
+    for page in GUIDES
+    for text in in_page((ROOT / page).read_text())
+    if runnable(Command(page, text))
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """What the commands read. tests/launch runs it from its first line, so here it only resumes."""
+    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
+        succeed("launch/quickstart.sh", timeout=1800)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickstart")
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command.name)
+def test_command_of_the_guides_runs(command):
+    users_shell(command.text, OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+def test_setup_of_the_readme_ends_where_nothing_is_missing():
+    assert ".venv is ready" in users_shell(SETUP[0])
