@@ -4,7 +4,9 @@ Every function works without a process group, as the only rank. Functions marked
 be called by all ranks.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """The rank of this process; before a process group exists, the one that the launcher assigned."""
+    """The rank of this process; without a process group, the rank that the launcher assigned."""
     return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -31,10 +33,12 @@ def local_rank() -> int:
 
 
 def is_initialized() -> bool:
+    """Whether this process has a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def print_rank0(text: object) -> None:
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -96,3 +100,19 @@ def all_max(values: Tensor) -> Tensor:
     if is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Collective: raise a ValueError or OSError of one rank as ValueError on all ranks.
+
+    Without it the other ranks would wait for the failed one forever.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    for number, text in enumerate(all_gather(error and str(error))):
+        if text:
+            raise ValueError(text if number == 0 else f"{text} (rank {number})") from error
