@@ -1,4 +1,4 @@
-"""The decoder's blocks: their states kept for a loss, and a wide batch taken through them in pieces.
+"""Decoder blocks: keep hidden states for a loss, or run a wide batch through blocks in parts.
 
 B batch, T tokens, H hidden.
 """
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder blocks of a CausalLM."""
     return model.base_model.layers
 
 
@@ -21,10 +22,11 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 def layer_states(
     model: PreTrainedModel, layers: list[int], select: Callable[[Tensor], Any] = lambda state: state
 ) -> Iterator[dict[int, Any]]:
-    """Inside, every call of the model leaves `select` of its (B, T, H) states of `layers` in the dict.
+    """Collect hidden states of every call of the model inside the context.
 
-    Only the chosen ones are kept. The last layer is the output of the final norm, which is what
-    `last_hidden_state` is, so its owner adds it.
+    Yields a dict that each call fills with {layer: select(states)}, states (B, T, H), for `layers`
+    except the last one. Layer 0 is the output of the embeddings, layer n that of block n. The last
+    layer is the output of the final norm; callers have it as `last_hidden_state`.
     """
     blocks, found, hooks = decoder_blocks(model), {}, []
     for layer in {n for n in layers if n < len(blocks)}:
@@ -32,7 +34,7 @@ def layer_states(
         def keep(_, inputs, kwargs, layer=layer):
             found[layer] = select(inputs[0] if inputs else kwargs["hidden_states"])
 
-        # What goes into block n + 1 is what comes out of block n, or of the embeddings for n = 0.
+        # The input of blocks[n] is the output of layer n.
         hooks.append(blocks[layer].register_forward_pre_hook(keep, with_kwargs=True))
     try:
         yield found
@@ -42,16 +44,16 @@ def layer_states(
 
 
 @contextlib.contextmanager
-def in_pieces(model: PreTrainedModel, pieces: list[tuple[int, int]]) -> Iterator[None]:
-    """Inside, blocks and final norm take a batch piece by piece: `pieces` are (rows, length) each.
+def blocks_in_parts(model: PreTrainedModel, parts: list[tuple[int, int]]) -> Iterator[None]:
+    """Run blocks and final norm part by part inside the context; `parts` are (rows, length).
 
-    So they need the memory of one piece beside the states of all, and compute it in the shapes that
-    it has alone. For right-padded rows and forwards without gradient: a piece's result is written
-    over its input.
+    A call on a batch of all rows, padded to the greatest length, then needs the activations of one
+    part at a time besides its hidden states, and computes each part in the shape that it has alone.
+    Only for right-padded rows without gradient: the result of a part overwrites its input.
     """
     modules = [*decoder_blocks(model), model.base_model.norm]
     for module in modules:
-        module.forward = partial(piece_by_piece, module.forward, pieces)
+        module.forward = partial(_part_by_part, module.forward, parts)
     try:
         yield
     finally:
@@ -59,25 +61,25 @@ def in_pieces(model: PreTrainedModel, pieces: list[tuple[int, int]]) -> Iterator
             del module.forward
 
 
-def piece_by_piece(
-    forward: Callable[..., Tensor], pieces: list[tuple[int, int]], hidden: Tensor, **inputs
+def _part_by_part(
+    forward: Callable[..., Tensor], parts: list[tuple[int, int]], hidden: Tensor, **inputs
 ) -> Tensor:
-    """A forward over (B, T, H) with B the rows of all pieces and T the greatest length."""
-    assert not torch.is_grad_enabled() and len(hidden) == sum(rows for rows, _ in pieces)
+    """Apply a block's forward to hidden states (B, T, H) in place, part by part."""
+    assert not torch.is_grad_enabled() and len(hidden) == sum(rows for rows, _ in parts)
     start = 0
-    for rows, length in pieces:
-        part = slice(start, start + rows)
-        mine = {name: cut(value, part, length) for name, value in inputs.items()}
-        hidden[part, :length] = forward(cut(hidden, part, length), **mine)
-        start += rows
+    for count, length in parts:
+        rows = slice(start, start + count)
+        sliced = {name: _slice(value, rows, length) for name, value in inputs.items()}
+        hidden[rows, :length] = forward(_slice(hidden, rows, length), **sliced)
+        start += count
     return hidden
 
 
-def cut(value: Any, rows: slice, length: int) -> Any:
-    """The piece's part of what a block is given: states and positions, or masks (B, 1, T, T)."""
+def _slice(value: Any, rows: slice, length: int) -> Any:
+    """Cut a part from an input of a block: (B, T, ...) tensors, (B, 1, T, T) masks, or tuples."""
     if isinstance(value, Tensor):
-        mask = value.dim() == 4
-        return value[rows, :, :length, :length] if mask else value[rows, :length]
+        is_mask = value.dim() == 4
+        return value[rows, :, :length, :length] if is_mask else value[rows, :length]
     if isinstance(value, tuple):
-        return tuple(cut(part, rows, length) for part in value)
+        return tuple(_slice(part, rows, length) for part in value)
     return value

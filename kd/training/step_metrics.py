@@ -1,7 +1,8 @@
-"""What a run logs beside Trainer's own figures: summed on the device, read when they are logged.
+"""The metrics that a run logs in addition to Trainer's own: summed on the device, read per log.
 
-Means are sums over the target tokens of all ranks divided by their number, so that no rank and no
-micro-batch counts more than its tokens. Nothing here waits for the device inside a step.
+A mean is a sum over the target tokens of all ranks divided by their number, so every token counts
+the same on any rank and in any micro-batch. Nothing here waits for the device within a step.
+kd.losses.metrics lists the metrics.
 """
 
 import resource
@@ -10,19 +11,23 @@ import torch
 from torch import Tensor
 
 from kd.distributed import all_max, all_sum, world_size
-from kd.models.heads import REPORTED
+from kd.losses.metrics import BY_NAME, REPORTED
 from kd.training.step_times import StepTimes
 
 GIB = 2**30
-# Beginnings of the names of figures that depend on the machine, and differ where a run is repeated.
-OF_THE_MACHINE = ("seconds_", "target_tokens_per_second", "memory_", "matrix_peak_share")
 
 
-class Figures:
-    """Sums since the last log.
+class StepMetrics:
+    """Sums since the last log, on this rank.
 
-    `work`: operations of a position, operations of a target token beside that, and operations a
-    second that a device can do.
+    Attributes:
+        shown: Names of the token metrics to log.
+        work: FLOPs per position, further FLOPs per target token, peak FLOP/s of a device; None
+            leaves out matrix_peak_share.
+        times: Seconds per phase of a step.
+        student_pace: Seconds in the student's forward and loss on this rank, and positions, in the
+            interval of the last `read`.
+        completions: Student-generated answers, their tokens, and how many reached the length limit.
     """
 
     def __init__(
@@ -34,91 +39,80 @@ class Figures:
         self.device = device
         self.shown = shown
         self.work = work
-        self.own_pace = (0.0, 0)  # seconds of this rank's student, positions, at the last reading
+        self.student_pace = (0.0, 0)
         self.times = StepTimes(device)
-        self.begin()
+        self._reset()
 
-    def begin(self) -> None:
+    def _reset(self) -> None:
         self.sums = torch.zeros(len(REPORTED), device=self.device)
         self.tokens_read = torch.zeros((), dtype=torch.long, device=self.device)
         self.positions = 0
-        self.written = [0, 0, 0]  # answers of the student's own, their tokens, those cut
+        self.completions = [0, 0, 0]
 
-    def add_written(self, answers: list[list[int]], cut: int) -> None:
-        """Take in what the student has written of a step."""
+    def add_completions(self, answers: list[list[int]], cut: int) -> None:
+        """Add the token ids of a step's student-generated answers, `cut` of them at the limit."""
         new = (len(answers), sum(map(len, answers)), cut)
-        self.written = [a + b for a, b in zip(self.written, new, strict=True)]
+        self.completions = [a + b for a, b in zip(self.completions, new, strict=True)]
 
-    def add(self, metrics: Tensor, batch: dict[str, Tensor]) -> None:
-        """Take in a micro-batch and the sums that the student's call returned of it."""
-        self.sums += metrics
+    def add(self, sums: Tensor, batch: dict[str, Tensor]) -> None:
+        """Add a micro-batch and the sums, (len(REPORTED),), that the student returned for it."""
+        self.sums += sums
         self.tokens_read += batch["tokens"].sum()
         self.positions += batch["input_ids"].numel()
 
     def read(self) -> dict[str, float]:
-        """The figures since the last call, over all ranks: every rank must call it."""
+        """Collective: return the metrics since the last call over all ranks, and start again."""
         phases, step, steps = self.times.read()
-        own = torch.tensor([self.positions, *self.written, *phases.values()], device=self.device)
-        sums = all_sum(torch.cat([self.sums.double(), self.tokens_read.double()[None], own]))
+        counts = torch.tensor(
+            [self.positions, *self.completions, *phases.values()], device=self.device
+        )
+        totals = all_sum(torch.cat([self.sums.double(), self.tokens_read.double()[None], counts]))
         highest = torch.tensor(
             [step, memory_bytes(self.device)], dtype=torch.float64, device=self.device
         )
         slowest, memory = all_max(highest).tolist()
-        self.own_pace = (phases["student"] + phases["loss"], self.positions)
-        self.begin()
+        self.student_pace = (phases["student"] + phases["loss"], self.positions)
+        self._reset()
 
-        reported, (read, positions, answers, written, cut, *seconds) = (
-            sums[: len(REPORTED)],
-            sums[len(REPORTED) :].tolist(),
-        )
-        figures = means_over_tokens(reported, self.shown)
-        figures["padding_share"] = 1 - read / positions if positions else 0.0
-        figures["memory_gib"] = memory / GIB
+        sums, rest = totals[: len(REPORTED)], totals[len(REPORTED) :].tolist()
+        read, positions, answers, answer_tokens, cut, *seconds = rest
+        metrics = means_over_tokens(sums, self.shown)
+        metrics["padding_share"] = 1 - read / positions if positions else 0.0
+        metrics["memory_gib"] = memory / GIB
         if answers:
-            figures["generated_length"] = written / answers
-            figures["generated_cut_share"] = cut / answers
+            metrics["generated_length"] = answer_tokens / answers
+            metrics["generated_cut_share"] = cut / answers
         if slowest:
-            tokens = sum(reported[REPORTED.index(x)].item() for x in ("tokens", "on_policy_tokens"))
-            figures["target_tokens_per_second"] = tokens / slowest
+            tokens = sum(sums[REPORTED.index(x)].item() for x in ("tokens", "on_policy_tokens"))
+            metrics["target_tokens_per_second"] = tokens / slowest
             for phase, total in zip(phases, seconds, strict=True):
                 if total or phase != "generation":
-                    figures[f"seconds_{phase}"] = total / world_size() / steps  # the mean rank's
-            figures["seconds_step"] = slowest / steps
+                    metrics[f"seconds_{phase}"] = total / world_size() / steps
+            metrics["seconds_step"] = slowest / steps
         if slowest and self.work:
-            position, target, peak = self.work
-            operations = position * positions + target * tokens
-            figures["matrix_peak_share"] = operations / world_size() / slowest / peak
-        return figures
+            per_position, per_target, peak = self.work
+            operations = per_position * positions + per_target * tokens
+            metrics["matrix_peak_share"] = operations / world_size() / slowest / peak
+        return metrics
 
 
-def of_the_run(logged: dict[str, float]) -> dict[str, float]:
-    """What a repeated run logs again to the last bit."""
-    return {k: v for k, v in logged.items() if not k.startswith(OF_THE_MACHINE)}
-
-
-def shown_figures(teacher: bool, hidden: bool) -> list[str]:
-    """Those of REPORTED that say something of this run."""
-    if not teacher:
-        return ["cross_entropy", "student_entropy"]
-    shown = [name for name in REPORTED if not name.endswith("tokens")]
-    return [name for name in shown if hidden or not name.endswith("hidden")]
+def reproducible(logged: dict[str, float]) -> dict[str, float]:
+    """Keep the metrics that do not depend on the machine: a repeated run logs them bit for bit."""
+    return {k: v for k, v in logged.items() if not (k in BY_NAME and BY_NAME[k].machine)}
 
 
 def means_over_tokens(sums: Tensor, shown: list[str]) -> dict[str, float]:
-    """Sums of all ranks over target tokens, in the order of REPORTED, to means.
+    """Divide the sums of all ranks, (len(REPORTED),), by their numbers of tokens.
 
-    Those over no token at all are left out.
+    Leaves out means over no tokens.
     """
     values = dict(zip(REPORTED, sums.tolist(), strict=True))
-    counts = {
-        name: values["on_policy_tokens" if name.startswith("on_policy_") else "tokens"]
-        for name in shown
-    }
+    counts = {name: values[BY_NAME[name].tokens] for name in shown}
     return {name: values[name] / counts[name] for name in shown if counts[name]}
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most that this process held so far: of the GPU's memory, or on a CPU of the machine's."""
+    """Return this process's peak memory: of the GPU, or of the machine when it runs on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,6 @@
 """Where the time of a step goes: data, generation, teacher, student, loss, backward, optimizer.
 
-On CUDA by events in the stream, which nobody waits for before the figures are read.
+On CUDA it is measured with events in the stream; nothing waits for them until the times are read.
 """
 
 import contextlib
@@ -11,40 +11,43 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-PHASES = ("data", "generation", "teacher", "student", "loss", "backward", "optimizer")
+from kd.losses.metrics import PHASES
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of every phase since the last `read`, on this process.
+    """Seconds per phase since the last `read`, on this process.
 
-    Phases may lie inside of each other; an instant counts to the innermost.
+    Phases may nest; an instant counts only toward the innermost one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.open: list[tuple] = []  # (phase, its begin) of those we are in
-        self.spans: list[tuple] = []  # (phase, the phase around it, begin, end)
+        self.open: list[tuple] = []  # (phase, begin), outermost first
+        self.spans: list[tuple] = []  # (phase, enclosing phase, begin, end)
         self.seconds, self.steps = 0.0, 0
-        self.begun: float | None = None
+        self.step_begin: float | None = None
 
     def begin(self, phase: str) -> None:
-        self.open.append((phase, self.now()))
+        """Enter a phase."""
+        self.open.append((phase, self._now()))
 
     def end(self) -> None:
+        """Leave the innermost phase."""
         phase, begin = self.open.pop()
-        around = self.open[-1][0] if self.open else None
-        if self.begun is not None:  # an evaluation calls the models too
-            self.spans.append((phase, around, begin, self.now()))
+        enclosing = self.open[-1][0] if self.open else None
+        if self.step_begin is not None:  # an evaluation calls the models too
+            self.spans.append((phase, enclosing, begin, self._now()))
 
     @contextlib.contextmanager
-    def of(self, phase: str) -> Iterator[None]:
-        self.begin(phase)
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside the context toward a phase."""
+        self.begin(name)
         try:
             yield
         finally:
             self.end()
 
-    def now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> "float | torch.cuda.Event":
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -52,51 +55,54 @@ class StepTimes(TrainerCallback):
         return event
 
     def watch(self, module: nn.Module, phase: str) -> None:
-        """Count every call of `module` to a phase."""
+        """Count every call of `module` toward a phase."""
         module.register_forward_pre_hook(lambda *_: self.begin(phase))
         module.register_forward_hook(lambda *_: self.end())
 
-    def watch_optimizer_of(self, engine: nn.Module) -> None:
-        """DeepSpeed's engine updates the weights inside of the backward, without a callback."""
+    def watch_optimizer(self, engine: nn.Module) -> None:
+        """Time the weight update of a DeepSpeed engine, which no callback announces."""
         step = engine.step
 
-        def timed(*args, **kw):
-            with self.of("optimizer"):
+        def timed_step(*args, **kw):
+            with self.phase("optimizer"):
                 return step(*args, **kw)
 
-        engine.step = timed
+        engine.step = timed_step
 
     def begin_step(self) -> None:
-        self.begun = time.perf_counter()
+        """Start the clock of a step."""
+        self.step_begin = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+        """Enter the optimizer phase."""
         self.begin("optimizer")
 
     def on_optimizer_step(self, args, state, control, **_) -> None:
+        """Leave the optimizer phase."""
         self.end()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        """What follows up to the next step (logs, evaluation, a checkpoint) belongs to none."""
-        if self.begun is not None:
-            self.seconds += time.perf_counter() - self.begun
+        """Stop the clock: logs, evaluation and checkpoints between steps count toward no step."""
+        if self.step_begin is not None:
+            self.seconds += time.perf_counter() - self.step_begin
             self.steps += 1
-            self.begun = None
+            self.step_begin = None
 
     def read(self) -> tuple[dict[str, float], float, int]:
-        """(seconds of every phase, seconds of the steps, steps), all begun anew.
+        """Return (seconds per phase, seconds of all steps, number of steps) and start again.
 
-        The one place that waits for the device; what it waits for is the steps' work.
+        Only this waits for the device; it waits for the work of the steps.
         """
         if self.cuda:
             begin = time.perf_counter()
             torch.cuda.synchronize()
             self.seconds += time.perf_counter() - begin
         phases = dict.fromkeys(PHASES, 0.0)
-        for phase, around, begin, end in self.spans:
+        for phase, enclosing, begin, end in self.spans:
             seconds = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
             phases[phase] += seconds
-            if around:
-                phases[around] -= seconds
-        found = (phases, self.seconds, self.steps)
+            if enclosing:
+                phases[enclosing] -= seconds
+        result = (phases, self.seconds, self.steps)
         self.spans, self.seconds, self.steps = [], 0.0, 0
-        return found
+        return result
