@@ -18,12 +18,12 @@ from typing import Literal
 from kd.data.sources import check_sources
 from kd.data.tokenizer import generation_config
 from kd.evaluation.merged import four_bit_difference
-from kd.models.adapters import adapter_tokenizer
+from kd.models.adapters import model_tokenizer
 from kd.models.card import model_card, read_run
 from kd.models.gguf import check_llama_cpp, compare_gguf, write_gguf
-from kd.models.merging import check_lora, check_unquantized, merge_adapter
+from kd.models.merging import check_lora, check_unquantized, merge_adapter, merged_before
 from kd.recipe import parse, parse_json_list, setting
-from kd.run.exit import DONE, is_done, mark_done, run
+from kd.run.exit import mark_done, run
 
 
 @dataclass
@@ -74,11 +74,11 @@ class MergeSettings:
 def main() -> None:
     (settings,) = parse(MergeSettings, description=__doc__)
     out = Path(settings.output_dir)
-    if finished_before(settings):
+    if merged_before(settings.output_dir, asdict(settings)):
         print(f"{out} is finished already; remove it to merge again")
         return
     check_unquantized(settings.base)
-    tokenizer = adapter_tokenizer(settings.adapter, settings.base)
+    tokenizer = model_tokenizer(settings.adapter, settings.base)
     model = merge_adapter(settings.adapter, settings.base, settings.dtype)
     model.generation_config = generation_config(model, tokenizer)
     model.save_pretrained(out)
@@ -89,18 +89,6 @@ def main() -> None:
     (out / "merge.json").write_text(json.dumps(measured, indent=2) + "\n")
     mark_done(settings.output_dir, asdict(settings))
     print(f"saved to {out}: {model.num_parameters():,} parameters, {settings.dtype}")
-
-
-def finished_before(settings: MergeSettings) -> bool:
-    """Raises ValueError if the folder is the finished merge of other settings."""
-    if not is_done(settings.output_dir):
-        return False
-    record = json.loads((Path(settings.output_dir) / DONE).read_text())
-    if record != asdict(settings):
-        raise ValueError(
-            f"output_dir: {settings.output_dir} was merged with other settings; give another folder"
-        )
-    return True
 
 
 def measure(settings: MergeSettings, model, tokenizer) -> dict[str, dict]:

@@ -18,11 +18,10 @@ def adapter_base(name: str) -> str | None:
     return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else None
 
 
-def adapter_tokenizer(name: str, base: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in the folder `name`, else the one of the adapter's base.
+def model_tokenizer(name: str, base: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model or adapter; an adapter without one has that of its base.
 
-    `base` replaces the base that the adapter's configuration names. If `name` is not an adapter,
-    its own tokenizer is loaded.
+    `base` replaces the base that the adapter's configuration names.
     """
     saved_here = (Path(name) / "tokenizer_config.json").is_file()
     return load_tokenizer(name if saved_here else base or adapter_base(name) or name)

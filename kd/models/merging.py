@@ -1,5 +1,6 @@
 """Merge a LoRA adapter into the unquantized weights of its base."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from kd.models.adapters import is_adapter
 from kd.models.frozen import load_frozen
+from kd.run.exit import DONE, is_done
 
 
 def check_lora(adapter: str, output_dir: str) -> str:
@@ -30,6 +32,20 @@ def check_lora(adapter: str, output_dir: str) -> str:
             f"adapter: found {config.peft_type.value}; only LORA adapters can be merged"
         )
     return config.base_model_name_or_path
+
+
+def merged_before(output_dir: str, settings: dict) -> bool:
+    """Whether output_dir is the finished merge of these settings.
+
+    Raises ValueError if it is the finished merge of other settings.
+    """
+    if not is_done(output_dir):
+        return False
+    if json.loads((Path(output_dir) / DONE).read_text()) != settings:
+        raise ValueError(
+            f"output_dir: {output_dir} was merged with other settings; give another folder"
+        )
+    return True
 
 
 def check_unquantized(base: str) -> None:
