@@ -1,18 +1,30 @@
-"""Greedy answers of several models to the same held-out prompts: to be read, matched and judged."""
+"""Greedy answers of several models to the same held-out prompts: to read, to match, to judge.
+
+T tokens.
+"""
 
 import copy
+import json
 import re
 import string
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.evaluation.models import model_for, tokenizer_for
+from kd.evaluation.results import describe, is_measured, write_result, write_text
+from kd.evaluation.rows import text_hash
+from kd.settings.evaluation import AnswerSettings, EvaluationSettings
 
-def prompts_of(rows: list[dict], count: int) -> list[dict]:
+MATCH = "the reference's words in the answer, without case, punctuation and articles"
+
+
+def select_prompts_with_references(rows: list[dict], count: int) -> list[dict]:
     """The first `count` chat rows as {"prompt": messages before the answer, "reference": answer}.
 
-    Raises ValueError where fewer rows start with a prompt.
+    Raises ValueError if fewer rows start with a prompt.
     """
     prompts = []
     for row in rows:
@@ -23,10 +35,39 @@ def prompts_of(rows: list[dict], count: int) -> list[dict]:
             prompts.append({"prompt": messages[:turn], "reference": messages[turn]["content"]})
     if len(prompts) < count:
         raise ValueError(
-            f"data: {len(prompts)} chat rows with a prompt, wanted {count}; give a chat source, or "
+            f"data: {len(prompts)} chat rows with a prompt; wanted {count}. Give a chat source or "
             "a smaller count"
         )
     return prompts[:count]
+
+
+def answer_prompts(
+    settings: EvaluationSettings, answering: AnswerSettings, name: str, path: str, rows: list[dict]
+) -> list[str]:
+    """Answer the prompts with one model; with out_dir, also match the references.
+
+    The answers of an existing result file with the same settings are reused.
+    """
+    tokenizer = tokenizer_for(settings, path)
+    prompts = [row["prompt"] for row in rows]
+    limit = answering.max_new_tokens
+    if not answering.out_dir:
+        return sample_answers(model_for(settings, path), tokenizer, prompts, limit, name)
+    file = Path(answering.out_dir) / "open_answers" / f"{name}.json"
+    rows_hash = text_hash(json.dumps(rows))
+    description = describe(settings, path, rows_hash, tokenizer, max_new_tokens=limit, match=MATCH)
+    if is_measured(file, description):
+        return [item["answer"] for item in json.loads(file.read_text())["items"]]
+    texts = sample_answers(model_for(settings, path), tokenizer, prompts, limit, name)
+    result = match_result(rows, texts)
+    write_result(file, description, result)
+    shares = result["overall"]
+    print(
+        f"{name}: {shares['match']:.1%} of {shares['n']} answers contain the reference, "
+        f"{shares['exact']:.1%} are equal to it\nwrote {file}",
+        flush=True,
+    )
+    return texts
 
 
 @torch.no_grad()
@@ -37,17 +78,17 @@ def sample_answers(
     max_new_tokens: int = 64,
     description: str = "model",
 ) -> list[str]:
-    """The most probable continuation, token by token, of each prompt's messages.
+    """Answer each prompt by greedy decoding, one prompt at a time, so without padding.
 
-    It ends where the model's own generation_config says, so that a model that never stops shows.
-    One prompt at a time: no padding can change an answer. Raises ValueError without a template.
+    The model's own generation_config decides where an answer ends, so a model that never stops is
+    visible. Raises ValueError if the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{description}: {tokenizer.name_or_path} has no chat template; give chat_template: "
-            "a file with one"
+            f"{description}: {tokenizer.name_or_path} has no chat template; set chat_template to a "
+            "file with one"
         )
-    config = greedy(model.generation_config, max_new_tokens, tokenizer.pad_token_id)
+    config = greedy_config(model.generation_config, max_new_tokens, tokenizer.pad_token_id)
     answers = []
     for messages in tqdm(prompts, desc=description, unit="answer"):
         inputs = tokenizer.apply_chat_template(
@@ -59,9 +100,11 @@ def sample_answers(
     return answers
 
 
-def greedy(own: GenerationConfig, max_new_tokens: int, pad_token_id: int) -> GenerationConfig:
-    """The model's settings without sampling."""
-    config = copy.deepcopy(own)
+def greedy_config(
+    config: GenerationConfig, max_new_tokens: int, pad_token_id: int
+) -> GenerationConfig:
+    """A copy of a generation config with greedy decoding."""
+    config = copy.deepcopy(config)
     config.update(
         do_sample=False,
         temperature=None,
@@ -74,26 +117,26 @@ def greedy(own: GenerationConfig, max_new_tokens: int, pad_token_id: int) -> Gen
     return config
 
 
-def normalised(text: str) -> list[str]:
-    """Words in small letters without punctuation and articles. SQuAD, Rajpurkar et al. 2016."""
+def contains(answer: str, reference: str) -> bool:
+    """Whether the answer contains the words of the reference, contiguously and in order."""
+    words, expected = _normalized(answer), _normalized(reference)
+    n = len(expected)
+    return n > 0 and any(words[i : i + n] == expected for i in range(len(words) - n + 1))
+
+
+def _normalized(text: str) -> list[str]:
+    """Lowercase words without punctuation and articles: SQuAD, Rajpurkar et al. 2016."""
     kept = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
-def contains(answer: str, reference: str) -> bool:
-    """Whether the reference's words stand in the answer, one behind the other."""
-    words, wanted = normalised(answer), normalised(reference)
-    width = len(wanted)
-    return width > 0 and any(words[i : i + width] == wanted for i in range(len(words) - width + 1))
-
-
 def match_result(rows: list[dict], answers: list[str]) -> dict:
-    """Share of answers that have their reference in them, and of those that are nothing else."""
+    """The shares of answers that contain their reference (match) or are equal to it (exact)."""
     items = [
         {
             "id": str(i),
             "match": contains(answer, row["reference"]),
-            "exact": normalised(answer) == normalised(row["reference"]) != [],
+            "exact": _normalized(answer) == _normalized(row["reference"]) != [],
             "reference": row["reference"],
             "answer": answer,
         }
@@ -103,17 +146,25 @@ def match_result(rows: list[dict], answers: list[str]) -> dict:
     return {"overall": shares | {"n": len(items)}, "items": items}
 
 
-def for_the_judge(rows: list[dict], answers: dict[str, list[str]]) -> dict[str, list[dict]]:
-    """{file: rows} in MT-Bench's format, with which eval/judge.py grades the same answers."""
+def write_judge_files(folder: Path, rows: list[dict], answers: dict[str, list[str]]) -> None:
+    """Write questions, references and answers in MT-Bench's format, as files for eval/judge.py."""
 
-    def given(texts: list[str]) -> list[dict]:
+    def in_choices(texts: list[str]) -> list[dict]:
         return [{"question_id": i, "choices": [{"turns": [t]}]} for i, t in enumerate(texts)]
 
-    asked = ["\n\n".join(message["content"] for message in row["prompt"]) for row in rows]
-    return {
+    prompts = ["\n\n".join(message["content"] for message in row["prompt"]) for row in rows]
+    files = {
         "questions": [
-            {"question_id": i, "category": "open", "turns": [text]} for i, text in enumerate(asked)
+            {"question_id": i, "category": "open", "turns": [text]}
+            for i, text in enumerate(prompts)
         ],
-        "references": given([row["reference"] for row in rows]),
-        **{name: given(texts) for name, texts in answers.items()},
+        "references": in_choices([row["reference"] for row in rows]),
+        **{name: in_choices(texts) for name, texts in answers.items()},
     }
+    for name, lines in files.items():
+        write_jsonl(folder / f"{name}.jsonl", lines)
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines, atomically."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from kd.evaluation.judge.judging import by, means
+from kd.evaluation.judge.judge_results import means, means_by
 
 # name: (text perplexity, chat perplexity, KL to teacher); None: not measured
 FIGURES = {
@@ -109,9 +109,9 @@ def graded(name):
         for i, g in enumerate(grades)
     ]
     items[3]["score"] = None
-    turns = by(items, "turn", "score")
+    turns = means_by(items, "turn", "score")
     categories = {
-        c: means(part, "score") | {"turns": by(part, "turn", "score")}
+        c: means(part, "score") | {"turns": means_by(part, "turn", "score")}
         for c in "ab"
         for part in [[item for item in items if item["category"] == c]]
     }

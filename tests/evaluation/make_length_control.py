@@ -1,9 +1,9 @@
-"""Makes length_control.json: alpaca_eval's own length-controlled win rate on made-up judgements.
+"""Compute length_control.json: alpaca_eval's length-controlled win rate on synthetic judgements.
 
-alpaca_eval wants other versions of our packages, so it is installed into a folder that is thrown away:
+alpaca_eval needs other versions of our packages, so it is installed into a temporary folder:
 
-pip install --no-deps --target /tmp/alpaca alpaca_eval==0.6.6 fire termcolor patsy python-dotenv rich \
-    markdown-it-py mdurl pygments tiktoken regex "setuptools<81"
+pip install --no-deps --target /tmp/alpaca alpaca_eval==0.6.6 fire termcolor patsy \
+    python-dotenv rich markdown-it-py mdurl pygments tiktoken regex "setuptools<81"
 PYTHONPATH=/tmp/alpaca python tests/evaluation/make_length_control.py
 """
 
@@ -19,7 +19,10 @@ COUNT = 200
 
 
 def judgements(seed: int, bias: float, taste: float) -> list[tuple[int, int, float]]:
-    """(length of the model's answer, of the baseline's, preference) of a judge that prefers the model by `taste`, and long answers by `bias`; some tie."""
+    """Sample (length of the model's answer, length of the baseline's, preference).
+
+    The judge prefers the model by `taste` and long answers by `bias`; some verdicts are ties.
+    """
     draw = random.Random(seed)
     rows = []
     for _ in range(COUNT):
@@ -27,13 +30,13 @@ def judgements(seed: int, bias: float, taste: float) -> list[tuple[int, int, flo
         wins = 1 / (
             1 + 2.718281828 ** -(taste + bias * (model - baseline) / 400 + draw.gauss(0, 1))
         )
-        if draw.random() < 0.6:  # a verdict by its text alone
+        if draw.random() < 0.6:  # a verdict without log-probabilities
             wins = 0.5 if draw.random() < 0.1 else float(wins > 0.5)
         rows.append((model, baseline, round(wins, 4)))
     return rows
 
 
-def package_says(rows: list[tuple[int, int, float]]) -> dict[str, float]:
+def package_result(rows: list[tuple[int, int, float]]) -> dict[str, float]:
     frame = pd.DataFrame(
         {
             "preference": [1 + preference for _, _, preference in rows],
@@ -45,7 +48,7 @@ def package_says(rows: list[tuple[int, int, float]]) -> dict[str, float]:
             "index": range(len(rows)),
         }
     )
-    # The package downloads this file for every variant; "minimal" uses nothing of it.
+    # The package downloads this file for every variant, but "minimal" does not use it.
     difficulty = pd.DataFrame(
         {"index": range(len(rows)), "instruction_difficulty": 0.0, "model": "none"}
     )
@@ -63,7 +66,7 @@ def main() -> None:
     cases = []
     for seed, bias, taste in ((0, 1.0, 0.3), (1, 3.0, -1.0), (2, 0.0, 0.0), (3, -2.0, 1.5)):
         rows = judgements(seed, bias, taste)
-        cases.append({"judgements": rows, "alpaca_eval": package_says(rows)})
+        cases.append({"judgements": rows, "alpaca_eval": package_result(rows)})
     file = Path(__file__).with_name("length_control.json")
     file.write_text(json.dumps(cases) + "\n")
     print(*(case["alpaca_eval"] for case in cases), sep="\n")

@@ -1,4 +1,4 @@
-"""eval/answers.py: answers side by side, and open questions matched with their references."""
+"""eval/answers.py: answers side by side, and answers matched with their references."""
 
 import json
 
@@ -17,10 +17,10 @@ def test_answers_are_written_side_by_side(house, tmp_path):
         *("--out", out),
     )
     assert ran.returncode == 0, ran.stderr
-    written_rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["prompt"][-1]["content"] for row in written_rows] == ["What is it?", "And this?"]
-    assert [row["reference"] for row in written_rows][0] == "A thing."
-    assert all(set(row["answers"]) == {"a", "b"} for row in written_rows)
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"][-1]["content"] for row in written] == ["What is it?", "And this?"]
+    assert [row["reference"] for row in written][0] == "A thing."
+    assert all(set(row["answers"]) == {"a", "b"} for row in written)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_an_answer_matches_by_whole_words_without_articles(answer, reference, in
     assert contains(answer, reference) == inside
 
 
-def test_shares_are_those_of_the_items():
+def test_match_and_exact_are_shares_of_all_items():
     rows = [{"prompt": [], "reference": r} for r in ("water", "the ice", "sand")]
     found = match_result(rows, ["Water.", "It is ice", "stone"])
     assert found["overall"] == {"match": 2 / 3, "exact": 1 / 3, "n": 3}
 
 
-def test_open_questions_are_matched_kept_and_given_to_the_judge(house, tmp_path):
-    """sciq's fields, without its options; a rerun does not answer again."""
+def test_answers_are_matched_reused_and_written_for_the_judge(house, tmp_path):
+    """Rows have the fields of sciq without its options. A rerun does not generate again."""
     questions = [
         {"question": f"What boils {i} times?", "correct_answer": "water", "distractor1": "sand"}
         for i in range(3)
@@ -75,21 +75,20 @@ def test_open_questions_are_matched_kept_and_given_to_the_judge(house, tmp_path)
     assert "measured already" in again.stdout
     assert "Loading weights" not in again.stderr
 
-    def five(_):
+    def grade_five(_):
         message = {"role": "assistant", "content": "[[5]]"}
         return {"message": message, "finish_reason": "stop", "index": 0}
 
     judge = tmp_path / "open_answers" / "judge"
-    with ChatServer(five) as server:
+    with ChatServer(grade_five) as server:
         inside(
             *("judge.py", "--questions", judge / "questions.jsonl", "--benchmark", "sciq"),
             *("--references", judge / "references.jsonl", "--judge", "j", "--server", server.url),
             *("--answers", f"student={judge / 'student.jsonl'}", "--out_dir", tmp_path),
         )
         contents = [request["messages"][-1]["content"] for request in server.requests]
-    asked = next(
-        text for text in contents if "What boils 0 times" in text
-    )  # they come in any order
+    # Requests arrive in any order.
+    asked = next(text for text in contents if "What boils 0 times" in text)
     first = found["items"][0]
     assert all(text in asked for text in ("What boils", "water", first["answer"]))
     assert "sand" not in asked

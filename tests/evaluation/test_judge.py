@@ -1,4 +1,4 @@
-"""eval/judge.py against a real local server: verdicts of all shapes, faults, kills, reruns."""
+"""eval/judge.py against a local server: verdict formats, faults, kills and reruns."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from chat_server import ChatServer, digest
 from held_out import command, inside, write_jsonl
 from processes import ROOT
 
-from kd.evaluation.judge.judge_prompts import own_prompts
+from kd.evaluation.judge.judge_prompts import default_prompts
 from kd.evaluation.judge.verdicts import grade, preference_of_text, preference_of_token
 
 CATEGORIES = ("writing", "math", "stem", "coding")
@@ -43,7 +43,7 @@ GRADES = [
         ("", None),
     ],
 )
-def test_a_grade_of_any_shape_is_read_or_counted_as_none(text, value):
+def test_a_grade_is_parsed_in_any_format_or_is_none(text, value):
     assert grade(text) == value
 
 
@@ -51,11 +51,11 @@ def test_a_grade_of_any_shape_is_read_or_counted_as_none(text, value):
     ("text", "value"),
     [("so [[A]]", 0.0), ("[[b]]", 1.0), ("[[C]]", 0.5), ("[[A]] [[B]]", None), ("A", None)],
 )
-def test_a_verdict_on_a_pair_is_read_or_counted_as_none(text, value):
+def test_a_verdict_on_a_pair_is_parsed_or_is_none(text, value):
     assert preference_of_text(text) == value
 
 
-def test_one_token_is_read_from_its_probabilities_else_from_its_text():
+def test_a_one_token_verdict_uses_log_probabilities_or_else_the_text():
     import math
 
     top = {"m": math.log(0.6), "M": math.log(0.2), " M": math.log(0.1), "x": math.log(0.1)}
@@ -66,24 +66,24 @@ def test_one_token_is_read_from_its_probabilities_else_from_its_text():
     assert preference_of_token("neither", None) == (None, "text")
 
 
-def test_every_prompt_shows_all_that_it_is_given():
+def test_every_prompt_shows_the_answers_references_and_turns_of_its_name():
     names = {"question", "answer", "ref_answer_1", "ref_answer_2", "question_1", "question_2"}
     names |= {f"answer{who}" for who in ("_a", "_b", "_1", "_2", "_a_1", "_a_2", "_b_1", "_b_2")}
-    for name, prompt in own_prompts().items():
+    for name, prompt in default_prompts().items():
         text = prompt["prompt_template"].format(**{n: f"<{n}>" for n in names})
-        wanted = {
+        expected = {
             "single": ["<answer"],
             "pair": ["<answer_a", "<answer_b"],
             "token": ["<answer_a>"],
         }
-        assert all(field in text for field in wanted[name.split("-")[0]])
+        assert all(field in text for field in expected[name.split("-")[0]])
         assert ("<ref_answer_1>" in text) == ("math" in name)
         assert ("<question_2>" in text) == ("multi" in name)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """MT-Bench's questions, references and answers in small, and AlpacaEval's."""
+    """Small files in the formats of MT-Bench and AlpacaEval: questions, references, answers."""
     folder = tmp_path_factory.mktemp("questions")
     rows = [
         {"question_id": 80 + i, "category": c, "turns": [f"What is {c}?", f"And {i}? {{braces}}"]}
@@ -137,7 +137,7 @@ def result(out, benchmark, name):
 
 @pytest.fixture(scope="module")
 def scored(files, tmp_path_factory):
-    """(folder of results, requests of the first run): graded by a server that often fails at first."""
+    """Results, requests and output of a run whose server fails many first attempts."""
     out = tmp_path_factory.mktemp("scored")
     faults = ("429", "500", "torn body", "broken connection", "no json", "empty")
     with ChatServer(graded, faulty=0.5, faults=faults) as server:
@@ -147,9 +147,9 @@ def scored(files, tmp_path_factory):
         return out, server.requests, ran.stdout
 
 
-def test_grades_are_the_servers_by_turn_and_category(files, scored):
+def test_grades_are_averaged_by_turn_and_by_category(files, scored):
     out, requests, printed = scored
-    assert "32 wanted, 0 there already, 32 to ask" in printed
+    assert "32 in total, 0 exist already, 32 to request" in printed
     by_text = {
         text_of(request): grade(graded(request)["message"]["content"]) for request in requests
     }
@@ -176,12 +176,12 @@ def test_grades_are_the_servers_by_turn_and_category(files, scored):
     assert sum(result(out, "mt_bench", n)["overall"]["without_verdict"] for n in ("good", "bad"))
 
 
-def test_a_rerun_asks_only_what_is_missing(files, scored):
-    """Nothing; then a model more; then one answer that has changed, and a torn last line."""
+def test_a_rerun_requests_only_missing_judgements(files, scored):
+    """First nothing is missing; then one answer has changed and the last line is torn."""
     out, _, _ = scored
     with ChatServer(graded) as server:
         ran = inside("judge.py", *score_flags(files, out, server, "good", "bad"))
-        assert "0 to ask" in ran.stdout and not server.requests
+        assert "0 to request" in ran.stdout and not server.requests
         file = out / "judge" / "mt_bench" / "judgements.jsonl"
         text = file.read_text()
         file.write_text(text + text[:200])
@@ -194,15 +194,15 @@ def test_a_rerun_asks_only_what_is_missing(files, scored):
             f"bad={files / 'new.jsonl'}"
         ]
         ran = inside("judge.py", *flags)
-        # The first turn's answer is read again in the second turn.
+        # The prompt of the second turn contains the answer of the first.
         assert len(server.requests) == 2 and all("Bad says" in text_of(r) for r in server.requests)
 
 
-def test_a_killed_judge_goes_on_where_it_was(files, tmp_path):
+def test_a_killed_run_continues_where_it_stopped(files, tmp_path):
     with ChatServer(graded) as server:
         flags = [*score_flags(files, tmp_path, server, "good", "bad"), "--concurrency", "2"]
         for least in (5, 14):
-            server.answers_up_to = least  # of 32: it cannot end before it is killed
+            server.answers_up_to = least  # of 32, so that it cannot finish before it is killed
             job = subprocess.Popen(
                 [sys.executable, "eval/judge.py", *map(str, flags)],
                 cwd=ROOT,
@@ -218,20 +218,20 @@ def test_a_killed_judge_goes_on_where_it_was(files, tmp_path):
         server.answers_up_to = None
         ran = command("judge.py", *flags)
         assert ran.returncode == 0, ran.stderr
-        # What was under way at a kill, two requests, is all that is asked twice.
+        # Only the two requests in flight at a kill are repeated.
         assert 32 <= len(server.requests) <= 32 + 2 * 2
     assert result(tmp_path, "mt_bench", "good")["overall"]["n"] > 5
 
 
 def prefers_long(request) -> dict:
-    """m is shown first. It prefers the longer answer, ties for one question, and likes m a bit."""
+    """A judge that prefers longer answers and has a slight position bias toward the first, m."""
     text = request["messages"][-1]["content"]
     first, second = text.split("Output of m:")[1].split("Output of M:")
     longer = 0.9 if len(second) > len(first) else 0.2
     if "Name 3 " in text:
         longer = 0.5
     if "Name 4 " in text:
-        longer = 0.45  # the same letter in either order: a judge without consistency
+        longer = 0.45  # the same letter in both orders: inconsistent
     import math
 
     probabilities = {"m": 1 - longer, "M": longer}
@@ -269,7 +269,7 @@ def test_pairs_are_judged_in_both_orders_and_ties_are_counted(files, tmp_path):
         assert len(server.requests) == 24
         assert all(r["max_tokens"] == 1 and r["logprobs"] for r in server.requests)
     found = result(tmp_path, "alpaca_eval", "long")
-    wins = [0.85] * 12  # 0.9 where it is shown second, 1 - 0.2 where first
+    wins = [0.85] * 12  # 0.9 if it is shown second, 1 - 0.2 if first
     wins[3], wins[4] = 0.5, 0.5
     assert [item["preference"] for item in found["items"]] == pytest.approx(wins)
     assert found["overall"]["mean"] == pytest.approx(sum(wins) / 12)
@@ -278,11 +278,11 @@ def test_pairs_are_judged_in_both_orders_and_ties_are_counted(files, tmp_path):
         assert found["categories"][subset]["mean"] == pytest.approx(sum(wins[place::2]) / 6)
     assert found["read_from"] == {"log-probabilities": 24}
     assert 0 < found["length_controlled_win_rate"] < 1
-    assert "at equal length" in ran.stdout and "ties 2" in ran.stdout
+    assert "length-controlled win rate" in ran.stdout and "ties 2" in ran.stdout
 
 
-def test_verdicts_in_words_and_one_seeded_order(files, tmp_path):
-    def says(request):
+def test_text_verdicts_in_one_seeded_order(files, tmp_path):
+    def judge(request):
         text = request["messages"][-1]["content"]
         first, second = text.split("Answer of assistant A:")[1].split("Answer of assistant B:")
         verdict = "[[C]]" if "Name 3 " in text else "no idea" if "Name 5 " in text else None
@@ -290,7 +290,7 @@ def test_verdicts_in_words_and_one_seeded_order(files, tmp_path):
         message = {"role": "assistant", "content": f"Because. {verdict}"}
         return {"message": message, "finish_reason": "stop", "index": 0}
 
-    with ChatServer(says) as server:
+    with ChatServer(judge) as server:
         flags = pair_flags(files, tmp_path, server, "--verdict", "text", "--orders", "seeded")
         inside("judge.py", *flags)
         assert len(server.requests) == 12
@@ -301,8 +301,8 @@ def test_verdicts_in_words_and_one_seeded_order(files, tmp_path):
     assert {order for item in found["items"] for order in item["orders"]} == {"0", "1"}
 
 
-def test_models_answer_and_a_model_judges_without_a_server(house, files, tmp_path):
-    """Two turns each, the first answer is in the second prompt; a rerun neither answers nor judges."""
+def test_models_answer_and_a_local_model_judges(house, files, tmp_path):
+    """The second prompt contains the first answer; a rerun neither answers nor judges."""
     flags = [
         *("--questions", files / "question.jsonl", "--models", f"student={house / 'student'}"),
         *("--judge", house / "teacher", "--max_new_tokens", 6, "--judge_max_new_tokens", 4),
@@ -322,11 +322,11 @@ def test_models_answer_and_a_model_judges_without_a_server(house, files, tmp_pat
         assert all(turn in text_of(row["request"]) for turn in by_id[row["question_id"]])
     before = (folder / "judgements.jsonl").read_bytes()
     again = inside("judge.py", *flags)
-    assert "0 to ask" in again.stdout and "Loading" not in again.stderr
+    assert "0 to request" in again.stdout and "Loading" not in again.stderr
     assert (folder / "judgements.jsonl").read_bytes() == before
 
 
-def test_a_server_that_refuses_ends_the_run_with_the_reason_and_keeps_the_rest(files, tmp_path):
+def test_refused_judgements_end_the_run_with_the_reason_and_the_rest_is_kept(files, tmp_path):
     def refuses(request):
         return (
             {"refused": "no such policy"} if "good says 83" in text_of(request) else graded(request)
@@ -335,13 +335,13 @@ def test_a_server_that_refuses_ends_the_run_with_the_reason_and_keeps_the_rest(f
     with ChatServer(refuses) as server:
         ran = command("judge.py", *score_flags(files, tmp_path, server, "good"))
     assert ran.returncode == 2
-    assert "2 of 16 judgements have no answer" in ran.stderr and "no such policy" in ran.stderr
+    assert "2 of 16 judgements have no verdict" in ran.stderr and "no such policy" in ran.stderr
     with ChatServer(graded) as server:
         inside("judge.py", *score_flags(files, tmp_path, server, "good"))
         assert len(server.requests) == 2
 
 
-def test_one_token_for_several_turns_is_refused_before_anything_is_asked(files, tmp_path):
+def test_one_token_verdicts_on_several_turns_are_an_error_before_any_request(files, tmp_path):
     with ChatServer(graded) as server:
         flags = [*score_flags(files, tmp_path, server, "good", "bad"), "--mode", "pair"]
         with pytest.raises(ValueError, match="8 questions have several turns.*verdict: text"):

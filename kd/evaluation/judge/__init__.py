@@ -1,0 +1,1 @@
+"""LLM-as-a-judge evaluation: grades (MT-Bench) and win rates (AlpacaEval)."""

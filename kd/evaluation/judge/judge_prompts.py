@@ -1,7 +1,8 @@
-"""What a judge is asked. Our own words; a file in FastChat's format (judge_prompts.jsonl) replaces them.
+"""The built-in judge prompts; a file in FastChat's format (judge_prompts.jsonl) replaces them.
 
-The names are FastChat's: single-... asks for a score, pair-... for the better of two; -math- shows a
-reference, -multi-turn the whole conversation. `token-v1` asks for one token, as AlpacaEval 2.0 does.
+The names are FastChat's: single-... asks for a grade, pair-... for the better of two answers;
+-math- shows a reference, -multi-turn the whole conversation. `token-v1` asks for one token, like
+AlpacaEval 2.0.
 """
 
 from kd.evaluation.judge.questions import read_rows
@@ -27,29 +28,29 @@ TOKEN = (
 )
 
 
-def conversation(who: str, answer: str) -> str:
-    """Two turns; `answer` is the prefix of the fields of this assistant's answers."""
+def _conversation(who: str, answer: str) -> str:
+    """The template of two turns; `answer` is the prefix of the names of the answer fields."""
     turns = "\n\n".join(f"Question: {{question_{i}}}\n\n{who}: {{{answer}_{i}}}" for i in (1, 2))
     return f"=== {who} ===\n\n{turns}\n\n=== end of {who} ==="
 
 
-def own_prompts() -> dict[str, dict[str, str]]:
+def default_prompts() -> dict[str, dict[str, str]]:
     """{name: {"system_prompt", "prompt_template"}} with FastChat's field names in braces."""
     question = "Question: {question}\n\n"
     reference = "Reference answer: {ref_answer_1}\n\n"
     two = "Answer of assistant A: {answer_a}\n\nAnswer of assistant B: {answer_b}"
-    references = conversation("Reference", "ref_answer") + "\n\n"
-    one_talk = conversation("Assistant", "answer")
-    talks = "\n\n".join(conversation(f"Assistant {x.upper()}", f"answer_{x}") for x in "ab")
+    references = _conversation("Reference", "ref_answer") + "\n\n"
+    one = _conversation("Assistant", "answer")
+    both = "\n\n".join(_conversation(f"Assistant {x.upper()}", f"answer_{x}") for x in "ab")
     written = {
         "single-v1": (SCORE, question + "Answer: {answer}"),
         "single-math-v1": (SCORE + REFERENCE, question + reference + "Answer: {answer}"),
-        "single-v1-multi-turn": (SCORE + SECOND, one_talk),
-        "single-math-v1-multi-turn": (SCORE + SECOND + REFERENCE, references + one_talk),
+        "single-v1-multi-turn": (SCORE + SECOND, one),
+        "single-math-v1-multi-turn": (SCORE + SECOND + REFERENCE, references + one),
         "pair-v2": (PAIR, question + two),
         "pair-math-v1": (PAIR + REFERENCE, question + reference + two),
-        "pair-v2-multi-turn": (PAIR + PAIR_SECOND, talks),
-        "pair-math-v1-multi-turn": (PAIR + PAIR_SECOND + REFERENCE, references + talks),
+        "pair-v2-multi-turn": (PAIR + PAIR_SECOND, both),
+        "pair-math-v1-multi-turn": (PAIR + PAIR_SECOND + REFERENCE, references + both),
         "token-v1": (
             TOKEN,
             "Instruction: {question}\n\nOutput of m:\n{answer_a}\n\nOutput of M:\n{answer_b}\n\n"
@@ -60,8 +61,8 @@ def own_prompts() -> dict[str, dict[str, str]]:
 
 
 def read_prompts(file: str | None) -> dict[str, dict[str, str]]:
-    """Our prompts, those of `file` in their places. Raises ValueError for rows of another form."""
-    prompts = own_prompts()
+    """The built-in prompts, overridden by those of `file`. Raises ValueError for an invalid row."""
+    prompts = default_prompts()
     for row in read_rows("judge_prompts", file) if file else []:
         if not {"name", "system_prompt", "prompt_template"} <= set(row):
             raise ValueError(

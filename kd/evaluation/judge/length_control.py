@@ -1,9 +1,9 @@
-"""The length-controlled win rate of AlpacaEval 2.0: what it would be, were both answers equally long.
+"""The length-controlled win rate of AlpacaEval 2.0: the win rate predicted at equal lengths.
 
-A logistic regression of the preference on who answers, on the difference in length and, where it is
-known, on the difficulty of the instruction; then the mean prediction with the length term left out.
-Dubois et al. 2024, "Length-Controlled AlpacaEval", section 3. Without difficulties it is the
-"minimal" variant of the alpaca_eval package, to the last digit: the same folds, penalties and solver.
+A logistic regression predicts the preference from the model, the difference in length and, if
+known, the difficulty of the instruction; the win rate is the mean prediction without the length
+term. Dubois et al. 2024, "Length-Controlled AlpacaEval", section 3. Without difficulties it equals
+the "minimal" variant of the alpaca_eval package exactly: the same folds, penalties and solver.
 """
 
 import warnings
@@ -13,9 +13,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-PENALTIES = np.logspace(-4, 4, 10)  # inverse strengths, of which cross-validation takes one
+PENALTIES = np.logspace(-4, 4, 10)  # inverse strengths; cross-validation selects one
 FOLDS = 5
-SEED = 123  # of liblinear's order of coordinates, as in the package
+SEED = 123  # for liblinear's order of coordinates, as in the package
 
 
 def length_controlled_win_rate(
@@ -24,9 +24,10 @@ def length_controlled_win_rate(
     baseline_lengths: list[int],
     difficulties: list[float] | None = None,
 ) -> float:
-    """Between 0 and 1. `preferences` are the probabilities that the model's answer is better.
+    """The length-controlled win rate, between 0 and 1.
 
-    Lengths are in characters. Raises ValueError for fewer than FOLDS judgements.
+    `preferences` are probabilities that the model's answer is better; lengths are in characters.
+    Raises ValueError for fewer than FOLDS judgements.
     """
     if len(preferences) < FOLDS:
         raise ValueError(f"{len(preferences)} judgements; wanted {FOLDS} or more")
@@ -46,14 +47,17 @@ def length_controlled_win_rate(
 
 
 def best_penalty(design: np.ndarray, wins: np.ndarray) -> float:
-    """The one with the best mean log-likelihood on judgements that were left out."""
+    """The penalty with the best mean log-likelihood on held-out judgements.
+
+    `design` is (n, 2) or (n, 3), `wins` (n,).
+    """
     twice, groups = np.concatenate([design, design]), np.tile(np.arange(len(wins)), 2)
     folds = list(GroupKFold(FOLDS).split(twice, groups=groups))
     scores = np.zeros((FOLDS, len(PENALTIES)))
     for fold, parts in enumerate(folds):
         train, test = (np.unique(groups[part]) for part in parts)
-        # One for all penalties, as in scikit-learn's own search: liblinear stops early enough for
-        # the order of coordinates to show in the fifth digit, and so in which penalty is best.
+        # One generator for all penalties, as in scikit-learn's own search: liblinear stops so early
+        # that the order of coordinates affects the fifth digit, and so the best penalty.
         order = np.random.RandomState(SEED)
         for i, penalty in enumerate(PENALTIES):
             fitted = fit(design[train], wins[train], penalty, order)
@@ -66,11 +70,14 @@ def best_penalty(design: np.ndarray, wins: np.ndarray) -> float:
 def fit(
     design: np.ndarray, wins: np.ndarray, penalty: float, order: np.random.RandomState
 ) -> LogisticRegression:
-    """Every judgement stands twice, as a win and as a loss, weighted by its probability."""
+    """Fit on every judgement twice, as a win and as a loss, weighted by its probability.
+
+    `design` is (n, 2) or (n, 3), `wins` (n,).
+    """
     model = LogisticRegression(
         C=penalty, l1_ratio=1.0, solver="liblinear", fit_intercept=False, random_state=order
     )
     labels = np.repeat([1, 0], len(wins))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # as good as the package's own
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the package accepts the same
         return model.fit(np.concatenate([design, design]), labels, np.concatenate([wins, 1 - wins]))

@@ -1,14 +1,14 @@
-"""What a judge's answer says: a grade, a preference, or nothing that can be counted."""
+"""Parse the judge's answer: a grade, a preference, or None without a clear verdict."""
 
 import math
 import re
 
 NUMBER = r"(\d+(?:\.\d+)?)"
-FIRST, SECOND = "m", "M"  # the labels of the two answers where one token is asked for
+FIRST, SECOND = "m", "M"  # labels of the two answers for a one-token verdict
 
 
 def grade(text: str) -> float | None:
-    """1 to 10 in [[n]], or else in [n]; None where there is none, or several that differ."""
+    """The grade 1 to 10 in [[n]], else in [n]; None without a grade or with different grades."""
     for pattern in (rf"\[\[\s*{NUMBER}\s*\]\]", rf"\[\s*{NUMBER}\s*\]"):
         found = {float(value) for value in re.findall(pattern, text)}
         if found:
@@ -18,7 +18,7 @@ def grade(text: str) -> float | None:
 
 
 def preference_of_text(text: str) -> float | None:
-    """Probability that the second answer is better: 0 of [[A]], 1 of [[B]], 0.5 of [[C]]."""
+    """The probability that the second answer is better: [[A]] 0, [[B]] 1, [[C]] 0.5, else None."""
     found = set(re.findall(r"\[\[\s*([ABC])\s*\]\]", text, flags=re.IGNORECASE))
     found = {letter.upper() for letter in found}
     return {"A": 0.0, "B": 1.0, "C": 0.5}[found.pop()] if len(found) == 1 else None
@@ -27,7 +27,10 @@ def preference_of_text(text: str) -> float | None:
 def preference_of_token(
     text: str, top_log_probabilities: list[dict[str, float]] | None
 ) -> tuple[float | None, str]:
-    """(probability that the second answer is better, what it was read from)."""
+    """The probability that the second answer is better, and where it was read from.
+
+    The log-probabilities of the two labels decide; without them, the text.
+    """
     if top_log_probabilities:
         weights = dict.fromkeys((FIRST, SECOND), 0.0)
         for token, value in top_log_probabilities[0].items():

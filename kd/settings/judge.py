@@ -1,0 +1,104 @@
+"""Settings of eval/judge.py: the questions, the models to judge and the judge."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kd.recipe import require_file, setting
+from kd.settings.evaluation import check_path, parse_models
+
+
+@dataclass
+class JudgeSettings:
+    """Settings of eval/judge.py.
+
+    Raises ValueError for missing questions, judge or models, for duplicate names, and for an
+    unknown baseline.
+    """
+
+    questions: str = setting("", "File of questions, in the format of MT-Bench or AlpacaEval.")
+    references: str | None = setting(
+        None, "File of reference answers to some of the questions, in the same format."
+    )
+    judge_prompts: str | None = setting(
+        None,
+        "Judge prompts in the format of FastChat's judge_prompts.jsonl; they replace the built-in "
+        "prompts of the same names.",
+    )
+    benchmark: str = setting(
+        "mt_bench", "Name of the benchmark, used for the folder of its answers and results."
+    )
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models that answer the questions first, as NAME=PATH."},
+    )
+    answers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of existing answers to judge, as NAME=FILE."},
+    )
+    mode: Literal["score", "pair"] = setting(
+        "score", "score grades each answer from 1 to 10; pair compares it with the baseline's."
+    )
+    baseline: str | None = setting(
+        None, "Name of the model or answers that pair mode compares all others with."
+    )
+    verdict: Literal["token", "text"] = setting(
+        "token",
+        "Verdict in pair mode: token reads the log-probabilities of one token, text an explanation "
+        "that ends with the verdict.",
+    )
+    orders: Literal["both", "seeded"] = setting(
+        "both",
+        "Order of the two answers in pair mode. both judges every pair twice, which cancels "
+        "position bias; seeded judges it once, in an order derived from the question.",
+    )
+    instruction_difficulty: str | None = setting(
+        None,
+        "AlpacaEval's CSV file of instruction difficulties, for the length-controlled win rate.",
+    )
+    judge: str = setting(
+        "", "The judge: its model name on the server, or without a server a model's path."
+    )
+    server: str | None = setting(
+        None, "URL of the judge's OpenAI-compatible server, such as https://api.openai.com/v1."
+    )
+    key_variable: str = setting("OPENAI_API_KEY", "Environment variable with the API key.")
+    concurrency: int = setting(16, "Maximum number of concurrent requests to the judge.")
+    request_timeout: float = setting(600.0, "Timeout of one request to the judge, in seconds.")
+    retries: int = setting(
+        8,
+        "Maximum number of retries per request, after rate limits (429), server errors (5xx), "
+        "timeouts and malformed responses.",
+    )
+    judge_max_new_tokens: int = setting(2048, "Maximum number of tokens per verdict of the judge.")
+    max_new_tokens: int = setting(1024, "Maximum number of tokens per answer of a model.")
+    batch_size: int = setting(8, "Number of answers generated at a time by each process.")
+    seed: int = setting(0, "Seed of the models' sampled answers.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto",
+        "Data type of the models and of a local judge; auto selects bfloat16 on a GPU and float32 "
+        "on a CPU.",
+    )
+    out_dir: str = setting("results", "Folder of the results; writes judge/BENCHMARK in it.")
+
+    def __post_init__(self) -> None:
+        for key in ("questions", "judge"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}: not given; --help says what it means")
+        require_file("instruction_difficulty", self.instruction_difficulty)
+        self.named_models = parse_models(self.models) if self.models else {}
+        self.named_answers = dict(item.partition("=")[::2] for item in self.answers)
+        names = [*self.named_models, *self.named_answers]
+        if len(names) != len(self.models) + len(self.answers) or not names:
+            raise ValueError(
+                f"models, answers: found {names}; wanted at least one NAME=..., each name once"
+            )
+        if self.mode == "pair" and self.baseline not in names:
+            raise ValueError(f"baseline: {self.baseline}; wanted one of {', '.join(names)}")
+        if self.server is None:
+            check_path("judge", self.judge)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        self.folder = Path(self.out_dir) / "judge" / self.benchmark
