@@ -6,6 +6,7 @@ Work is shared by all ranks; each rank appends its answers to its own raw file.
 from tqdm import tqdm
 
 from kd.distributed import barrier, device, rank, share_of, world_size
+from kd.generation.engines import LocalEngine
 from kd.generation.records import append_record, read_raw_answers, record_file
 from kd.generation.sampling import Sample, compose_batches
 from kd.generation.server import ChatServer, Completion, Failure
@@ -103,8 +104,6 @@ def _generate_missing(
     mine = share_of([batch for batch in batches if any(s.key not in answers for s in batch)])
     if not mine:
         return
-    from kd.generation.engines import LocalEngine  # its imports take seconds; a server needs none
-
     engine = LocalEngine(
         settings.model,
         settings.dtype,
