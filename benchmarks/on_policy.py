@@ -35,11 +35,10 @@ from transformers import AutoModelForCausalLM
 from kd.data.encoding import EncodedRow, encode_rows
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
-from kd.models.heads import REPORTED
+from kd.losses.metrics import REPORTED
 from kd.recipe import parse, setting
 from kd.run.run_record import commit
-from kd.settings.distillation import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.on_policy import OnPolicyRows
@@ -169,7 +168,7 @@ def trl_step(
 
 def rows_of(ids: Tensor, mask: Tensor, labels: Tensor) -> list[EncodedRow]:
     return [
-        EncodedRow(i[m.bool()].tolist(), label[m.bool()].tolist())
+        EncodedRow.from_labels(i[m.bool()].tolist(), label[m.bool()].tolist())
         for i, m, label in zip(ids, mask, labels, strict=True)
     ]
 
@@ -185,7 +184,7 @@ def make_trainer(
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     teacher = TeacherSettings(teacher=TEACHER, teacher_dtype="float32")
     collator = Collator(tokenizer.pad_token_id)
-    writer = RolloutGenerator(model, settings, tokenizer)
+    generator = RolloutGenerator(model, settings, tokenizer)
     return DistillationTrainer(
         model=model,
         args=TrainingSettings(
@@ -200,7 +199,7 @@ def make_trainer(
         objective=objective,
         vocab_size=len(tokenizer),
         teacher=LiveTeacher(teacher, ModelSettings(), torch.device("cpu")),
-        on_policy_rows=OnPolicyRows(settings, writer, collator, 256),
+        on_policy_rows=OnPolicyRows(settings, generator, collator, 256),
     )
 
 
@@ -277,7 +276,7 @@ def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
                 metrics[f"{divergence} over {text} text"] = sums[f"{mark}divergence"] / tokens
                 teacher = sums[f"{mark}teacher_cross_entropy"] / tokens
                 metrics[f"teacher's cross-entropy of {text} text"] = teacher
-            (_, length, cut), answers = trainer.metrics.written, len(rows)
+            (_, length, cut), answers = trainer.metrics.completions, len(rows)
             metrics |= {"tokens of an answer": length / answers, "share cut": cut / answers}
     return metrics
 

@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from kd.recipe import as_flags, parse, setting
 from kd.run.exit import is_done
 from kd.run.run_record import commit
-from kd.training.checkpoints.checkpoint import ASIDE, NAME, checkpoints, step_of
+from kd.training.checkpoints.checkpoint import SAVING, NAME, checkpoints, step_of
 from kd.training.checkpoints.manifest import MANIFEST
-from kd.training.step_metrics import of_the_run
+from kd.training.step_metrics import reproducible
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_A_KILL, SAVE_STEPS = 6, 2  # upper bound on the steps of a start before its kill
@@ -209,10 +209,10 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
     # A save lasts milliseconds; if it is missed, the kill happens between steps.
     late = lambda: run.printed.count("'grad_norm'") >= steps + SAVE_STEPS  # noqa: E731
     if not ended and moment == "save":
-        wait_for(lambda: late() or any(output.glob(f"{ASIDE}{NAME}*")), run, timeout)
+        wait_for(lambda: late() or any(output.glob(f"{SAVING}{NAME}*")), run, timeout)
         time.sleep(0.1 * delay)
     elif not ended and moment == "rename":
-        wait_for(lambda: late() or any(output.glob(f"{ASIDE}{NAME}*/{MANIFEST}")), run, timeout)
+        wait_for(lambda: late() or any(output.glob(f"{SAVING}{NAME}*/{MANIFEST}")), run, timeout)
         time.sleep(0.004 * delay)
     elif not ended:
         time.sleep(0.3 * delay)
@@ -220,7 +220,7 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
     killed = time.monotonic()
     run.kill(run.target(target))
     ends_by_itself = wait_for(lambda: not run.alive(), None, 120)
-    left = [path.name for path in output.glob(f"{ASIDE}{NAME}*")]
+    left = [path.name for path in output.glob(f"{SAVING}{NAME}*")]
     run.kill(run.alive())
     if failed:
         print(run.printed[-3000:])
@@ -281,7 +281,7 @@ def digests(output: Path) -> dict[str, str]:
 def history(output: Path) -> list[dict]:
     """The training curve: everything logged per step except times and memory."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [of_the_run(entry) for entry in log if "loss" in entry]
+    return [reproducible(entry) for entry in log if "loss" in entry]
 
 
 def tensorboard_steps(output: Path) -> list[int]:

@@ -6,7 +6,7 @@ Counted: every collective of torch.distributed in one optimizer step (the third)
 1, 2 and 4 CPU processes, with unmodified DeepSpeed and Trainer. Bytes are those of a ring: an
 all-reduce of n bytes sends 2 (N - 1) / N n, a gather or reduce-scatter half of that. DeepSpeed's
 stage3_max_reuse_distance and the teacher's persistence threshold are scaled down with the models,
-so that the same share of them stays gathered. The formula is kd.planning.throughput.sent_bytes.
+so that the same share of them stays gathered. The formula is kd.planning.communication.sent_bytes.
 
 Modelled, not measured: seconds on 8, 64 and 1 024 GPUs for every recipe, with full rows and the
 recipe's global batch; if that has fewer rows than there are GPUs, each GPU gets one row. A ring

@@ -20,12 +20,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
 from kd.models.load import load_trained
+from kd.planning.communication import sent_bytes
 from kd.planning.layout import Layout
-from kd.planning.throughput import sent_bytes
 from kd.run.exit import leave
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
@@ -181,7 +180,7 @@ def make_trainer(
     trainer = DistillationTrainer(
         model=load_trained(str(work / "student"), model, tokenizer),
         args=training,
-        train_dataset=[[EncodedRow(row, list(row))] for row in ids],
+        train_dataset=[[EncodedRow.from_labels(row, list(row))] for row in ids],
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         objective=Objective(soft_weight=0.5 if teacher else 0.0),

@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from kd.planning.communication import sent_bytes
+from kd.planning.device_rates import Rates
 from kd.planning.layout import Layout
-from kd.planning.throughput import Rates, duration, sent_bytes
+from kd.planning.throughput import duration
 from kd.recipe import setting
 from kd.settings.distillation import ModelSettings, TeacherSettings
 

@@ -16,27 +16,31 @@ from transformers import set_seed
 from kd.data.encoding import IGNORE_INDEX
 from kd.data.packing import Collator
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.objective import Objective
-from kd.models.frozen import load_whole
+from kd.models.frozen import load_teacher
 from kd.models.heads import head_of, target_positions
 from kd.models.load import load_trained
-from kd.planning.throughput import counted_work, matrix_rate
-from kd.recipe import as_flags, parse
-from kd.settings.distillation import DataSettings, ModelSettings, TeacherSettings
+from kd.planning.device_rates import matrix_rate
+from kd.planning.throughput import operations_per_token
+from kd.recipe import as_flags
 from kd.settings.training import TrainingSettings
-from kd.training.preparation import Prepared, prepare
-from kd.training.run_training import load_trainer
+from kd.settings.training_recipe import parse_distillation, parse_sft
+from kd.training.resume import find_resume_point
+from kd.training.run_plan import Run, plan_run
+from kd.training.run_training import load_student, make_trainer, set_up_teacher
+from kd.training.tokenizers import load_tokenizers
+from kd.training.training_rows import load_rows
 
 TRL_MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 
 
 def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
     """Seconds, targets, positions, losses and peak memory of one implementation."""
-    run, training, teacher = prepared(case, folder, steps + (implementation == "ours"))
+    run = prepared(case, folder, steps + (implementation == "ours"))
+    training = run.recipe.training
     watch = Watch(training.device, case.accumulation, steps)
     set_seed(training.seed)
     run_it = {"ours": ours, "naive": naive, "trl": trl_distil if case.teacher else trl_sft}
-    work = run_it[implementation](case, folder, run, training, teacher, watch)
+    work = run_it[implementation](case, folder, run, watch)
     found = watch.metrics()
     if work:  # last, because measuring the rate allocates memory
         position, target = work
@@ -46,9 +50,7 @@ def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
     return found
 
 
-def prepared(
-    case: Case, folder: str, steps: int
-) -> tuple[Prepared, TrainingSettings, TeacherSettings | None]:
+def prepared(case: Case, folder: str, steps: int) -> Run:
     """Prepare a run like train/distill.py and train/sft.py do."""
     cuda = torch.cuda.is_available()
     flags = {
@@ -71,47 +73,47 @@ def prepared(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    kinds: list[type] = [ModelSettings, DataSettings, TrainingSettings]
     if case.teacher:
-        kinds += [TeacherSettings, Objective]
         flags |= {"teacher": f"{folder}/teacher", "divergence": case.divergence}
-    argv = as_flags(flags)
-    model, data, training, *distil = parse(*kinds, argv=argv)
-    teacher, objective = distil or (None, None)
-    run = prepare(f"{folder}/student", model, data, training, teacher, objective)
-    return run, training, teacher
+        recipe = parse_distillation(argv=as_flags(flags | {"student": f"{folder}/student"}))
+    else:
+        recipe, _ = parse_sft(argv=as_flags(flags | {"model": f"{folder}/student"}))
+    tokenizers, resume = load_tokenizers(recipe), find_resume_point(recipe)
+    return plan_run(recipe, tokenizers, load_rows(recipe, tokenizers, resume), resume)
 
 
-def ours(case, folder, run: Prepared, training, teacher, watch: Watch) -> tuple[float, float]:
-    trainer = load_trainer(f"{folder}/student", run, training, teacher)
+def ours(case, folder, run: Run, watch: Watch) -> tuple[float, float]:
+    student = load_student(run)
+    teacher = set_up_teacher(run, student) if case.teacher else None
+    trainer = make_trainer(run, student, teacher)
     watch.times, watch.profile = trainer.times, profile()
     watch.train(trainer)
-    return counted_work(run.plan.layout)
+    return operations_per_token(run.plan.layout)
 
 
-def trl_distil(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+def trl_distil(case, folder, run: Run, watch: Watch) -> None:
     """Off-policy: answers from the data. TRL's loss is the mean over the step's target tokens."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    student = load_trained(f"{folder}/student", run.model, run.tokenizer)
-    whole = load_whole(teacher, run.model, training.device)
+    recipe, tokenizer = run.recipe, run.tokenizers.student
+    student = load_trained(recipe.model_name, recipe.model, tokenizer)
+    whole = load_teacher(recipe.teacher, recipe.model, recipe.training.device)
     del whole.forward  # restores the forward that returns logits
     mixture = {"lmbda": 0.0, "seq_kd": False, "beta": TRL_MIXTURE[case.divergence]}
-    args = GKDConfig(**shared(case, training), **mixture, temperature=1.0)
+    args = GKDConfig(**shared(case, recipe.training), **mixture, temperature=1.0)
     rows = rows_for_trl(folder)
-    watch.train(
-        GKDTrainer(student, whole, args, train_dataset=rows, processing_class=run.tokenizer)
-    )
+    watch.train(GKDTrainer(student, whole, args, train_dataset=rows, processing_class=tokenizer))
 
 
-def trl_sft(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+def trl_sft(case, folder, run: Run, watch: Watch) -> None:
     """TRL packs with best-fit decreasing and joins a micro-batch into one long row."""
     from trl import SFTConfig, SFTTrainer
 
-    student = load_trained(f"{folder}/student", run.model, run.tokenizer)
-    args = SFTConfig(**shared(case, training), packing=True, assistant_only_loss=True)
+    recipe, tokenizer = run.recipe, run.tokenizers.student
+    student = load_trained(recipe.model_name, recipe.model, tokenizer)
+    args = SFTConfig(**shared(case, recipe.training), packing=True, assistant_only_loss=True)
     rows = rows_for_trl(folder)
-    watch.train(SFTTrainer(student, args, train_dataset=rows, processing_class=run.tokenizer))
+    watch.train(SFTTrainer(student, args, train_dataset=rows, processing_class=tokenizer))
 
 
 def rows_for_trl(folder: str):
@@ -137,17 +139,19 @@ def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def naive(case, folder, run: Prepared, training, teacher, watch: Watch) -> None:
+def naive(case, folder, run: Run, watch: Watch) -> None:
     """Logits of both models at all positions, float32 at the targets, and autograd."""
-    student = load_trained(f"{folder}/student", run.model, run.tokenizer).to(training.device)
+    recipe, training, tokenizer = run.recipe, run.recipe.training, run.tokenizers.student
+    student = load_trained(recipe.model_name, recipe.model, tokenizer).to(training.device)
     if case.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
         student.enable_input_require_grads()
-    whole = load_whole(teacher, run.model, training.device) if teacher else None
+    teacher = recipe.teacher
+    whole = load_teacher(teacher, recipe.model, training.device) if teacher else None
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, training.learning_rate, weight_decay=0.0, fused=True)
-    collate = Collator(run.tokenizer.pad_token_id)
-    batches = iter(DataLoader(run.rows, case.micro, collate_fn=collate))
+    collate = Collator(tokenizer.pad_token_id)
+    batches = iter(DataLoader(run.rows.train, case.micro, collate_fn=collate))
     half = getattr(torch, run.plan.layout.half or "float32")
     student.train()
     for step in range(watch.steps):

@@ -2,5 +2,5 @@
 
 import logging
 
-# On a CPU it warns in every process of an optional package, for which it has a fallback of its own.
+# On a CPU, bitsandbytes warns in every process of an optional package, for which it has a fallback.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

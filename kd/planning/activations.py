@@ -1,8 +1,8 @@
-"""What a forward and a backward pass hold beside the weights, found by running them without numbers.
+"""Activations of a forward and a backward pass, measured by tracing the model on fake tensors.
 
-The student's own code runs on fake tensors, which have shapes and no memory, so that norms,
-adapters, checkpointing and the copies between types are counted as they are. Two truncated models
-are run; what a block adds is the difference between them. B rows, T tokens, H hidden.
+Fake tensors have shapes but no memory. The student's own code runs, so norms, adapters,
+checkpointing and casts are counted as they are. Two truncated models are traced; the difference
+between them is what one block adds. B batch, T tokens, H hidden.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, masking_utils
 
-DEPTHS = (2, 3)  # blocks of the truncated models
+DEPTHS = (2, 3)  # blocks in the truncated models
 
 
 class CannotTrace(RuntimeError):
-    """A model that can be trained, but not planned."""
+    """The model can be trained but not traced, so its memory cannot be planned."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes above the weights; gradients of trained weights are no part of them."""
+    """Bytes in addition to the weights and their gradients."""
 
     kept: float  # at the end of the forward pass, for the backward pass
-    forward: float  # most at one time in the forward pass
-    backward: float  # most at one time in the backward pass
+    forward: float  # peak of the forward pass
+    backward: float  # peak of the backward pass
 
 
 def trace_activations(
@@ -51,9 +51,9 @@ def trace_activations(
     autocast: torch.dtype | None = None,
     device: str = "cuda",
 ) -> Activations:
-    """Of (rows, length) tokens through `build(config)`'s backbone, at the config's own depth.
+    """Activations of (rows, length) tokens in the backbone of `build(config)`.
 
-    Raises CannotTrace for models whose shapes depend on numbers.
+    Raises CannotTrace for models in which a tensor's shape depends on another tensor's values.
     """
     depth = config.get_text_config().num_hidden_layers
     found = []
@@ -64,13 +64,14 @@ def trace_activations(
             found.append(trace(model, rows, length, *options))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             kind = type(model).__name__
-            raise CannotTrace(f"{kind}: its shapes depend on its numbers ({error})") from error
+            raise CannotTrace(f"{kind}: tensor shapes depend on values ({error})") from error
     few, more = found
     beyond = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
     return Activations(*(a + (b - a) * beyond for a, b in zip(few, more, strict=True)))
 
 
 def truncated(config: PretrainedConfig, blocks: int) -> PretrainedConfig:
+    """A copy of the configuration with that number of blocks."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = blocks
@@ -89,7 +90,7 @@ def trace(
     autocast: torch.dtype | None,
     device: str,
 ) -> tuple[int, int, int]:
-    """(kept, most in the forward pass, most in the backward pass) in bytes."""
+    """Bytes (kept for the backward, peak of the forward, peak of the backward)."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     replace_four_bit_products(model)
     model.train(gradients)
@@ -101,29 +102,30 @@ def trace(
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if packed else None
         for parameter in model.parameters():
-            if parameter.requires_grad:  # reduced and freed, or counted elsewhere
-                parameter.register_post_accumulate_grad_hook(forget_gradient)
+            if parameter.requires_grad:  # gradients are counted by model_states.py
+                parameter.register_post_accumulate_grad_hook(drop_gradient)
         live = LiveBytes(list(model.parameters()) + list(model.buffers()))
         with live, torch.set_grad_enabled(gradients):
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 hidden = causal_lm.base_model(
                     input_ids=ids, attention_mask=mask, use_cache=False
                 ).last_hidden_state  # (B, T, H)
-            kept, forward = live.now, live.most
+            kept, forward = live.now, live.peak
             if not gradients:
                 return kept, forward, forward
-            live.most = live.now
+            live.peak = live.now
             gradient = torch.empty_like(hidden)
             torch.autograd.backward(hidden, gradient)
-    return kept, forward, live.most
+    return kept, forward, live.peak
 
 
-def forget_gradient(parameter: Tensor) -> None:
+def drop_gradient(parameter: Tensor) -> None:
+    """Free the gradient of a weight as soon as it has been accumulated."""
     parameter.grad = None
 
 
 def make_fake(model: nn.Module) -> None:
-    """Fake CPU tensors in place of those on the meta device, which autocast does not know."""
+    """Replace meta tensors, which autocast does not support, by fake CPU tensors."""
     known: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -139,14 +141,15 @@ def make_fake(model: nn.Module) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still alive."""
+    """Count the bytes of live storages that operations have created, and their peak."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operation and count its results."""
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -154,24 +157,26 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage unless it is known, until it is freed."""
         key = storage._cdata
         if key in self.sizes:
             return
         self.sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.drop, key)
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.remove, key)
 
-    def drop(self, key: int) -> None:
+    def remove(self, key: int) -> None:
+        """Stop counting a freed storage."""
         self.now -= self.sizes.pop(key)
 
 
 @contextlib.contextmanager
 def attention_of(device: str) -> Iterator[None]:
-    """Attention keeps what the kernels of a device keep; a CPU's own have their fakes in PyTorch.
+    """Inside, attention saves what the kernels of `device` save; PyTorch can fake a CPU's own.
 
-    Transformers cannot read fake position_ids, so it would write a causal mask out, as for rows of
-    several documents; where there are such rows the mask is given.
+    Transformers cannot read values of fake position_ids, so it would materialize a causal mask as
+    for packed rows; for packed rows the caller passes the mask.
     """
     original = nn.functional.scaled_dot_product_attention
     find_documents = masking_utils.find_packed_sequence_indices
@@ -189,38 +194,46 @@ def attention_of(device: str) -> Iterator[None]:
 
 
 class FlashAttention(torch.autograd.Function):
-    """Keeps its inputs, its output and a float32 number a row; a mask in the type of the inputs."""
+    """Save inputs, output and a float32 normalizer per query; a mask in the inputs' dtype.
+
+    Query, key, value and output are (B, heads, T, head width).
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
+        """The output, without values."""
         out = torch.empty_like(query)
-        normaliser = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        normalizer = query.new_empty(query.shape[:-1], dtype=torch.float32)
         bias = None if mask is None else torch.empty_like(mask, dtype=query.dtype)
-        ctx.save_for_backward(query, key, value, out, normaliser, bias)
+        ctx.save_for_backward(query, key, value, out, normalizer, bias)
         return out
 
     @staticmethod
     def backward(ctx, gradient):
+        """Gradients of query, key and value, without values."""
         query, key, value, *_ = ctx.saved_tensors
         return *(torch.empty_like(x) for x in (query, key, value)), None
 
 
 class FourBitProduct(torch.autograd.Function):
-    """bitsandbytes' product: the weight in full exists inside the call, in either direction."""
+    """bitsandbytes' product: the unpacked weight exists only during a forward or backward call."""
 
     @staticmethod
     def forward(ctx, hidden, shape):
+        """(B, T, in) to (B, T, out), without values; `shape` is the weight's (out, in)."""
         ctx.shape = shape
         weight = hidden.new_empty(shape)
         return hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):
+        """(B, T, out) to (B, T, in), without values."""
         weight = gradient.new_empty(ctx.shape)
         return gradient.new_empty(*gradient.shape[:-1], weight.shape[1]), None
 
 
 def replace_four_bit_products(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit Linears compute on fake tensors."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             shape = (module.out_features, module.in_features)

@@ -1,69 +1,50 @@
-"""From settings to a plan that fits: the micro-batch, and where nothing fits, what would."""
+"""Find a layout that fits: the largest micro-batch, or else changes that make the run fit."""
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from kd.losses.objective import Objective
-from kd.models.load import adapter_base
+from kd.models.adapters import adapter_base
+from kd.models.layer_pairs import hidden_objective
 from kd.models.sharding import engine_settings
+from kd.planning.device_rates import Rates
 from kd.planning.layout import GIB, Layout, Plan
-from kd.planning.memory import offloads, plan, scoring_plan
-from kd.planning.throughput import Rates, duration
-from kd.settings.distillation import (
-    OWN_BASE,
-    DataSettings,
-    ModelSettings,
-    OnPolicySettings,
-    TeacherSettings,
-)
-from kd.settings.training import TrainingSettings, derive_batch
+from kd.planning.machine import Machine
+from kd.planning.memory import plan_scoring, plan_training
+from kd.planning.teacher_memory import offloads
+from kd.planning.throughput import duration
+from kd.settings.training import derive_batch
+from kd.settings.training_recipe import Recipe
 
 ZERO3, SHARDED = "ds_configs/student_zero3.json", "ds_configs/teacher_zero3.json"
 OFFLOADED = "ds_configs/teacher_zero3_offload.json"
-TYPICAL = Rates(tflops=300, memory_gb_s=2000, link_gb_s=100)  # only to put changes in order
-
-
-@dataclass(frozen=True)
-class Machine:
-    processes: int
-    device: str  # cuda, cpu
-    memory: float  # bytes that a process may use on its device
-    zero: dict | None = None  # the student's DeepSpeed JSON
-    per_machine: int | None = None
+TYPICAL = Rates(tflops=300, memory_gb_s=2000, link_gb_s=100)  # used only to rank changes
+SAME_RESULT, OTHER_RESULT, MORE_GPUS = 0, 1, 2  # what a change costs, besides time
+NO_REMEDY = "  none of the known changes, alone or in pairs"
 
 
 @dataclass(frozen=True)
 class Change:
+    """A change of a run: the flags that make it, the layout that results, and its cost."""
+
     flags: str
     layout: Layout
-    price: int = 0  # 0: the same result, perhaps slower; 1: another result; 2: more GPUs
+    cost: int = SAME_RESULT
 
 
-def layout_of(
-    student: str,
-    length: int,
-    model: ModelSettings,
-    data: DataSettings,
-    training: TrainingSettings,
-    teacher: TeacherSettings | None,
-    objective: Objective,
-    hidden_pairs: int,
-    machine: Machine,
-    on_policy: OnPolicySettings | None = None,
-) -> Layout:
-    if teacher and (teacher.teacher_cache or teacher.teacher == OWN_BASE):
-        teacher = None  # a cache's batch is little, and the student's own base is there already
+def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
+    """What the memory and the time of a run depend on; `length` is the longest row in tokens.
+
+    Raises ValueError for pairs of hidden layers that the models do not have.
+    """
+    training, teacher, on_policy = recipe.training, recipe.separate_teacher, recipe.on_policy
     shards = teacher and teacher.teacher_deepspeed and engine_settings(teacher.teacher_deepspeed)
+    hidden = hidden_objective(recipe)
     return Layout(
-        student=student,
-        model=model,
+        student=recipe.model_name,
+        model=recipe.model,
         micro=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         max_length=length,
@@ -74,120 +55,95 @@ def layout_of(
         teacher_shards=shards or None,
         teacher_workspace=2**20 * teacher.teacher_workspace_mb if teacher else 0.0,
         zero=machine.zero,
-        objective=objective,
-        hidden_pairs=hidden_pairs,
+        objective=recipe.objective,
+        hidden_pairs=len(hidden.layers) if hidden else 0,
         half="float16" if training.fp16 else "bfloat16" if training.bf16 else None,
         checkpointing=bool(training.gradient_checkpointing),
         optimizer=getattr(training.optim, "value", training.optim),
-        packing=data.packing,
+        packing=recipe.data.packing,
         device=machine.device,
         per_machine=machine.per_machine,
-        on_policy=on_policy if on_policy and on_policy.student_fraction else None,
+        on_policy=on_policy if recipe.generates_answers else None,
     )
 
 
-def present_machine(training: TrainingSettings) -> Machine:
-    """Where this process runs; the smallest memory of all processes, so that they agree."""
-    cuda = training.device.type == "cuda"
-    processes = training.world_size
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if cuda:
-        free, total = torch.cuda.mem_get_info()
-        memory = min(total, free + GIB)  # this process's own context is in the plan
-    else:
-        memory = available_memory() / local
-    memory = min(memory, (training.gpu_memory_gb or float("inf")) * GIB)
-    if dist.is_initialized():
-        agreed = torch.tensor(memory, dtype=torch.float64, device=training.device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        memory = agreed.item()
-    plugin = getattr(training, "deepspeed_plugin", None)
-    zero = plugin.hf_ds_config.config if plugin else None
-    return Machine(processes, training.device.type, memory, zero, local)
+def fit(layout: Layout, fixed_batch: bool) -> Plan:
+    """The plan with the largest micro-batch that fits, at most that of the layout.
 
-
-def available_memory() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
-def fit(layout: Layout, given: bool) -> Plan:
-    """The plan with the largest micro-batch that fits, from the layout's own downwards.
-
-    A micro-batch that is `given` is taken as it is. Raises ValueError with the plan and the
-    cheapest changes that would make it fit.
+    With `fixed_batch` the micro-batch is not changed. Raises ValueError, with the plan and the
+    cheapest changes that would make it fit, if nothing fits.
     """
-    found = largest_that_fits(layout, given)
-    if found.fits:
-        return found
-    lines = [str(found), "", "what would make it fit, cheapest first (each planned):"]
-    changes = list(itertools.islice(changes_that_fit(layout, given), 3))
-    lines += [f"  {change}" for change in changes] or [
-        "  none of the changes known here, alone or in pairs"
-    ]
-    raise ValueError("the run does not fit; nothing is loaded\n" + "\n".join(lines))
+    plan = largest_that_fits(layout, fixed_batch)
+    if plan.fits:
+        return plan
+    remedies = list(itertools.islice(changes_that_fit(layout, fixed_batch), 3))
+    raise ValueError(
+        "the run does not fit; no model was loaded\n"
+        f"{plan}\n\nchanges that would make it fit, cheapest first (each planned):\n"
+        + ("\n".join(f"  {change}" for change in remedies) or NO_REMEDY)
+    )
 
 
 def fit_scoring(layout: Layout) -> Plan:
-    """The plan of a teacher that fills a cache, its batch as given: what is scored depends on it.
+    """The plan of a teacher that fills a cache; its batch is fixed, since the scores depend on it.
 
-    Raises ValueError with the plan and the changes that would make it fit.
+    Raises ValueError, with the plan and changes that would make it fit, if it does not fit.
     """
-    found = scoring_plan(layout)
-    if found.fits:
-        return found
+    plan = plan_scoring(layout)
+    if plan.fits:
+        return plan
     smaller = [
         Change(f"--max_per_device_train_batch_size {rows}", replace(layout, micro=rows))
         for rows in (layout.micro // 2, 1)
         if 0 < rows < layout.micro
     ]
     sharded = [c for c in changes(layout, True) if c.flags.startswith("--teacher_deepspeed")]
-    fitting = [
+    remedies = [
         f"  {change.flags}  ({planned.total / GIB:.1f} GiB)"
         for change in [*smaller, *sharded]
-        if (planned := scoring_plan(change.layout)).fits
+        if (planned := plan_scoring(change.layout)).fits
     ]
-    remedies = fitting or ["  none of the changes known here"]
     raise ValueError(
-        "the teacher does not fit; nothing is loaded\n"
-        + "\n".join([str(found), "", "what would make it fit (each planned):", *remedies])
+        "the teacher does not fit; no model was loaded\n"
+        f"{plan}\n\nchanges that would make it fit (each planned):\n"
+        + ("\n".join(remedies) or NO_REMEDY)
     )
 
 
-def largest_that_fits(layout: Layout, given: bool) -> Plan:
-    """The last one tried, the smallest, where none fits."""
-    found = plan(layout)
+def largest_that_fits(layout: Layout, fixed_batch: bool) -> Plan:
+    """The plan with the largest micro-batch that fits; with the smallest if none does."""
+    plan = plan_training(layout)
     rows = layout.micro * layout.accumulation
-    while not found.fits and found.layout.micro > 1 and not given:
-        micro, steps = derive_batch(rows, 1, found.layout.micro - 1)
-        found = plan(replace(layout, micro=micro, accumulation=steps))
-    return found
+    while not plan.fits and plan.layout.micro > 1 and not fixed_batch:
+        micro, steps = derive_batch(rows, 1, plan.layout.micro - 1)
+        plan = plan_training(replace(layout, micro=micro, accumulation=steps))
+    return plan
 
 
-def changes_that_fit(layout: Layout, given: bool) -> Iterator[str]:
-    """Single changes, then pairs; the cheapest first: Change.price, then the time of a step."""
-    single = list(changes(layout, given))
+def changes_that_fit(layout: Layout, fixed_batch: bool) -> Iterator[str]:
+    """Single changes, then pairs, that make the run fit, by Change.cost and the time of a step."""
+    single = list(changes(layout, fixed_batch))
     pairs = [
-        Change(f"{a.flags} {b.flags}", b.layout, max(a.price, b.price))
+        Change(f"{a.flags} {b.flags}", b.layout, max(a.cost, b.cost))
         for i, a in enumerate(single)
-        for b in changes(a.layout, given)
+        for b in changes(a.layout, fixed_batch)
         if b.flags in [other.flags for other in single[i + 1 :]]
     ]
     for group in (single, pairs):
         fitting = []
         for change in group:
-            found = largest_that_fits(change.layout, given)
-            if found.fits:
-                seconds = duration(found.layout, TYPICAL).step
-                rows = f"{found.layout.micro} rows at a time"
-                text = f"{change.flags}  ({found.total / GIB:.1f} GiB, {rows})"
-                fitting.append((change.price, seconds, text))
+            plan = largest_that_fits(change.layout, fixed_batch)
+            if plan.fits:
+                seconds = duration(plan.layout, TYPICAL).step
+                rows = f"{plan.layout.micro} rows per micro-batch"
+                text = f"{change.flags}  ({plan.total / GIB:.1f} GiB, {rows})"
+                fitting.append((change.cost, seconds, text))
         yield from (text for *_, text in sorted(fitting))
 
 
-def changes(layout: Layout, given: bool) -> Iterator[Change]:
-    """What a user can do about it, each as the flags that do it."""
-    if given and layout.micro > 1:
+def changes(layout: Layout, fixed_batch: bool) -> Iterator[Change]:
+    """Changes that reduce memory and that this layout has not made yet."""
+    if fixed_batch and layout.micro > 1:
         rows = layout.micro * layout.accumulation
         yield Change("--per_device_train_batch_size 1", replace(layout, micro=1, accumulation=rows))
     if not layout.checkpointing:
@@ -214,17 +170,17 @@ def changes(layout: Layout, given: bool) -> Iterator[Change]:
         if layout.optimizer.startswith("adamw_torch"):
             yield Change("--optim adamw_bnb_8bit", replace(layout, optimizer="adamw_bnb_8bit"))
         lora = replace(layout.model, lora_rank=16, dtype=layout.half or "float32")
-        yield Change("--lora_rank 16", replace(layout, model=lora), price=1)
+        yield Change("--lora_rank 16", replace(layout, model=lora), cost=OTHER_RESULT)
     if layout.model.quantization == "none":
         rank = layout.model.lora_rank or 16
         dtype = layout.half or "float32"
         model = replace(layout.model, quantization="nf4", lora_rank=rank, dtype=dtype)
         flags = "--quantization nf4" + ("" if layout.model.lora_rank else f" --lora_rank {rank}")
-        yield Change(flags, replace(layout, model=model), price=1)
+        yield Change(flags, replace(layout, model=model), cost=OTHER_RESULT)
     half = layout.max_length // 2
-    yield Change(f"--max_length {half}", replace(layout, max_length=half), price=1)
+    yield Change(f"--max_length {half}", replace(layout, max_length=half), cost=OTHER_RESULT)
     if layout.device == "cuda":
         double = replace(layout, processes=2 * layout.processes)
         if layout.accumulation % 2 == 0:
             double = replace(double, accumulation=layout.accumulation // 2)
-            yield Change(f"NUM_PROCESSES={double.processes}", double, price=2)
+            yield Change(f"NUM_PROCESSES={double.processes}", double, cost=MORE_GPUS)

@@ -1,77 +1,82 @@
-"""A run's layout: all that its memory and time depend on; and the plan that is made of it."""
+"""The layout of a run, which determines its memory and time, and the memory plan of a layout."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from kd.losses.objective import Objective
-from kd.settings.distillation import ModelSettings, OnPolicySettings
+from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All that memory and time of a run depend on."""
+    """Everything that the memory and the time of a run depend on."""
 
-    student: str
-    model: ModelSettings  # with its dtype decided
-    micro: int
-    accumulation: int
-    max_length: int
+    student: str  # hub name or folder, as is `teacher`
+    model: ModelSettings  # with its dtype resolved
+    micro: int  # rows per micro-batch
+    accumulation: int  # micro-batches per process and step
+    max_length: int  # tokens per row
     processes: int
     memory: float  # bytes that a process may use on its device
     teacher: str | None = None
     teacher_dtype: str = "auto"
-    teacher_shards: dict | None = field(default=None, hash=False)  # the ZeRO-3 JSON
-    teacher_workspace: float = 0.0  # bytes for the states of a sharded teacher
-    zero: dict | None = field(default=None, hash=False)  # the student's JSON, None without it
-    objective: Objective = Objective(soft_weight=0.0)
-    hidden_pairs: int = 0
-    half: str | None = None  # bfloat16, float16: the precision of the launch profile
+    teacher_shards: dict | None = field(default=None, hash=False)  # its ZeRO-3 JSON
+    teacher_workspace: float = 0.0  # bytes for the hidden states of a sharded teacher
+    zero: dict | None = field(default=None, hash=False)  # the student's DeepSpeed JSON
+    objective: Objective = Objective()
+    hidden_pairs: int = 0  # pairs of layers in the hidden-state loss
+    half: str | None = None  # bfloat16 or float16: the mixed precision of the launch profile
     checkpointing: bool = False
     optimizer: str = "adamw_torch_fused"
     packing: bool = False
     device: str = "cuda"
-    per_machine: int | None = None  # processes a machine; None: all of them
-    on_policy: OnPolicySettings | None = field(default=None, hash=False)  # where it writes itself
+    per_machine: int | None = None  # processes per machine; None: all of them
+    on_policy: OnPolicySettings | None = field(default=None, hash=False)
 
     @property
     def stage(self) -> int:
-        """ZeRO stage of the student; 0: DDP, or one process alone."""
+        """ZeRO stage of the student; 0 for DDP or a single process."""
         return (self.zero or {}).get("zero_optimization", {}).get("stage", 0)
 
     @property
     def tokens(self) -> int:
+        """Tokens per micro-batch."""
         return self.micro * self.max_length
 
 
 @dataclass(frozen=True)
 class Plan:
+    """The memory that a layout needs, part by part, in bytes."""
+
     layout: Layout
-    held: dict[str, float]  # bytes all the time
-    phases: dict[str, dict[str, float]]  # bytes on top of them, by the moment of a step
-    host: dict[str, float]  # bytes of a machine's own memory
+    held: dict[str, float]  # occupied all the time
+    phases: dict[str, dict[str, float]]  # occupied in addition, by phase of a step
+    host: dict[str, float]  # host memory of one machine
 
     @property
     def worst(self) -> str:
+        """The phase with the most memory."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def parts(self) -> dict[str, float]:
-        """What is held, and what the worst moment adds."""
+        """All parts that are occupied in the worst phase."""
         parts = self.held | self.phases[self.worst]
         return {name: size for name, size in parts.items() if size}
 
     @property
     def total(self) -> float:
+        """Peak memory of a process in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the memory of the device."""
         return self.total <= self.layout.memory
 
     def record(self) -> dict[str, Any]:
-        """For run.json."""
+        """The plan as run.json stores it."""
         layout = self.layout
         return {
             "processes": layout.processes,
@@ -87,20 +92,21 @@ class Plan:
 
     def __str__(self) -> str:
         layout = self.layout
-        where = "GPU" if layout.device == "cuda" else "process"
+        unit = "GPU" if layout.device == "cuda" else "process"
         lines = [
-            f"memory a {where} at its worst, {self.worst}; {layout.processes} x {layout.micro} rows "
-            f"of {layout.max_length} tokens"
+            f"peak memory per {unit}, during {self.worst}; {layout.processes} processes x "
+            f"{layout.micro} rows of {layout.max_length} tokens"
         ]
-        lines += [line(name, size) for name, size in self.parts.items()]
+        lines += [size_line(name, size) for name, size in self.parts.items()]
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        total = f"total of {layout.memory / GIB:.1f} GiB: {verdict}"
-        lines.append(line(total, self.total))
+        total = f"total, of {layout.memory / GIB:.1f} GiB: {verdict}"
+        lines.append(size_line(total, self.total))
         if layout.device == "cuda":
-            name = f"host memory a machine ({', '.join(self.host)})"
-            lines.append(line(name, sum(self.host.values())))
+            name = f"host memory per machine ({', '.join(self.host)})"
+            lines.append(size_line(name, sum(self.host.values())))
         return "\n".join(lines)
 
 
-def line(name: str, size: float) -> str:
+def size_line(name: str, size: float) -> str:
+    """One line of a table of sizes; `size` is in bytes."""
     return f"  {name:<60}{size / GIB:8.3f} GiB"

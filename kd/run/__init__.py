@@ -1,0 +1,1 @@
+"""How a run starts, stops and ends: exit codes, signals, the record of a run, atomic files."""

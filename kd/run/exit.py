@@ -1,4 +1,4 @@
-"""How a script ends: together, with a done marker, and without gloo's abort at interpreter exit."""
+"""How a script ends: all ranks together, with a done marker, and without gloo's abort at exit."""
 
 import ctypes
 import json
@@ -10,82 +10,82 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
+from kd.distributed import barrier, is_initialized, rank, world_size
+from kd.run.atomic import write_text
 from kd.run.signals import Stopped, report_outcome
 
 DONE = "done.json"
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`, report a user's mistake in one line, and leave the process.
+    """Call `main`, report a user's mistake in one line, and exit the process.
 
-    gloo's threads abort one process in ten at interpreter exit after all its work, so a finished
-    process leaves by os._exit; success is the done marker, written before. A launcher prints the
-    first failure of all its processes last: it reads that from a file.
+    Exit codes: 0 success, 1 unexpected error, 2 user's mistake (ValueError), 128 + N stopped by
+    signal N.
+
+    gloo's threads abort about one process in ten at interpreter exit, after all work is done, so a
+    distributed process exits by os._exit. The done marker, written earlier, signals success.
     """
-    die_with_the_launcher()
-    where = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    exit_with_launcher()
+    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     try:
         main()
     except Stopped as stopped:
-        if dist.is_initialized():
-            dist.barrier()  # what rank 0 wrote is there; srun ends all at the first that leaves
-        if first():
+        barrier()  # rank 0 has written its files; srun ends all ranks when the first one exits
+        if rank() == 0:
             print(stopped, flush=True)
             report_outcome("stopped")
         leave(128 + stopped.number)
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        tell_launcher(error, f"{type(error).__name__}: {error}")
-        print(f"{where}error: {error}", file=sys.stderr)
-        report_outcome("failed")  # starting again would not help
+        write_launcher_error(error, f"{type(error).__name__}: {error}")
+        print(f"{prefix}error: {error}", file=sys.stderr)
+        report_outcome("failed")  # a restart would fail again
         leave(2)
     except Exception as error:
-        tell_launcher(error, traceback.format_exc())
-        sys.stderr.write("".join(f"{where}{line}\n" for line in traceback.format_exc().split("\n")))
+        trace = traceback.format_exc()
+        write_launcher_error(error, trace)
+        sys.stderr.write("".join(f"{prefix}{line}\n" for line in trace.split("\n")))
         leave(1)
-    if dist.is_initialized():
-        dist.barrier()
-    if first():
+    barrier()
+    if rank() == 0:
         report_outcome("done")
     leave(0)
 
 
-def tell_launcher(error: Exception, text: str) -> None:
-    """In the file in which torchrun and accelerate launch look for the reason of a failure."""
+def write_launcher_error(error: Exception, text: str) -> None:
+    """Write an error to the file from which torchrun and accelerate report the first failure."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
 
 
-def die_with_the_launcher() -> None:
-    """Where the launcher is killed -9, its processes would train on, with nobody to stop them."""
+def exit_with_launcher() -> None:
+    """Ask Linux to kill this process when its launcher is killed by SIGKILL.
+
+    Otherwise the ranks would continue training with nobody to stop them.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def leave(code: int) -> None:
+    """Flush the output and exit the process with `code`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if not dist.is_initialized() and code == 0:
-        return  # an ordinary exit: nothing of gloo is alive
+    if not is_initialized() and code == 0:
+        return  # gloo has no threads here, so an ordinary exit is safe
     os._exit(code)
 
 
 def is_done(output_dir: str) -> bool:
+    """Whether the run of this folder has finished."""
     return (Path(output_dir) / DONE).is_file()
 
 
 def mark_done(output_dir: str, summary: dict) -> None:
-    """Written last, whole or not at all."""
-    temporary = Path(output_dir) / f"{DONE}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.rename(Path(output_dir) / DONE)
+    """Write the done marker: the last file of a successful run."""
+    write_text(Path(output_dir) / DONE, json.dumps(summary, indent=2) + "\n")

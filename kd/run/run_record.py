@@ -1,4 +1,4 @@
-"""Where a run goes on, and what it leaves: settings, command, commit, versions."""
+"""The record of a run, run.json: settings, command, commit, package versions and memory plan."""
 
 import dataclasses
 import json
@@ -8,15 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kd.training.checkpoints.checkpoint import checkpoints
+from kd.run.atomic import write_text
 
+RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint as it lies there, unchecked."""
-    newest = next(iter(checkpoints(Path(output_dir))), None)
-    return None if newest is None else str(newest)
 
 
 def write_record(
@@ -25,9 +20,9 @@ def write_record(
     names: dict[str, str] | None = None,
     plan: dict[str, Any] | None = None,
 ) -> None:
-    """Leave run.json: every key's value, the command, the commit and the versions.
+    """Write run.json: the value of every key, the command, the commit and the versions.
 
-    `names` are keys that no dataclass of `settings` holds; `plan` is that of the memory.
+    `names` holds keys that belong to no dataclass of `settings`; `plan` is the memory plan.
     """
     record = {
         "command": sys.argv,
@@ -36,13 +31,12 @@ def write_record(
         "recipe": recipe_of(settings, names),
     } | ({"plan": plan} if plan else {})
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, default=str) + "\n"
-    (Path(output_dir) / "run.json").write_text(text)
+    write_text(Path(output_dir) / RECORD, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def earlier_plan(output_dir: str) -> dict[str, Any] | None:
-    """What an earlier run of this folder planned; older ones have no plan."""
-    path = Path(output_dir) / "run.json"
+    """The memory plan of an earlier run in this folder, None without one."""
+    path = Path(output_dir) / RECORD
     return json.loads(path.read_text()).get("plan") if path.is_file() else None
 
 
@@ -56,7 +50,7 @@ def recipe_of(settings: list, names: dict[str, str] | None = None) -> dict[str, 
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a + behind it where files were changed since."""
+    """The commit of this checkout, with a trailing + if files have changed since."""
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:

@@ -1,7 +1,7 @@
-"""A signal ends a run at the end of a step: all ranks agree, save, and leave together.
+"""Stop a run on a signal: all ranks finish the step, save a checkpoint, and exit together.
 
-SIGTERM and SIGUSR1 are what SLURM, Kubernetes and torchrun send before they kill. They come to one
-rank or to all, once or twice, so a handler only notes them.
+SLURM, Kubernetes and torchrun send SIGTERM or SIGUSR1 before they kill a job. The signal may reach
+one rank or all, once or twice, so the handler only records it.
 """
 
 import json
@@ -11,65 +11,73 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and torchrun send to all of a job
+from kd.distributed import rank
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = "stopped.json"
-OUTCOME = "KD_OUTCOME"  # names a file for one word, which launch/slurm/train.sbatch reads
+OUTCOME = "KD_OUTCOME"  # the variable with the file that launch/slurm/train.sbatch reads
 
 
 class Stopped(Exception):
-    """A run that ended before its last step because it was asked to, with all that it did saved."""
+    """A run was stopped by a signal before its last step; its state is saved."""
 
     def __init__(self, step: int, last: int, number: int):
         self.step, self.number = step, number
         name = signal.Signals(number).name
         super().__init__(
-            f"stopped by {name} after step {step} of {last}; the same command goes on from there"
+            f"stopped by {name} after step {step} of {last}; run the same command again to resume"
         )
 
 
 class StopsOnSignal(TrainerCallback):
-    """Saves and ends the training after the step in which any rank had a signal."""
+    """Save a checkpoint and end the training after the step in which any rank received a signal."""
 
     def __init__(self) -> None:
-        self.received = self.agreed = 0
+        self.received = 0  # the signal that this rank received
+        self.agreed = 0  # the signal that any rank received, known to all ranks
         self.earlier: dict[int, Callable | int | None] = {}
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        # Not earlier: while models load nothing can be saved, and dying at once is right.
-        self.earlier = {number: signal.signal(number, self.note) for number in SIGNALS}
+        """Install the handler.
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+        Not earlier: while models load there is nothing to save, and an immediate exit is right.
+        """
+        self.earlier = {number: signal.signal(number, self.record) for number in SIGNALS}
+
+    def record(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal by recording its number."""
         self.received = number
 
     def end_step(self, number: int, control: TrainerControl) -> None:
-        """`number` is the signal of any rank, 0 without one."""
+        """Stop the training if `number`, the signal of any rank, is not 0."""
         self.agreed = number
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **_) -> None:
+        """Report that a checkpoint exists."""
         if state.is_world_process_zero:
             report_outcome("saved")
 
     def on_train_end(self, args, state, control, **_) -> None:
+        """Restore the earlier signal handlers."""
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
-    def leave(self, output_dir: str, step: int, last: int) -> None:
-        """Raise Stopped where a signal ended the training before its last step."""
+    def raise_if_stopped(self, output_dir: str, step: int, last: int) -> None:
+        """Raise Stopped if a signal ended the training before its last step."""
         if not self.agreed or step >= last:
             return
         stopped = Stopped(step, last, self.agreed)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank() == 0:
             text = json.dumps({"step": step, "of": last, "message": str(stopped)}, indent=2)
             (Path(output_dir) / STOPPED).write_text(text + "\n")
         raise stopped
 
 
 def report_outcome(outcome: str) -> None:
-    """saved, stopped, failed or done: what the caller of a script can make its decision by."""
+    """Write the outcome (saved, stopped, failed or done) for the job script to act on."""
     if os.environ.get(OUTCOME):
         Path(os.environ[OUTCOME]).write_text(outcome + "\n")

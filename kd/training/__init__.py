@@ -1,0 +1,1 @@
+"""Training: SFT and distillation on one Trainer, on-policy rollouts, checkpoints, diagnostics."""

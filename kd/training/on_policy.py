@@ -1,70 +1,74 @@
-"""On-policy distillation: of some rows of a step the student writes the answer itself.
+"""On-policy distillation: the student generates the answers of some rows of every step.
 
-A chosen row keeps its prompt, up to one of its answers; the student's answer takes that one's place,
-and its tokens are the row's only targets. A token of the data counts soft_weight * divergence +
-(1 - soft_weight) * cross-entropy, one of the student's the divergence alone, so the weights of every
-token sum to 1, and the loss is their mean over all target tokens of the step, counted after the
-generation. MiniLLM (Gu et al. 2023) and GKD (Agarwal et al. 2023, algorithm 1; its lambda is
-student_fraction). No gradient flows through the choice of tokens, as in GKD.
+A chosen row keeps its prompt, up to one of its answers. The student's completion replaces that
+answer, and its tokens are the row's only targets. A data token contributes soft_weight * divergence
++ (1 - soft_weight) * cross-entropy to the loss, an on-policy token the divergence alone. So the
+weights of every token sum to 1, and the loss is their mean over all target tokens of the step,
+counted after the generation. See MiniLLM (Gu et al. 2023) and GKD (Agarwal et al. 2023, algorithm
+1; its lambda is student_fraction). As in GKD, no gradient flows through the sampling of tokens.
 
-All draws come from seed, step and a row's place in the global batch: there is no state to save, a run
-that goes on draws what it would have drawn, and however many ranks there are, they choose the same rows.
+Every random choice depends only on the seed, the step and the row's place in the global batch. So
+there is no state to save, a resumed run makes the same choices, and they do not depend on the
+number of ranks.
 """
 
 import itertools
 import random
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
-from kd.data.packing import ON_POLICY, Collator, spans
+from kd.data.packing import ON_POLICY, Collator, document_spans
 from kd.settings.distillation import DataSettings, OnPolicySettings, TeacherSettings
-from kd.training.rollouts import Prompt, Writer
+from kd.training.rollouts import Prompt, RolloutGenerator
 from kd.training.samples import TEXT_TOKENS
 
 
 def check_on_policy(
     settings: OnPolicySettings, teacher: TeacherSettings, data: DataSettings
 ) -> None:
-    """Raise ValueError where rows of the student's own cannot be had."""
+    """Raise ValueError if the other settings exclude on-policy rows."""
     if not settings.student_fraction:
         return
     share = f"student_fraction: {settings.student_fraction}"
     if teacher.teacher_cache:
         raise ValueError(
-            f"{share} with teacher_cache: the cache knows nothing of text that the student has yet "
-            "to write; leave teacher_cache out, so that the teacher runs in the step"
+            f"{share} with teacher_cache: a cache has no scores for text that the student has yet "
+            "to generate; remove teacher_cache, so that the teacher runs in every step"
         )
     if teacher.align_tokenizers:
         raise ValueError(
-            f"{share} with align_tokenizers: text that is not yet written cannot be aligned; train on "
-            "the data alone (student_fraction: 0), or take a teacher with the student's tokenizer"
+            f"{share} with align_tokenizers: generated text cannot be aligned in advance; train on "
+            "the data alone (student_fraction: 0), or use a teacher with the student's tokenizer"
         )
     if data.packing:
         raise ValueError(
-            f"{share} with packing: an answer has another length than the one it replaces, and a "
-            "packed row has no room for it; set packing: false, and train_sampling_strategy: "
-            "group_by_length against padding"
+            f"{share} with packing: a generated answer differs in length from the one it replaces, "
+            "and a packed row has no room for it; set packing: false, and "
+            "train_sampling_strategy: group_by_length to reduce padding"
         )
 
 
-def chosen_places(fraction: float, rows: int, seed: int, step: int) -> set[int]:
-    """Places in a global batch of `rows` of the rows that the student answers.
+def choose_rows(fraction: float, rows: int, seed: int, step: int) -> set[int]:
+    """Places, in a global batch of `rows`, of the rows that the student answers.
 
-    `fraction` * rows of them, rounded up or down so that it is right on average.
+    Their number is `fraction` * rows, rounded up or down at random so that its mean is exact.
     """
     draws = random.Random(f"{seed} {step}")
     return set(draws.sample(range(rows), int(fraction * rows + draws.random())))
 
 
 def answer_starts(row: EncodedRow) -> list[int]:
-    """Where an answer begins; what stands before is its prompt.
+    """The first position of every answer of a row; the tokens before it are its prompt.
 
-    A text that is all target has none: its beginning is taken for one, at most half of it.
+    Plain text, in which every token is a target, has no prompt: its first TEXT_TOKENS tokens are
+    taken as one, at most half of the text.
     """
-    target = [label != IGNORE_INDEX for label in row.labels]
+    target = row.target_mask.tolist()
     starts = [i for i in range(1, len(row)) if target[i] and not target[i - 1]]
     if starts[:1] == [1]:
         end = next((i for i in range(1, len(row)) if not target[i]), len(row))
@@ -72,83 +76,93 @@ def answer_starts(row: EncodedRow) -> list[int]:
     return starts
 
 
-def documents(batch: dict[str, Tensor]) -> list[EncodedRow]:
-    """The rows of a batch without padding, also where all of them lie in one."""
+def split_documents(batch: dict[str, Tensor]) -> list[EncodedRow]:
+    """The documents of a batch of (B, T) tensors, without padding.
+
+    A flat batch holds all documents in one row.
+    """
     found = []
-    columns = (batch[key].tolist() for key in ("input_ids", "labels", "position_ids", "tokens"))
-    for ids, labels, positions, length in zip(*columns, strict=True):
-        bounds = [i for i in range(length) if positions[i] == 0] + [length]
-        found += [EncodedRow(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(bounds)]
+    keys = ("input_ids", "labels", "position_ids")
+    for i, length in enumerate(batch["tokens"].tolist()):
+        ids, labels, positions = (batch[key][i, :length].cpu().numpy() for key in keys)
+        bounds = [*np.flatnonzero(positions == 0).tolist(), length]
+        found += [
+            EncodedRow.from_labels(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(bounds)
+        ]
     return found
 
 
-class StudentRows:
-    """Puts the student's answers into the micro-batches of a step."""
+class OnPolicyRows:
+    """Replace answers in the micro-batches of a step with the student's own completions."""
 
     def __init__(
         self,
         settings: OnPolicySettings,
-        writer: Writer,
+        generator: RolloutGenerator,
         collator: Collator,
         max_length: int,
     ) -> None:
-        self.settings, self.writer, self.collator = settings, writer, collator
+        self.settings, self.generator, self.collator = settings, generator, collator
         self.max_length = max_length
 
     def __str__(self) -> str:
         settings = self.settings
         return (
-            f"on-policy: the student answers {settings.student_fraction:.0%} of the rows itself, in "
-            f"at most {settings.max_new_tokens} tokens; on these the divergence alone"
+            f"on-policy: the student answers {settings.student_fraction:.0%} of the rows, with at "
+            f"most {settings.max_new_tokens} tokens each; their loss is the divergence alone"
         )
 
-    def put_into(
-        self, batches: list[dict[str, Tensor]], args, step: int
+    def replace_answers(
+        self, batches: list[dict[str, Tensor]], args: TrainingArguments, step: int
     ) -> tuple[list[dict[str, Tensor]], list[list[int]], int]:
-        """(the batches with chosen rows answered, the answers, how many were cut).
+        """(the micro-batches with chosen rows replaced, the completions, how many were cut).
 
-        Collective under ZeRO-3: every rank must call it with equally many batches. An answer that is
-        cut at max_new_tokens, or at max_length, has no end token, and none is taught behind it.
+        A completion that is cut at max_new_tokens or max_length has no end token, and the student
+        is not trained to produce one there. Collective under ZeRO-3: every rank calls it with
+        equally many batches.
         """
         micro, ranks = args.per_device_train_batch_size, args.world_size
         rows = micro * ranks * args.gradient_accumulation_steps
-        chosen = chosen_places(self.settings.student_fraction, rows, args.seed, step)
-        if not chosen:  # on all ranks
+        chosen = choose_rows(self.settings.student_fraction, rows, args.seed, step)
+        if not chosen:  # on all ranks alike
             return batches, [], 0
         split: dict[int, list[EncodedRow]] = {}
-        prompts: dict[tuple[int, int], Prompt] = {}
+        prompts: dict[tuple[int, int], Prompt] = {}  # by (micro-batch, row)
         for n, batch in enumerate(batches):
-            first = (n * ranks + args.process_index) * micro  # as accelerate deals them out
+            first = (n * ranks + args.process_index) * micro  # the order in which accelerate deals
             if not chosen.isdisjoint(range(first, first + micro)):
-                split[n] = documents(batch)
+                split[n] = split_documents(batch)
                 for i, row in enumerate(split[n]):
                     if first + i in chosen and row.targets:
-                        prompts[n, i] = self.prompt(row, f"{args.seed} {step} {first + i}")
-        answers = self.writer.answers(list(prompts.values()), args.device)
-        for ((n, i), prompt), answer in zip(prompts.items(), answers, strict=True):
-            split[n][i] = EncodedRow(prompt.ids + answer, [IGNORE_INDEX] * len(prompt.ids) + answer)
+                        prompts[n, i] = self.make_prompt(row, f"{args.seed} {step} {first + i}")
+        completions = self.generator.generate(list(prompts.values()), args.device)
+        for ((n, i), prompt), completion in zip(prompts.items(), completions, strict=True):
+            labels = [IGNORE_INDEX] * len(prompt.ids) + completion
+            split[n][i] = EncodedRow.from_labels(prompt.ids + completion, labels)
         filled = [
-            self.collated(split[n], {i for m, i in prompts if m == n}, args.device)
+            self.collate(split[n], {i for m, i in prompts if m == n}, args.device)
             if n in split
             else batch | {ON_POLICY: torch.zeros_like(batch["labels"], dtype=torch.bool)}
             for n, batch in enumerate(batches)
         ]
-        return filled, answers, sum(answer[-1] not in self.writer.ends for answer in answers)
+        cut = sum(completion[-1] not in self.generator.ends for completion in completions)
+        return filled, completions, cut
 
-    def prompt(self, row: EncodedRow, draw: str) -> Prompt:
-        """Up to one of the row's answers, each as likely."""
-        draws = random.Random(draw)
+    def make_prompt(self, row: EncodedRow, seed: str) -> Prompt:
+        """The tokens before one of the row's answers, chosen uniformly."""
+        draws = random.Random(seed)
         start = draws.choice(answer_starts(row))
         limit = min(self.settings.max_new_tokens, self.max_length - start)
-        return Prompt(row.input_ids[:start], limit, draws.getrandbits(60))
+        return Prompt(row.input_ids[:start].tolist(), limit, draws.getrandbits(60))
 
-    def collated(
-        self, rows: list[EncodedRow], own: Iterable[int], device: torch.device
+    def collate(
+        self, rows: list[EncodedRow], on_policy: Iterable[int], device: torch.device
     ) -> dict[str, Tensor]:
+        """A batch of rows with one more tensor, ON_POLICY (B, T): true in the rows `on_policy`."""
         batch = self.collator([[row] for row in rows])
         batch[ON_POLICY] = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
-        places = [(0, start) for start, _, _ in spans(rows)]
-        for i in own:
+        places = [(0, start) for start, _, _ in document_spans(rows)]
+        for i in on_policy:
             line, start = places[i] if self.collator.flat else (i, 0)
             batch[ON_POLICY][line, start : start + len(rows[i])] = True
         return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""What every rank must know at the end of a step: one collective, and one read of the device."""
+"""Synchronize the stop signal and non-finite flags across ranks at the end of a step."""
 
 import torch
 from transformers import TrainerCallback
@@ -9,15 +9,17 @@ from kd.training.non_finite import NonFinite
 
 
 class RankSync(TrainerCallback):
-    """Tells all ranks whether any of them had a signal, and whether any had no finite loss.
+    """Share two small numbers: the signal received, and whether a loss was not finite.
 
-    Both are small numbers of which the largest counts. Nothing else of a step waits for the device.
+    The maximum over all ranks decides. One collective and one read from the device per step;
+    nothing else in a step waits for the device.
     """
 
     def __init__(self, non_finite: NonFinite, stop: StopsOnSignal):
         self.non_finite, self.stop = non_finite, stop
 
     def on_step_end(self, args, state, control, **_) -> None:
+        """Collective: agree on both numbers and act on them."""
         received = torch.tensor(self.stop.received, device=args.device)
         worst = torch.stack([received, self.non_finite.bad_batches().any().to(received)])
         number, bad = all_max(worst).tolist()

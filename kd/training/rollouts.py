@@ -1,6 +1,6 @@
-"""A student writes on prompts, in the middle of its training.
+"""Rollouts: a student generates completions for prompts in the middle of its training.
 
-B rows, T tokens, V vocabulary.
+B batch, T tokens, V vocabulary.
 """
 
 import logging
@@ -29,45 +29,40 @@ from kd.generation.engines import sampling_processors
 from kd.models.generation_mode import generating, row_bytes
 from kd.settings.distillation import OnPolicySettings
 
-BATCH_TOKENS = 8192  # of a forward of continuous batching at most: prompts are read in such pieces
+BATCH_TOKENS = 8192  # most tokens of one forward of continuous batching
 
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt and the limits of its completion."""
+
     ids: list[int]
-    limit: int  # tokens of its answer at most, the end token included
-    seed: int  # its own random stream
+    limit: int  # most tokens of the completion, the end token included
+    seed: int  # of this prompt's own random stream
 
     @property
     def length(self) -> int:
+        """Most tokens of prompt and completion together."""
         return len(self.ids) + self.limit
 
 
-class KnownIds(LogitsProcessor):
-    """A head has padded rows behind the tokenizer's ids; nothing is drawn from them."""
+class PaddedIdsMask(LogitsProcessor):
+    """Exclude the ids beyond the tokenizer's, which a head with a padded vocabulary also scores."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.vocabulary :] = -torch.inf
+        """Set scores (B, V) to -inf, in place, at every id that the tokenizer does not have."""
+        scores[:, self.vocab_size :] = -torch.inf
         return scores
 
 
-def results_of(manager: ContinuousBatchingManager, count: int) -> dict[str, GenerationOutput]:
-    """What so many requests have come to, by their names; fewer, where the thread has ended."""
-    found: dict[str, GenerationOutput] = {}
-    while len(found) < count:
-        result = manager.get_result(timeout=1)
-        if result is None and not manager.is_running():
-            break
-        if result is not None and result.is_finished():
-            found[result.request_id] = result
-    return found
+class RolloutGenerator:
+    """Sample completions from a student's own distribution, at the sampling settings of a recipe.
 
-
-class Writer:
-    """The CausalLM of a student; samples its own distribution, with no penalty of its folder's."""
+    Generation settings that are stored with the model, such as a repetition penalty, do not apply.
+    """
 
     def __init__(
         self,
@@ -75,32 +70,32 @@ class Writer:
         settings: OnPolicySettings,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self.model, self.settings, self.vocabulary = model, settings, len(tokenizer)
+        self.model, self.settings, self.vocab_size = model, settings, len(tokenizer)
         ends = generation_config(model, tokenizer).eos_token_id
         self.ends, self.pad = set(ends), tokenizer.pad_token_id
-        # Greedy, since the noise that makes it a draw is added to the scores.
+        # Greedy: a logits processor adds the Gumbel noise that makes the argmax a sample.
         self.config = GenerationConfig(
             eos_token_id=ends, pad_token_id=self.pad, do_sample=False, use_cache=True
         )
 
-    def answers(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
-        """The ids of each answer with its end token, where it comes before the limit.
+    def generate(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """The token ids of each completion, with the end token if it comes before the limit.
 
-        Collective under ZeRO-3, also for a rank that has no prompt.
+        Collective under ZeRO-3, also for a rank without prompts.
         """
         order = sorted(range(len(prompts)), key=lambda i: prompts[i].length, reverse=True)
         found: list[list[int]] = [[] for _ in prompts]
         with generating(self.model, self.config):
             if self.settings.generation_engine == "continuous":
-                return self.write_continuously(prompts, device) if prompts else []
+                return self.generate_continuously(prompts, device) if prompts else []
             for places in self.batches(prompts, order):
                 batch = [prompts[i] for i in places]
-                for place, ids in zip(places, self.write(batch, device), strict=True):
+                for place, ids in zip(places, self.generate_batch(batch, device), strict=True):
                     found[place] = ids
         return found
 
     def batches(self, prompts: list[Prompt], order: list[int]) -> Iterator[list[int]]:
-        """Places in batches that the workspace holds, each row as long as the first, the longest."""
+        """Split the indices `order`, longest prompt first, into batches that fit the workspace."""
         room, itemsize = 2**20 * self.settings.generation_workspace_mb, self.model.dtype.itemsize
         while order:
             width = max(len(prompts[i].ids) for i in order) + max(prompts[i].limit for i in order)
@@ -108,18 +103,18 @@ class Writer:
             yield order[:rows]
             order = order[rows:]
 
-    def write(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
-        """One batch, padded on the left."""
+    def generate_batch(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """Completions of one batch, padded on the left."""
         width = max(len(prompt.ids) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.pad)
+        ids = torch.full((len(prompts), width), self.pad)  # (B, T)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[i, width - len(prompt.ids) :] = 1
-        drawing, settings = [prompt.seed for prompt in prompts], self.settings
-        processors = LogitsProcessorList([KnownIds(self.vocabulary)])
+        seeds, settings = [prompt.seed for prompt in prompts], self.settings
+        processors = LogitsProcessorList([PaddedIdsMask(self.vocab_size)])
         processors += sampling_processors(
-            settings.generation_temperature, settings.top_p, drawing, settings.top_k
+            settings.generation_temperature, settings.top_p, seeds, settings.top_k
         )
         out = self.model.generate(
             input_ids=ids.to(device),
@@ -129,63 +124,65 @@ class Writer:
             synced_gpus=False,
         )
         rows = zip(out[:, width:].tolist(), prompts, strict=True)
-        return [self.until_end(row[: prompt.limit]) for row, prompt in rows]
+        return [self.cut_after_end(row[: prompt.limit]) for row, prompt in rows]
 
-    def write_continuously(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
-        """All prompts by Transformers' continuous batching.
+    def generate_continuously(self, prompts: list[Prompt], device: torch.device) -> list[list[int]]:
+        """Completions of all prompts by Transformers' continuous batching.
 
-        Its draws come from one stream, so an answer depends on what else is written; equal calls
-        give equal answers. Raises RuntimeError where it leaves a prompt without one.
+        Its samples come from one random stream, so a completion depends on the other prompts; equal
+        calls give equal completions. Raises RuntimeError if a prompt gets no completion.
         """
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         limit = max(prompt.limit for prompt in prompts)
         hints = WorkloadHints(max(len(prompt.ids) for prompt in prompts), limit, len(prompts))
-        # It seeds the one stream of the process, which is the training's.
+        # It seeds the global random stream of the process, which belongs to the training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             manager = self.model.init_continuous_batching(
-                self.drawing(), self.room(prompts), workload_hints=hints
+                self.sampling_config(),
+                self.continuous_batching_config(prompts),
+                workload_hints=hints,
             )
-            # Before its thread starts: what generate_batch adds beside it comes into the first
-            # forward or a later one as the machine pleases, and is then drawn otherwise.
+            # Add all prompts before the thread starts. generate_batch adds them while it runs:
+            # timing then decides which forward, and so which random numbers, a prompt gets.
             names = manager.add_requests([prompt.ids for prompt in prompts], max_new_tokens=limit)
             manager.start()
             try:
-                found = results_of(manager, len(prompts))
+                found = wait_for_results(manager, len(prompts))
             finally:
                 manager.stop(block=True, timeout=5)
                 manager.destroy()
-        answers = [found[name] for name in names if name in found]
-        errors = {answer.error for answer in answers if answer.error}
-        if errors or len(answers) != len(prompts):
+        results = [found[name] for name in names if name in found]
+        errors = {result.error for result in results if result.error}
+        if errors or len(results) != len(prompts):
             raise RuntimeError(
-                f"continuous batching answered {len(answers)} of {len(prompts)} prompts "
-                f"({'; '.join(sorted(errors)) or 'its thread ended'}); a larger "
-                "generation_workspace_mb may help, or generation_engine: generate"
+                f"continuous batching answered {len(results)} of {len(prompts)} prompts "
+                f"({'; '.join(sorted(errors)) or 'its thread ended'}); use a larger "
+                "generation_workspace_mb, or generation_engine: generate"
             )
-        rows = zip(answers, prompts, strict=True)
-        return [self.until_end(answer.generated_tokens[: p.limit]) for answer, p in rows]
+        rows = zip(results, prompts, strict=True)
+        return [self.cut_after_end(result.generated_tokens[: p.limit]) for result, p in rows]
 
-    def drawing(self) -> GenerationConfig:
-        """The settings of a draw, and no id behind the tokenizer's."""
+    def sampling_config(self) -> GenerationConfig:
+        """The sampling settings as a GenerationConfig that excludes ids beyond the tokenizer's."""
         settings = self.settings
-        draws = {"do_sample": False}
+        sampling = {"do_sample": False}
         if settings.generation_temperature:
-            draws = {
+            sampling = {
                 "do_sample": True,
                 "temperature": float(settings.generation_temperature),
                 "top_k": settings.top_k,
                 "top_p": settings.top_p,
             }
-        padded = range(self.vocabulary, self.model.get_output_embeddings().out_features)
+        padded = range(self.vocab_size, self.model.get_output_embeddings().out_features)
         return GenerationConfig(
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.pad,
             suppress_tokens=list(padded) or None,
-            **draws,
+            **sampling,
         )
 
-    def room(self, prompts: list[Prompt]) -> ContinuousBatchingConfig:
-        """The workspace, as a share of what is free; attention stays that of the training."""
+    def continuous_batching_config(self, prompts: list[Prompt]) -> ContinuousBatchingConfig:
+        """The workspace as a share of the free memory; attention stays that of the training."""
         _, total, reserved, allocated = get_device_and_memory_breakdown()
         free = total - max(reserved, allocated)
         return ContinuousBatchingConfig(
@@ -195,6 +192,18 @@ class Writer:
             seed=prompts[0].seed % 2**31,
         )
 
-    def until_end(self, ids: list[int]) -> list[int]:
-        """What is behind an end token is padding."""
+    def cut_after_end(self, ids: list[int]) -> list[int]:
+        """The ids up to the first end token; what follows it is padding."""
         return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids)) + 1]
+
+
+def wait_for_results(manager: ContinuousBatchingManager, count: int) -> dict[str, GenerationOutput]:
+    """The results of `count` requests by request id; fewer if the manager's thread ends."""
+    found: dict[str, GenerationOutput] = {}
+    while len(found) < count:
+        result = manager.get_result(timeout=1)
+        if result is None and not manager.is_running():
+            break
+        if result is not None and result.is_finished():
+            found[result.request_id] = result
+    return found

@@ -1,8 +1,8 @@
-"""SFT and distillation on Transformers' Trainer: one class, because they differ in the loss alone.
+"""SFT and distillation on Transformers' Trainer: one class, since they differ only in the loss.
 
-The loss of a micro-batch is the SUM over its target tokens. Gradients are averaged over processes by
-DDP and DeepSpeed, so it is multiplied by world size / target tokens of the whole step, here and
-nowhere else.
+The loss of a micro-batch is the SUM over its target tokens. DDP and DeepSpeed average gradients
+over processes, so the loss is multiplied by world size / target tokens of the whole step, here and
+nowhere else. B batch, T tokens.
 """
 
 import contextlib
@@ -18,139 +18,160 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
-from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.packing import ON_POLICY, GroupedByLength, by_length
 from kd.data.workers import Workers
 from kd.distributed import all_sum
-from kd.losses.fused import Objective
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
-from kd.models.heads import REPORTED, LossInputs, causal_lm, return_loss
+from kd.losses.metrics import REPORTED, shown_metrics
+from kd.models.heads import LossInputs, causal_lm, return_loss
 from kd.run.signals import StopsOnSignal
+from kd.settings.distillation import Objective
 from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoints.checkpoint import write_checkpoint
 from kd.training.non_finite import NonFinite
-from kd.training.on_policy import StudentRows
+from kd.training.on_policy import OnPolicyRows
 from kd.training.rank_sync import RankSync
 from kd.training.samples import Samples
-from kd.training.step_metrics import Figures, means_over_tokens, shown_figures
-from kd.training.stragglers import Pace
+from kd.training.step_metrics import StepMetrics, means_over_tokens
+from kd.training.stragglers import StragglerMonitor
 from kd.training.watchdog import Watchdog
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer whose loss is `objective`; without a teacher its soft_weight is 0, plain SFT."""
+    """A Trainer whose loss is `objective`; without a teacher, plain SFT.
+
+    `vocab_size` is the tokenizer's, without the head's padding; `run_identity` goes into the
+    manifest of every checkpoint; `work` is described at StepMetrics.
+    """
 
     def __init__(
         self,
         *args,
         objective: Objective,
-        vocabulary: int,
+        vocab_size: int,
         teacher: LiveTeacher | CachedTeacher | AlignedTeacher | None = None,
         hidden: HiddenObjective | None = None,
-        about: dict[str, Any] | None = None,
+        run_identity: dict[str, Any] | None = None,
         work: tuple[float, float, float] | None = None,
-        student_rows: StudentRows | None = None,
+        on_policy_rows: OnPolicyRows | None = None,
         **kw,
     ):
         super().__init__(*args, **kw)
-        self.about = about or {}  # of the run, for the manifest of every checkpoint
+        self.run_identity = run_identity or {}
         self.objective = objective
         self.hidden = hidden
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.teacher = teacher
-        self.student_rows = student_rows
-        self.signals: Iterator = iter(())  # the teacher's, of the step's micro-batches to come
-        # Without this Trainer divides by the accumulation steps, on top of the token count.
+        self.on_policy_rows = on_policy_rows
+        self.teacher_outputs: Iterator = iter(())  # one item per micro-batch still to come
+        # Otherwise Trainer divides by the accumulation steps, in addition to the token count.
         self.model_accepts_loss_kwargs = True
         return_loss(causal_lm(self.model))
-        shown = shown_figures(teacher is not None, hidden is not None)
-        self.figures = Figures(self.args.device, shown, work)
-        self.times = self.figures.times
+        shown = shown_metrics(teacher is not None, hidden is not None)
+        self.metrics = StepMetrics(self.args.device, shown, work)
+        self.times = self.metrics.times
         self.times.watch(causal_lm(self.model).get_output_embeddings(), "loss")
-        self.samples = Samples(self, self.args.sample_prompts, self.args.sample_tokens)
+        self.samples = Samples(
+            self, teacher, vocab_size, self.args.sample_prompts, self.args.sample_tokens
+        )
         self.first_batch = True
-        self.stop, self.watchdog, self.pace = StopsOnSignal(), Watchdog(), Pace(self.figures)
+        self.stop, self.watchdog = StopsOnSignal(), Watchdog()
         self.non_finite = NonFinite(self, self.args.max_skipped_steps)
-        rank_sync = RankSync(self.non_finite, self.stop)
-        parts = (self.watchdog, self.pace, self.non_finite, self.stop, rank_sync, self.times)
-        for callback in parts:
+        for callback in (
+            self.watchdog,
+            StragglerMonitor(self.metrics),
+            self.non_finite,
+            self.stop,
+            RankSync(self.non_finite, self.stop),
+            self.times,
+        ):
             self.add_callback(callback)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, all of which the teacher may see at once."""
+        """(the micro-batches of a step, its number of target tokens); prepares the teacher."""
         self.times.begin_step()
-        with self.times.of("data"):
+        with self.times.phase("data"):
             batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.student_rows:  # chosen by their places, so before those change
-            batches = self.with_student_rows(batches)
+        if self.on_policy_rows:  # chosen by their places, so before by_length changes those
+            batches = self.with_on_policy_rows(batches)
             items = self._get_num_items_in_batch(batches, device)
-        with self.times.of("data"):
+        with self.times.phase("data"):
             batches = by_length(batches)
-        self.signals = self.signals_of(batches)
+        self.teacher_outputs = self.teacher_outputs_of(batches)
         return batches, items
 
-    def with_student_rows(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The micro-batches with some of the answers written by the student as it is now."""
+    def with_on_policy_rows(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The micro-batches, some of whose answers the current student has generated."""
         self.watchdog.beat()
-        with self.times.of("generation"), self.accelerator.autocast():
-            batches, answers, cut = self.student_rows.put_into(
+        with self.times.phase("generation"), self.accelerator.autocast():
+            batches, completions, cut = self.on_policy_rows.replace_answers(
                 batches, self.args, self.state.global_step
             )
-        self.figures.add_written(answers, cut)
+        self.metrics.add_completions(completions, cut)
         self.watchdog.beat()
         return batches
 
-    def signals_of(self, batches: list[dict[str, Tensor]]) -> Iterator:
-        """What the teacher gives each batch, in turn: contexts of (signal, states of its layers)."""
+    def teacher_outputs_of(self, batches: list[dict[str, Tensor]]) -> Iterator:
+        """One context per batch, in order, that yields (teacher outputs, hidden states)."""
         if self.teacher is None:
             return itertools.repeat(contextlib.nullcontext((None, None)))
         layers = [theirs for _, theirs in self.hidden.layers] if self.hidden else []
-        return self.teacher.signals(batches, layers)
+        return self.teacher.outputs(batches, layers)
 
     def training_step(self, *args, **kw):
-        with self.times.of("backward"):  # what is neither the forward's nor the optimizer's
+        """Trainer's, timed: what is neither forward nor optimizer counts as backward."""
+        with self.times.phase("backward"):
             return super().training_step(*args, **kw)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The normalised training loss of a micro-batch; metrics stay on the device."""
-        with self.times.of("teacher"):
-            signal = next(self.signals)
-        outputs = self.wrapped_call(model, inputs, signal)
+        """The scalar training loss of a micro-batch, normalised; metrics stay on the device."""
+        with self.times.phase("teacher"):
+            teacher_outputs = next(self.teacher_outputs)
+        outputs = self.run_student(model, inputs, teacher_outputs)
         if self.first_batch:
             if self.is_deepspeed_enabled:
-                self.times.watch_optimizer_of(model)
+                self.times.watch_optimizer(model)
             self.check_first_batch(outputs["metrics"])
-        self.figures.add(outputs["metrics"], inputs)
+        self.metrics.add(outputs["metrics"], inputs)
         self.non_finite.note(inputs["input_ids"], outputs["loss"])
         loss = outputs["loss"] * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def check_first_batch(self, metrics: Tensor) -> None:
-        """Raise ValueError where a model overflows; a loss scale would skip its steps in silence."""
+        """Raise ValueError if a model overflows; a loss scaler would silently skip every step."""
         self.first_batch = False
         values = dict(zip(REPORTED, metrics.tolist(), strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             whose = "teacher" if "teacher_cross_entropy" in broken else "student"
             raise ValueError(
-                f"the first batch has no finite {', '.join(broken)}: look at the {whose}. In "
-                "float16, activations beyond 65504 overflow (some Qwen2 models pass that): use "
-                "bf16 where there is hardware for it, or float32"
+                f"the first batch has non-finite {', '.join(broken)}: check the {whose}. In "
+                "float16, activations beyond 65504 overflow (those of some Qwen2 models do): use "
+                "bf16 if the hardware supports it, or float32"
             )
 
-    def wrapped_call(self, model: torch.nn.Module, batch: dict[str, Tensor], signal) -> dict:
-        """The wrapped student on one micro-batch: {"loss": sum, "metrics": sums}."""
+    def run_student(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, Tensor],
+        teacher_outputs: contextlib.AbstractContextManager,
+    ) -> dict[str, Tensor]:
+        """Call the wrapped student on one micro-batch of (B, T) tensors.
+
+        Returns {"loss": sum over target tokens, "metrics": sums in the order of REPORTED}.
+        """
         self.watchdog.beat()
-        with signal as (teacher, states), self.times.of("student"):
+        with teacher_outputs as (teacher, states), self.times.phase("student"):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 loss_inputs=LossInputs(
                     batch["labels"],
                     self.objective,
-                    self.vocabulary,
+                    self.vocab_size,
                     teacher,
                     self.hidden,
                     states,
@@ -159,25 +180,25 @@ class DistillationTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's figures with ours added, of all ranks since the last call."""
-        if "loss" in logs:  # the only moment at which device values are read
-            logs.update(self.figures.read())
-            self._tr_loss.zero_()  # Trainer subtracts it from itself, which leaves nan where it is
+        """Log Trainer's metrics and ours, which cover all ranks and the time since the last log."""
+        if "loss" in logs:  # the only moment at which values are read from the device
+            logs.update(self.metrics.read())
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, which would keep a NaN
         super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Held-out means over all target tokens; Trainer's own mean over batches is not that."""
+        """Means over all held-out target tokens; Trainer's own is a mean over batches."""
         model = self.model_wrapped
         model.eval()
         sums = torch.zeros(len(REPORTED), device=self.args.device)
         quiet = not self.is_world_process_zero() or self.args.disable_tqdm
         batches = self.heldout_batches(eval_dataset)
-        signals = self.signals_of(batches)
+        teacher_outputs = self.teacher_outputs_of(batches)
         for batch in tqdm(batches, desc="held-out rows", leave=False, disable=quiet):
             inputs = self._prepare_inputs(batch)
-            sums += self.wrapped_call(model, inputs, next(signals))["metrics"]
-        means = means_over_tokens(all_sum(sums), self.figures.shown)
+            sums += self.run_student(model, inputs, next(teacher_outputs))["metrics"]
+        means = means_over_tokens(all_sum(sums), self.metrics.shown)
         weight = self.objective.soft_weight
         means["loss"] = (1 - weight) * means["cross_entropy"]
         means["loss"] += weight * means.get("divergence", 0.0)
@@ -192,7 +213,7 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
-        """Trainer's own, but for rows grouped by length: ours is told the lengths and the epoch."""
+        """Trainer's; with group_by_length, one whose order depends on seed and epoch alone."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -203,42 +224,46 @@ class DistillationTrainer(Trainer):
     def heldout_batches(self, rows: list[list[EncodedRow]] | None = None) -> list[dict]:
         """This rank's batches: every row once, and equally many batches on every rank.
 
-        A prepared DataLoader would repeat rows to even out the ranks; here rows without a target
-        fill up instead.
+        A prepared DataLoader would repeat rows to give every rank equally many; here rows without a
+        target fill the gap.
         """
         rows = sorted(rows or self.eval_dataset, key=lambda documents: sum(map(len, documents)))
         ranks, size = self.args.world_size, self.args.per_device_eval_batch_size
-        blank = [EncodedRow(rows[0][0].input_ids, [IGNORE_INDEX] * len(rows[0][0]))]
+        blank = [rows[0][0].without_targets()]
         rows = rows + [blank] * (-len(rows) % ranks)
         mine = rows[self.args.process_index :: ranks]
         return [self.data_collator(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with workers that ignore the signals sent to the whole job."""
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
-            # Accelerate iterates over the one it wraps; where a run goes on it copies the wrapper's.
+            # Accelerate iterates over the loader that it wraps, and copies the wrapper on a resume.
             for each in (loader, loader.base_dataloader):
                 each.multiprocessing_context = Workers()
         return loader
 
     def _save_checkpoint(self, model, trial) -> None:
-        write_checkpoint(self)
+        write_checkpoint(self, self.run_identity)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's, with generation_config, and the projections of the hidden-state loss apart."""
+        """Save the model, its generation_config and, separately, the hidden-state projections."""
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         mark = f"{PROJECTIONS}."
-        own = {k.split(mark)[1]: v.contiguous() for k, v in state_dict.items() if mark in k}
+        projections = {k.split(mark)[1]: v.contiguous() for k, v in state_dict.items() if mark in k}
         rest = {k: v for k, v in state_dict.items() if mark not in k}
         super()._save(output_dir, rest)
-        if self.args.should_save:  # an adapter has none of its own; without one it may not stop
+        if self.args.should_save:  # PEFT saves none, and without end tokens generation may not stop
             causal_lm(self.model).generation_config.save_pretrained(
                 output_dir or self.args.output_dir
             )
-        if own and self.args.should_save:
-            save_file(own, f"{output_dir or self.args.output_dir}/{PROJECTIONS}.safetensors")
+        if projections and self.args.should_save:
+            save_file(
+                projections, f"{output_dir or self.args.output_dir}/{PROJECTIONS}.safetensors"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Load the model and the projections of the hidden-state loss."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.hidden and hasattr(causal_lm(self.model), PROJECTIONS):
             saved = load_file(f"{resume_from_checkpoint}/{PROJECTIONS}.safetensors")

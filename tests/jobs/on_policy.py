@@ -18,12 +18,11 @@ from accelerate.state import AcceleratorState, GradientState
 from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.fused import Objective
 from kd.models.heads import causal_lm
 from kd.run.exit import leave
-from kd.settings.distillation import OnPolicySettings
-from kd.training.on_policy import StudentRows
-from kd.training.rollouts import Writer
+from kd.settings.distillation import Objective, OnPolicySettings
+from kd.training.on_policy import OnPolicyRows
+from kd.training.rollouts import RolloutGenerator
 from tests.jobs.gradients import (
     OBJECTIVE,
     Cell,
@@ -46,8 +45,8 @@ class Keeper(Recorder):
         super().__init__(*args, **kw)
         self.filled: list[list[dict[str, torch.Tensor]]] = []
 
-    def with_student_rows(self, batches):
-        filled = super().with_student_rows(batches)
+    def with_on_policy_rows(self, batches):
+        filled = super().with_on_policy_rows(batches)
         self.filled.append([dict(batch) for batch in filled])
         return filled
 
@@ -63,7 +62,7 @@ def steps(work: Path, cell: Cell) -> dict:
     length = LENGTHS[args.process_index]
     settings = OnPolicySettings(FRACTION, max_new_tokens=length, generation_engine=engine)
     collator = Collator(tokenizer.pad_token_id)
-    writer = Writer(causal_lm(student), settings, tokenizer)
+    generator = RolloutGenerator(causal_lm(student), settings, tokenizer)
     trainer = Keeper(
         model=student,
         args=args,
@@ -71,10 +70,10 @@ def steps(work: Path, cell: Cell) -> dict:
         data_collator=collator,
         processing_class=tokenizer,
         objective=Objective(**OBJECTIVE),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=make_teacher(work, cell, args.device, student),
         hidden=hidden_objective(cell),
-        student_rows=StudentRows(settings, writer, collator, 512),
+        on_policy_rows=OnPolicyRows(settings, generator, collator, 512),
     )
     trainer.train()
     filled = [trainer.filled] * args.world_size

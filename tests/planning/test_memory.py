@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from kd.losses.fused import Head, TeacherSignal, linear_distillation_loss
-from kd.losses.objective import Objective
+from kd.losses.fused import linear_distillation_loss
+from kd.losses.head import Head, TeacherOutputs
 from kd.models.heads import (
     LossInputs,
     backbone_only,
@@ -33,13 +33,20 @@ from kd.models.heads import (
 from kd.models.load import load_trained, lora_config, parameter_counts
 from kd.planning import memory
 from kd.planning.activations import CannotTrace, LiveBytes, trace_activations, truncated
-from kd.planning.blueprint import build, build_trained, checkpoint_pieces, pieces_of, read_config
-from kd.planning.counts import student_pieces
+from kd.planning.blueprint import (
+    build,
+    build_trained,
+    checkpoint_tensors,
+    read_config,
+    stored_tensors,
+)
+from kd.planning.device_rates import Rates
 from kd.planning.fitting import changes_that_fit, fit
 from kd.planning.layout import GIB, Layout
-from kd.planning.memory import plan
-from kd.planning.throughput import Rates, duration
-from kd.settings.distillation import ModelSettings
+from kd.planning.memory import plan_training
+from kd.planning.model_sizes import student_tensors
+from kd.planning.throughput import duration
+from kd.settings.distillation import ModelSettings, Objective
 
 ZERO2, ZERO3, TEACHER_ZERO3 = (
     json.loads((ROOT / f"ds_configs/{name}.json").read_text())
@@ -76,7 +83,7 @@ def test_student_is_counted_to_the_byte(kind, student, tokenizer, tmp_path):
     folder = save_small(tmp_path / "model", tokenizer, **shape)
     real = load_trained(str(folder), KINDS[kind], tokenizer)
     dtype = getattr(torch, KINDS[kind].dtype)
-    pieces = pieces_of(build_trained(read_config(str(folder)), KINDS[kind], dtype, cast=False))
+    pieces = stored_tensors(build_trained(read_config(str(folder)), KINDS[kind], dtype, cast=False))
     assert sum(piece.bytes for piece in pieces) == held_bytes(real)
     trained = sum(piece.numel for piece in pieces if piece.trained)
     assert trained == parameter_counts(real)[0] > 0
@@ -85,7 +92,7 @@ def test_student_is_counted_to_the_byte(kind, student, tokenizer, tmp_path):
 def test_deepspeed_brings_adapters_to_half_precision(tokenizer, tmp_path):
     config = read_config(str(save_small(tmp_path / "model", tokenizer)))
     for cast, size in ((True, 2), (False, 4)):
-        pieces = pieces_of(build_trained(config, KINDS["lora"], torch.bfloat16, cast))
+        pieces = stored_tensors(build_trained(config, KINDS["lora"], torch.bfloat16, cast))
         assert {piece.itemsize for piece in pieces if piece.trained} == {size}
         assert {piece.itemsize for piece in pieces if not piece.trained} == {2}
 
@@ -98,19 +105,19 @@ def test_nf4_teacher_is_counted_to_the_byte(double, tokenizer, tmp_path):
     )
     packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     packed.save_pretrained(tmp_path / "nf4")
-    pieces = checkpoint_pieces(read_config(str(tmp_path / "nf4")), "auto")
+    pieces = checkpoint_tensors(read_config(str(tmp_path / "nf4")), "auto")
     assert sum(piece.bytes for piece in pieces) == held_bytes(packed)
 
 
 def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_layout(tmp_path):
     """Written out for the published shapes: 4 bits, and a scale and a zero for 128 numbers."""
-    hidden, blocks, kv, intermediate, vocabulary = 5120, 64, 1024, 27_392, 152_064
+    hidden, blocks, kv, intermediate, vocab_size = 5120, 64, 1024, 27_392, 152_064
     linears = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate
     packed = linears // 2 + linears // 128 // 2 + linears // 128 * 2
     plain = 2 * (hidden + 2 * kv) + 2 * 2 * hidden  # biases of q, k, v; two norms; float16
-    total = blocks * (packed + plain) + 2 * (2 * vocabulary * hidden + hidden)
+    total = blocks * (packed + plain) + 2 * (2 * vocab_size * hidden + hidden)
     config = read_config(str(save_config(tmp_path, "Qwen/Qwen1.5-32B-Chat-AWQ")))
-    assert sum(piece.bytes for piece in checkpoint_pieces(config, "auto")) == total
+    assert sum(piece.bytes for piece in checkpoint_tensors(config, "auto")) == total
 
 
 def test_activations_of_a_block_are_those_counted_by_hand():
@@ -189,19 +196,19 @@ def test_activations_are_those_of_a_real_run(architecture, kind, checkpointing, 
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_loss_workspace_is_what_the_loss_allocates(teacher, tokenizer, tmp_path):
-    vocabulary, width, tokens = 20_000, 16, 300
-    shape = {"hidden": width, "vocab_size": vocabulary}
+    vocab_size, width, tokens = 20_000, 16, 300
+    shape = {"hidden": width, "vocab_size": vocab_size}
     name = str(save_small(tmp_path / "model", tokenizer, **shape))
     objective = Objective(soft_weight=0.5 if teacher else 0.0, loss_workspace_mb=128)
     layout = Layout(name, KINDS["lora"], 1, 1, tokens, 1, GIB, objective=objective, device="cpu")
     layout = replace(layout, teacher=name if teacher else None)
     hidden = torch.randn(tokens, width, requires_grad=True)
-    weight, labels = torch.randn(vocabulary, width), torch.zeros(tokens, dtype=torch.long)
-    signal = TeacherSignal(hidden.detach(), Head(weight)) if teacher else None
+    weight, labels = torch.randn(vocab_size, width), torch.zeros(tokens, dtype=torch.long)
+    outputs = TeacherOutputs(hidden.detach(), Head(weight)) if teacher else None
     with LiveBytes([hidden, weight, labels]) as live:
-        linear_distillation_loss(hidden, labels, Head(weight), objective, vocabulary, signal)
+        linear_distillation_loss(hidden, labels, Head(weight), objective, vocab_size, outputs)
     beside = 4 * hidden.numel()  # its gradient is a part of its own
-    assert memory.loss_workspace(layout) == pytest.approx(live.most - beside, rel=0.1)
+    assert memory.loss_workspace(layout) == pytest.approx(live.peak - beside, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +228,7 @@ def layout(models) -> Layout:
 
 
 def test_parts_add_up_to_the_total(layout):
-    found = plan(layout)
+    found = plan_training(layout)
     assert sum(found.parts.values()) == pytest.approx(found.total)
     assert found.total == found.record()["total"] or abs(found.total - found.record()["total"]) < 1
     for part in found.parts:
@@ -230,18 +237,18 @@ def test_parts_add_up_to_the_total(layout):
 
 def test_one_plan_does_not_change_the_next(layout):
     for time in (1, 2):
-        assert plan(layout).total == plan(layout).total, time
+        assert plan_training(layout).total == plan_training(layout).total, time
         list(changes_that_fit(replace(layout, memory=3 * GIB), False))
         duration(layout, Rates(1, 1, 1))
 
 
 def test_ddp_starts_with_a_copy_of_all_weights_frozen_ones_too(layout):
     lora = replace(layout, zero=None, model=ModelSettings(dtype="float32", lora_rank=4))
-    weights = sum(piece.bytes for piece in memory.student_pieces(lora))
-    (copied,) = plan(replace(lora, processes=2)).phases["DDP's start"].values()
+    weights = sum(piece.bytes for piece in student_tensors(lora))
+    (copied,) = plan_training(replace(lora, processes=2)).phases["DDP's start"].values()
     assert copied == weights < 2 * 250 * 2**20
-    assert "DDP's start" not in plan(replace(lora, processes=1)).phases
-    assert "DDP's start" not in plan(replace(lora, processes=2, zero=ZERO2)).phases
+    assert "DDP's start" not in plan_training(replace(lora, processes=1)).phases
+    assert "DDP's start" not in plan_training(replace(lora, processes=2, zero=ZERO2)).phases
 
 
 def test_more_processes_share_a_sharded_teacher(layout, tokenizer, tmp_path):
@@ -258,25 +265,25 @@ def test_adam_under_zero_is_counted_to_the_byte(layout, zero, copies):
     """Two float32 moments, and under DeepSpeed a float32 copy of bfloat16 weights, shared by two."""
     half = replace(layout, zero=zero, half="bfloat16", model=ModelSettings(dtype="bfloat16"))
     trained = parameter_counts(AutoModelForCausalLM.from_pretrained(layout.student))[0]
-    parts = memory.optimizer_held(half, student_pieces(half))
+    parts = memory.optimizer_held(half, student_tensors(half))
     found = {name.split(" ")[0]: size for name, size in parts.items()}
     assert found["optimizer:"] == 8 * trained / (2 if zero else 1)
     assert found["float32"] == copies * trained
 
 
 def test_micro_batch_is_the_largest_divisor_that_fits(layout):
-    sizes = {micro: plan(replace(layout, micro=micro)).total for micro in (1, 2, 4, 8, 16)}
+    sizes = {micro: plan_training(replace(layout, micro=micro)).total for micro in (1, 2, 4, 8, 16)}
     assert sorted(sizes.values()) == list(sizes.values())
     for micro in (2, 4, 8):
-        found = fit(replace(layout, memory=sizes[micro] + 1), given=False)
+        found = fit(replace(layout, memory=sizes[micro] + 1), fixed_batch=False)
         assert (found.layout.micro, found.layout.accumulation) == (micro, 32 // micro)
 
 
 def test_a_given_micro_batch_is_not_changed(layout):
-    total, half = (plan(replace(layout, micro=micro)).total for micro in (16, 8))
-    assert fit(replace(layout, memory=total + 1), given=True).layout.micro == 16
+    total, half = (plan_training(replace(layout, micro=micro)).total for micro in (16, 8))
+    assert fit(replace(layout, memory=total + 1), fixed_batch=True).layout.micro == 16
     with pytest.raises(ValueError, match="--per_device_train_batch_size 1 "):
-        fit(replace(layout, memory=half), given=True)
+        fit(replace(layout, memory=half), fixed_batch=True)
 
 
 def test_a_run_that_cannot_fit_ends_with_three_changes_that_do(layout, tmp_path):
@@ -288,21 +295,21 @@ def test_a_run_that_cannot_fit_ends_with_three_changes_that_do(layout, tmp_path)
         half="bfloat16",
         memory=7 * GIB,
     )
-    smallest = plan(replace(layout, micro=1))
+    smallest = plan_training(replace(layout, micro=1))
     assert not smallest.fits
     with pytest.raises(ValueError, match="DOES NOT FIT") as error:
-        fit(layout, given=False)
+        fit(layout, fixed_batch=False)
     lines = str(error.value).split("cheapest first (each planned):\n")[1].splitlines()
     assert len(lines) == 3 and all("GiB" in line and "--" in line for line in lines)
     # As it says: the same layout with LoRA, one of them, does fit.
     assert any("--lora_rank 16" in line for line in changes_that_fit(layout, False))
     lora = replace(layout.model, lora_rank=16)
-    assert fit(replace(layout, model=lora), given=False).fits
+    assert fit(replace(layout, model=lora), fixed_batch=False).fits
 
 
 def test_a_model_without_configuration_is_named(layout, tmp_path):
-    with pytest.raises(ValueError, match="no configuration can be read"):
-        plan(replace(layout, student=str(tmp_path)))
+    with pytest.raises(ValueError, match="cannot read a configuration"):
+        plan_training(replace(layout, student=str(tmp_path)))
 
 
 def test_a_model_whose_shapes_depend_on_numbers_is_said_to_have_no_plan(layout):
@@ -322,7 +329,7 @@ def test_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path
     """Two steps of Qwen2.5-0.5B's shapes under a whole teacher of 1.5B's, by the fused loss."""
     gc.collect()
     before = torch.cuda.memory_allocated()  # what tests before this one have left
-    rows, length, vocabulary = 4, 1024, 151_936
+    rows, length, vocab_size = 4, 1024, 151_936
     names = {"student": "Qwen/Qwen2.5-0.5B", "teacher": "Qwen/Qwen2.5-1.5B-Instruct"}
     folders = {role: save_config(tmp_path / role, name) for role, name in names.items()}
     settings = replace(KINDS[kind], dtype="bfloat16" if kind == "lora" else "float32")
@@ -354,19 +361,21 @@ def test_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path
     student.train()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    ids = torch.randint(vocabulary, (rows, length), device="cuda")
+    ids = torch.randint(vocab_size, (rows, length), device="cuda")
     positions = torch.arange(length, device="cuda").expand(rows, length)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         with torch.no_grad():
             states = teacher(input_ids=ids, position_ids=positions)
-        signal = TeacherSignal(states[target_positions(ids)[0]], head_of(teacher))
-        inputs = LossInputs(ids, objective, vocabulary, signal)
+        outputs = TeacherOutputs(states[target_positions(ids)[0]], head_of(teacher))
+        inputs = LossInputs(ids, objective, vocab_size, outputs)
         with torch.autocast("cuda", torch.bfloat16):
             loss = student(input_ids=ids, position_ids=positions, loss_inputs=inputs)["loss"]
-        del states, signal, inputs
+        del states, outputs, inputs
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    planned = sum(size for part, size in plan(layout).parts.items() if "allowance" not in part)
+    planned = sum(
+        size for part, size in plan_training(layout).parts.items() if "allowance" not in part
+    )
     assert planned == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)

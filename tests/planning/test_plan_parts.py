@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from kd.models.heads import backbone_only, causal_lm
 from kd.models.load import lora_config, parameter_counts
 from kd.planning import memory
-from kd.planning.counts import student_pieces
+from kd.planning.disk import disk_bytes
 from kd.planning.layout import GIB, Layout
-from kd.planning.memory import plan
-from kd.planning.throughput import disk_bytes, operations, optimizer_bytes, unpacked_bytes
+from kd.planning.memory import plan_training
+from kd.planning.model_sizes import student_tensors
+from kd.planning.throughput import operations, optimizer_bytes, unpacked_bytes
 from kd.settings.distillation import ModelSettings, OnPolicySettings
 
 ZERO2, ZERO3 = (
@@ -48,7 +49,7 @@ def weights(models) -> int:
 
 
 def part(layout: Layout, name: str) -> float:
-    parts = memory.optimizer_held(layout, student_pieces(layout))
+    parts = memory.optimizer_held(layout, student_tensors(layout))
     return next(size for key, size in parts.items() if key.startswith(name))
 
 
@@ -81,9 +82,9 @@ def test_a_paged_optimizer_is_in_the_memory_of_the_machine(layout, weights):
     paged = replace(layout, zero=ZERO2, optimizer="paged_adamw_32bit", device="cuda")
     assert part(paged, "optimizer") == 0
     assert part(replace(paged, optimizer="adamw_torch"), "optimizer") == 8 * weights / 2
-    assert memory.host_parts(paged, student_pieces(paged))["paged optimizer"] == 8 * weights
+    assert memory.host_parts(paged, student_tensors(paged))["paged optimizer"] == 8 * weights
     alone = replace(paged, zero=None)
-    assert memory.host_parts(alone, student_pieces(alone))["paged optimizer"] == 2 * 8 * weights
+    assert memory.host_parts(alone, student_tensors(alone))["paged optimizer"] == 2 * 8 * weights
 
 
 def test_states_of_a_sharded_teacher_fill_its_workspace_and_no_more(layout, models):
@@ -99,11 +100,11 @@ def test_states_of_a_sharded_teacher_fill_its_workspace_and_no_more(layout, mode
 def test_own_answers_are_those_of_the_share_and_a_sharded_student_is_whole_for_them(layout):
     settings = OnPolicySettings(student_fraction=0.25)
     writing = replace(layout, micro=4, accumulation=3, on_policy=settings)
-    assert memory.own_rows(writing) == 6  # a quarter of 24, all of them of one process
-    assert memory.own_rows(replace(writing, processes=8)) == 12  # no more than it has
-    for zero, whole in ((ZERO2, 0.0), (ZERO3, sum(p.bytes for p in student_pieces(layout)))):
-        phase = plan(replace(writing, zero=zero)).phases["the student's writing"]
-        assert phase["student gathered to write"] == whole
+    assert memory.on_policy_rows(writing) == 6  # a quarter of 24, all of them of one process
+    assert memory.on_policy_rows(replace(writing, processes=8)) == 12  # no more than it has
+    for zero, whole in ((ZERO2, 0.0), (ZERO3, sum(p.bytes for p in student_tensors(layout)))):
+        phase = plan_training(replace(writing, zero=zero)).phases["the student's generation"]
+        assert phase["student gathered for generation"] == whole
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
@@ -132,8 +133,8 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(layout, models, sett
 
 
 def test_the_heads_operations_again_for_a_teacher_and_again_for_a_trained_weight(layout, models):
-    vocabulary = AutoModelForCausalLM.from_pretrained(models / "student").config.vocab_size
-    one = 2 * ROWS * LENGTH * vocabulary  # a number of H
+    vocab_size = AutoModelForCausalLM.from_pretrained(models / "student").config.vocab_size
+    one = 2 * ROWS * LENGTH * vocab_size  # a number of H
     taught = replace(layout, teacher=str(models / "teacher"))
     for changed, numbers in (
         (layout, 3 * 32),
@@ -150,7 +151,7 @@ def test_what_is_unpacked_and_what_the_optimizer_moves(layout, weights):
     assert optimizer_bytes(layout) == (2 * 8 + 16) * weights
     assert optimizer_bytes(replace(layout, zero=ZERO2)) == (2 * 8 + 16) * weights / 2
     packed = replace(layout, model=replace(LORA, quantization="nf4", dtype="bfloat16"))
-    frozen = sum(piece.bytes for piece in student_pieces(packed) if not piece.trained)
+    frozen = sum(piece.bytes for piece in student_tensors(packed) if not piece.trained)
     assert unpacked_bytes(layout) == 0 and unpacked_bytes(packed) == 2 * 9 * frozen
     assert unpacked_bytes(replace(packed, checkpointing=True, accumulation=2)) == 6 * 9 * frozen
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import skip_first_batches
 from small import small_model
 
-from kd.losses.fused import Objective
+from kd.settings.distillation import Objective
 from kd.settings.training import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
@@ -27,7 +27,7 @@ def test_workers_live_on_after_sigterm(tokenizer, tmp_path, resumed):
         train_dataset=list(range(40)),
         data_collator=torch.tensor,
         objective=Objective(soft_weight=0.0),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
     )
     loader = trainer.get_train_dataloader()
     batches = iter(skip_first_batches(loader, 3) if resumed else loader)

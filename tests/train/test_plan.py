@@ -78,9 +78,9 @@ def test_plan_of_a_profile_needs_none_of_its_gpus_and_prints_once(hub):
         *("--rows", "207865"),
         GPU_MEMORY_GB="39.4",
     )
-    assert printed.count("memory a GPU at its worst") == 1
-    table = printed.split("time a step")[0]
-    assert "teacher (1/2 of it)" in table and "fits" in table and "NOT FIT" not in table
+    assert printed.count("peak memory per GPU") == 1
+    table = printed.split("time per step")[0]
+    assert "teacher (1/2 per process)" in table and "fits" in table and "NOT FIT" not in table
     sizes = [float(size) for size in re.findall(r"([\d.]+) GiB$", table, flags=re.M)]
     *parts, total, _ = sizes  # the last line is the host's memory
     assert sum(parts) == pytest.approx(total, abs=0.06)
@@ -125,8 +125,11 @@ def test_a_run_takes_the_micro_batch_of_its_plan_and_leaves_it(work, monkeypatch
     plan = record["plan"]
     assert (plan["rows"], plan["accumulation"]) == (8, 2)
     assert record["recipe"]["per_device_train_batch_size"] == 8
-    assert "rows a step: 16 = 1 processes x 8 rows x 2" in done.stdout
-    assert "at its worst" in done.stdout and plan["total"] <= plan["of"] <= memory * 2**30 + 1
+    assert "rows per step: 16 = 1 processes x 8 rows x 2" in done.stdout
+    assert (
+        "peak memory per process" in done.stdout
+        and plan["total"] <= plan["of"] <= memory * 2**30 + 1
+    )
 
 
 def test_a_run_that_cannot_fit_is_stopped_before_a_model_is_loaded(work, monkeypatch):
@@ -134,5 +137,5 @@ def test_a_run_that_cannot_fit_is_stopped_before_a_model_is_loaded(work, monkeyp
     flags = flags_of(work, "--gpu_memory_gb", memory, "--output_dir", work / "stopped")
     done = start("python", "train/sft.py", *flags)
     assert done.returncode == 2 and "DOES NOT FIT" in done.stdout, done.stdout[-4000:]
-    assert done.stdout.count("rows at a time)") == 3
+    assert done.stdout.count("rows per micro-batch)") == 3
     assert "Traceback" not in done.stdout and "parameters:" not in done.stdout

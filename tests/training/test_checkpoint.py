@@ -101,7 +101,7 @@ def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_the_end_is_the_sa
     job = distill(models, unfinished)
     assert "checkpoint-6: optimizer.pt has" in job.stdout, job.stdout[-3000:]
     assert "set aside as torn-checkpoint-6" in job.stdout
-    assert f"going on from {unfinished}/checkpoint-4" in job.stdout
+    assert f"resuming from {unfinished}/checkpoint-4" in job.stdout
     assert weights(unfinished) == weights(finished)
     names = sorted(path.name for path in unfinished.glob("*checkpoint-*"))
     assert names == ["checkpoint-4", "checkpoint-6", "torn-checkpoint-6"]
@@ -111,7 +111,7 @@ def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_the_end_is_the_sa
     "change, message",
     [
         ({"learning_rate": 1e-3}, "learning_rate: 5e-05 then, 0.001 now"),
-        ({"max_steps": 9}, "the learning rate of every step depends on the last one"),
+        ({"max_steps": 9}, "the learning rate of every step depends on the length of the run"),
     ],
 )
 def test_a_changed_recipe_is_an_error_that_shows_the_difference(
@@ -127,7 +127,7 @@ def test_a_changed_recipe_is_an_error_that_shows_the_difference(
 def test_another_number_of_processes_is_a_clear_error(models, unfinished):
     two = ("torchrun", "--nproc-per-node", 2, "train/distill.py")
     job = start(*two, *flags(models, unfinished, ddp_backend="gloo"))
-    assert job.returncode != 0 and "written with processes 1, and this start has 2" in job.stdout
+    assert job.returncode != 0 and "written with processes: 1, but this run has 2" in job.stdout
 
 
 def test_what_changes_no_weight_may_change(models, finished, unfinished):

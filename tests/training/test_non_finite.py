@@ -17,14 +17,15 @@ from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
 from kd.recipe import as_flags
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import DataSettings, ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
-from kd.training.out_of_memory import names_what_to_change
+from kd.settings.training_recipe import Recipe
+from kd.training.out_of_memory import explain_out_of_memory
 from kd.training.stragglers import straggler
 
 BAD = "Zebra quartz"  # in one row only, and its tokens have no finite embedding
+ROWS = DataSettings(data='[{"path": "rows.jsonl"}]')  # max_length 1024
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,9 @@ def test_a_step_without_a_finite_loss_is_named_and_left_out(models, work, tmp_pa
     command = flags(models, work, tmp_path / "run")
     job = start("python", "train/distill.py", *command)
     assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
-    named = re.search(r"step (\d+): no finite loss in (.*)", job.stdout)
+    named = re.search(r"step (\d+): the loss is not finite in (.*)", job.stdout)
     assert f"row 17 ('{BAD}')" in named.group(2)
-    assert f"step {named.group(1)} is left out (1 of 3 in a row)" in job.stdout
+    assert f"step {named.group(1)} is skipped (1 of 3 in a row)" in job.stdout
     curve = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     assert [math.isfinite(loss) for loss in losses].count(False) == 1  # and the next are good
@@ -121,13 +122,13 @@ def test_a_slow_rank_is_named_and_a_silent_one_ends_the_run(models, work, tmp_pa
         time.sleep(0.036)
         rank.resume()
         time.sleep(0.004)
-    assert "rank 1 on" in printed() and "the others' time for a token" in printed(), printed()
+    assert "rank 1 on" in printed() and "the others' time per token" in printed(), printed()
     seen = printed().count("'grad_norm'")
     await_text(lambda: printed().count("'grad_norm'") > seen + 2, job, printed)
     rank.send_signal(signal.SIGSTOP)
     assert job.wait(400) != 0
     last = printed().split("Root Cause (first observed failure)")[1]
-    assert f"Not heard of since: pid {rank.pid} on" in last, printed()[-4000:]
+    assert f"No report from: pid {rank.pid} on" in last, printed()[-4000:]
     assert not rank.is_running()
 
 
@@ -161,8 +162,8 @@ def test_out_of_memory_names_what_this_run_has_not_tried(tmp_path):
     teacher = TeacherSettings(teacher="t", teacher_deepspeed="ds_configs/teacher_zero3.json")
     with (
         pytest.raises(ValueError, match="tried to allocate") as caught,
-        names_what_to_change(
-            training, ModelSettings(lora_rank=8), 1024, teacher, Objective()
+        explain_out_of_memory(
+            Recipe("s", ModelSettings(lora_rank=8), ROWS, training, teacher, Objective())
         ),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)  # the CPU's allocator refuses it
@@ -180,7 +181,7 @@ def test_other_errors_pass_unchanged(tmp_path):
     )
     with (
         pytest.raises(RuntimeError, match="another"),
-        names_what_to_change(training, ModelSettings(), 8),
+        explain_out_of_memory(Recipe("m", ModelSettings(), ROWS, training)),
     ):
         raise RuntimeError("another")
 
@@ -190,7 +191,7 @@ def test_out_of_memory_of_a_gpu_is_explained(tmp_path):
     training = TrainingSettings(output_dir=str(tmp_path), global_batch_size=8, report_to=["none"])
     with (
         pytest.raises(ValueError, match="out of memory on cuda"),
-        names_what_to_change(training, ModelSettings(), 8),
+        explain_out_of_memory(Recipe("m", ModelSettings(), ROWS, training)),
     ):
         torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
 

@@ -16,18 +16,19 @@ from transformers import AutoModelForCausalLM
 from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import ON_POLICY, Collator
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.fused import Objective
-from kd.models.generation_mode import SCORES, row_bytes
+from kd.models.generation_mode import SCORE_BYTES, row_bytes
 from kd.models.heads import causal_lm
+from kd.planning.communication import sent_bytes
+from kd.planning.device_rates import Rates
 from kd.planning.layout import Layout
-from kd.planning.memory import plan
-from kd.planning.throughput import Rates, duration, sent_bytes
-from kd.settings.distillation import ModelSettings, OnPolicySettings, TeacherSettings
+from kd.planning.memory import plan_training
+from kd.planning.throughput import duration
+from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.on_policy import StudentRows, answer_starts, chosen_places, documents
-from kd.training.rollouts import Writer
-from kd.training.step_metrics import of_the_run
+from kd.training.on_policy import OnPolicyRows, answer_starts, choose_rows, split_documents
+from kd.training.rollouts import RolloutGenerator
+from kd.training.step_metrics import reproducible
 from kd.training.trainer import DistillationTrainer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
@@ -67,7 +68,7 @@ def rows_of(step: list[dict]) -> list[tuple[EncodedRow, bool]]:
             if ON_POLICY in batch
             else [False] * len(batch["labels"])
         )
-        found += zip(documents(batch), own, strict=True)
+        found += zip(split_documents(batch), own, strict=True)
     return found
 
 
@@ -81,7 +82,7 @@ def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> tor
     maps = getattr(causal_lm(student), "hidden_projections", None)
     total, tokens = 0.0, 0
     for row, own in rows_of(step):
-        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        ids, labels = torch.tensor(row.input_ids)[None], torch.tensor(row.labels[1:])
         mask = labels != IGNORE_INDEX
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
@@ -170,7 +171,7 @@ def test_figures_of_the_students_rows_are_apart(work):
         mask = labels != IGNORE_INDEX
         tokens[own] += int(mask.sum())
         with torch.no_grad():
-            ids = torch.tensor([row.input_ids])
+            ids = torch.tensor(row.input_ids)[None]
             ours, theirs = (
                 m(input_ids=ids).logits[0, :-1, : len(tokenizer)][mask] for m in (student, teacher)
             )
@@ -186,7 +187,7 @@ def test_figures_of_the_students_rows_are_apart(work):
         and "on_policy_teacher_label_probability" not in logged
     )
     assert logged["generated_length"] == pytest.approx(tokens[1] / len(answers))
-    ends = set(Writer(student, OnPolicySettings(), tokenizer).ends)
+    ends = set(RolloutGenerator(student, OnPolicySettings(), tokenizer).ends)
     cut = sum(answer[-1] not in ends for answer in answers) / len(answers)
     assert logged["generated_cut_share"] == pytest.approx(cut)
     assert logged["seconds_generation"] > 0
@@ -210,7 +211,7 @@ def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, t
         assert (tmp_path / name / "done.json").exists(), job.stdout[-4000:]
         found[name] = (tmp_path / name / "adapter_model.safetensors").read_bytes()
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        curves[name] = [of_the_run(entry) for entry in history if "loss" in entry]
+        curves[name] = [reproducible(entry) for entry in history if "loss" in entry]
         assert ("on-policy: the student answers 40% of the rows" in job.stdout) == (name == "some")
     assert found["off"] == found["none"] != found["some"] and curves["off"] == curves["none"]
     own = {"on_policy_divergence", "on_policy_agreement", "generated_length", "generated_cut_share"}
@@ -233,9 +234,11 @@ def trainer_of(student, teacher, tokenizer, rows, folder, settings, **objective)
         data_collator=collator,
         processing_class=tokenizer,
         objective=Objective(**objective),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=live,
-        student_rows=StudentRows(settings, Writer(student, settings, tokenizer), collator, 512),
+        on_policy_rows=OnPolicyRows(
+            settings, RolloutGenerator(student, settings, tokenizer), collator, 512
+        ),
     )
 
 
@@ -278,47 +281,47 @@ def test_an_empty_answer_is_its_end_token_and_is_learnt_from(models, tokenizer, 
         soft_weight=0.5,
     )
     end = tokenizer.eos_token_id
-    trainer.student_rows.writer.answers = lambda prompts, device: [[end] for _ in prompts]
+    trainer.on_policy_rows.generator.generate = lambda prompts, device: [[end] for _ in prompts]
     batch = trainer.data_collator([[row] for row in rows])
     (batch,), items = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
-    assert int(items) == 4 and trainer.figures.written == [4, 4, 0]
+    assert int(items) == 4 and trainer.metrics.completions == [4, 4, 0]
     outputs = trainer.compute_loss(student, batch, True, num_items_in_batch=items)
     assert math.isfinite(outputs[0].item()) and outputs[0].item() > 0
-    figures = trainer.figures.read()
-    assert "cross_entropy" not in figures and figures["on_policy_divergence"] > 0
+    metrics = trainer.metrics.read()
+    assert "cross_entropy" not in metrics and metrics["on_policy_divergence"] > 0
 
 
 def test_an_answer_takes_the_place_of_one_of_a_rows_answers_and_keeps_to_max_length():
-    row = EncodedRow(
+    row = EncodedRow.from_labels(
         list(range(10, 22)), [IGNORE_INDEX] * 3 + [13, 14] + [IGNORE_INDEX] * 4 + [19, 20, 21]
     )
     assert answer_starts(row) == [3, 9]
-    text = EncodedRow(list(range(12)), [IGNORE_INDEX, *range(1, 12)])
+    text = EncodedRow.from_labels(list(range(12)), [IGNORE_INDEX, *range(1, 12)])
     assert answer_starts(text) == [6]
-    assert answer_starts(EncodedRow([5, 6], [IGNORE_INDEX, 6])) == [1]
-    rows = StudentRows(OnPolicySettings(0.5, 256), None, Collator(0), 12)
+    assert answer_starts(EncodedRow.from_labels([5, 6], [IGNORE_INDEX, 6])) == [1]
+    rows = OnPolicyRows(OnPolicySettings(0.5, 256), None, Collator(0), 12)
     found = {(len(p.ids), p.limit) for p in (rows.prompt(row, str(i)) for i in range(20))}
     assert found == {(3, 9), (9, 3)}
 
 
 def test_rows_are_drawn_by_seed_and_step_and_their_share_is_right_on_average():
-    draws = [chosen_places(0.3, 8, 0, step) for step in range(400)]
+    draws = [choose_rows(0.3, 8, 0, step) for step in range(400)]
     assert sum(map(len, draws)) / 3200 == pytest.approx(0.3, abs=0.02)
     assert {len(places) for places in draws} == {2, 3}
     counts = [sum(place in places for places in draws) for place in range(8)]
     assert min(counts) > 80 and max(counts) < 160
-    assert draws[:5] == [chosen_places(0.3, 8, 0, step) for step in range(5)]
-    assert draws[:5] != [chosen_places(0.3, 8, 1, step) for step in range(5)]
-    assert chosen_places(1.0, 8, 0, 3) == set(range(8))
+    assert draws[:5] == [choose_rows(0.3, 8, 0, step) for step in range(5)]
+    assert draws[:5] != [choose_rows(0.3, 8, 1, step) for step in range(5)]
+    assert choose_rows(1.0, 8, 0, 3) == set(range(8))
 
 
 def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
     """FlashAttention's batches have all rows in one."""
     rows, _ = encode_rows(small_rows(5), tokenizer, 512, progress=False)
     for flat in (False, True):
-        student_rows = StudentRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
-        batch = student_rows.collated(rows, [1, 4], torch.device("cpu"))
-        assert documents(batch) == rows
+        on_policy_rows = OnPolicyRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
+        batch = on_policy_rows.collated(rows, [1, 4], torch.device("cpu"))
+        assert split_documents(batch) == rows
         own = batch[ON_POLICY] & (batch["labels"] != IGNORE_INDEX)
         wanted = [x for i in (1, 4) for x in rows[i].labels if x != IGNORE_INDEX]
         assert batch["labels"][own].tolist() == wanted
@@ -331,7 +334,7 @@ def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(mode
     )
     held = sum(x.nbytes for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
     length = out.past_key_values.get_seq_length()
-    scores = SCORES * model.config.vocab_size
+    scores = SCORE_BYTES * model.config.vocab_size
     assert held == 3 * (row_bytes(model.config, length, 4) - scores)
 
     layout = Layout(
@@ -345,15 +348,17 @@ def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(mode
         zero=json.loads((ROOT / ZERO3).read_text()),
         device="cpu",
     )
-    assert "the student's writing" not in plan(layout).phases
+    assert "the student's generation" not in plan_training(layout).phases
     own = dataclasses.replace(layout, on_policy=OnPolicySettings(0.25))
-    phase = plan(own).phases["the student's writing"]
-    assert phase["keys, values and scores of own answers"] == 4 * row_bytes(model.config, 64, 4)
+    phase = plan_training(own).phases["the student's generation"]
+    assert phase["keys, values and scores of generated answers"] == 4 * row_bytes(
+        model.config, 64, 4
+    )
     weights = sum(p.numel() * 4 for p in model.parameters())
-    assert phase["student gathered to write"] == weights
+    assert phase["student gathered for generation"] == weights
     # Four rows of a process at once, 256 tokens at most and here 64: so often all weights are read.
     rates = Rates(tflops=1, memory_gb_s=1, link_gb_s=1)
     (written,) = duration(own, rates).seconds.keys() - duration(layout, rates).seconds.keys()
-    assert "the student's writing" in written
+    assert "the student's generation" in written
     assert duration(own, rates).seconds[written] == pytest.approx(64 * weights / 1e9)
-    assert sent_bytes(own)["student gathered to write"] == weights / 2
+    assert sent_bytes(own)["student gathered for generation"] == weights / 2

@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from kd.generation.engines import sampling_processors
 from kd.models.heads import return_loss
 from kd.settings.distillation import OnPolicySettings
-from kd.training.rollouts import KnownIds, Prompt, Writer
+from kd.training.rollouts import PaddedIdsMask, Prompt, RolloutGenerator
 
 
 def student_with_likely_padding(models, tokenizer):
@@ -36,13 +36,13 @@ def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
     texts = ["What does", "Return a list of all the things that there are", "A"]
     for temperature in (0.0, 0.7):
         settings = OnPolicySettings(0.5, 12, temperature, top_p=0.9, top_k=20)
-        writer = Writer(student, settings, tokenizer)
+        generator = RolloutGenerator(student, settings, tokenizer)
         prompts = [Prompt(tokenizer.encode(x), 12 - i, 7 + i) for i, x in enumerate(texts)]
         global_state = torch.get_rng_state()
-        written = writer.answers(prompts, torch.device("cpu"))
+        written = generator.generate(prompts, torch.device("cpu"))
         assert torch.equal(torch.get_rng_state(), global_state)
         for prompt, ids in zip(prompts, written, strict=True):
-            processors = [KnownIds(len(tokenizer))]
+            processors = [PaddedIdsMask(len(tokenizer))]
             processors += sampling_processors(temperature, 0.9, [prompt.seed], 20)
             alone = plain.generate(
                 torch.tensor([prompt.ids]),
@@ -63,7 +63,7 @@ def test_continuous_batching_writes_what_generate_writes(models, tokenizer, monk
 
     def written(engine: str, prompts: list[Prompt], **settings) -> list[list[int]]:
         chosen = OnPolicySettings(0.5, generation_engine=engine, **settings)
-        return Writer(student, chosen, tokenizer).answers(prompts, torch.device("cpu"))
+        return RolloutGenerator(student, chosen, tokenizer).generate(prompts, torch.device("cpu"))
 
     likeliest = [written(x, prompts, generation_temperature=0) for x in ("generate", "continuous")]
     assert likeliest[0] == likeliest[1]
@@ -89,7 +89,7 @@ def test_draws_of_continuous_batching_follow_the_students_distribution(models, t
     return_loss(student)
     settings = OnPolicySettings(0.5, 1, 0.5, generation_engine="continuous")
     prompts = [Prompt(ids, 1, seed) for seed in range(many)]
-    answers = Writer(student, settings, tokenizer).answers(prompts, torch.device("cpu"))
+    answers = RolloutGenerator(student, settings, tokenizer).generate(prompts, torch.device("cpu"))
     likely = (logits / 0.5).softmax(-1).topk(8)
     for token, p in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
         count = sum(answer == [token] for answer in answers)
@@ -102,14 +102,14 @@ def test_no_padded_id_is_drawn_and_a_small_workspace_writes_row_by_row(models, t
     found = []
     for workspace in (1, 2048):
         settings = OnPolicySettings(0.5, generation_workspace_mb=workspace)
-        writer = Writer(student, settings, tokenizer)
-        sizes = [len(places) for places in writer.batches(prompts, list(range(8)))]
+        generator = RolloutGenerator(student, settings, tokenizer)
+        sizes = [len(places) for places in generator.batches(prompts, list(range(8)))]
         assert sizes == [8]
-        writer.model.config.num_hidden_layers = 2000 if workspace == 1 else 2
-        sizes = [len(places) for places in writer.batches(prompts, list(range(8)))]
-        writer.model.config.num_hidden_layers = 2
+        generator.model.config.num_hidden_layers = 2000 if workspace == 1 else 2
+        sizes = [len(places) for places in generator.batches(prompts, list(range(8)))]
+        generator.model.config.num_hidden_layers = 2
         assert (sizes == [8]) == (workspace == 2048) and sum(sizes) == 8
-        found.append(writer.answers(prompts, torch.device("cpu")))
+        found.append(generator.generate(prompts, torch.device("cpu")))
     assert found[0] == found[1]
     assert all(token < len(tokenizer) for answer in found[0] for token in answer)
 
@@ -122,10 +122,10 @@ def test_a_student_on_a_gpu_writes_what_it_writes_as_it_was_loaded(models, token
         AutoModelForCausalLM.from_pretrained(models / "student").to(device).eval() for _ in range(2)
     )
     return_loss(student)
-    writer = Writer(student, OnPolicySettings(0.5), tokenizer)
+    generator = RolloutGenerator(student, OnPolicySettings(0.5), tokenizer)
     prompts = [Prompt(tokenizer.encode("Return " * n), 20, n) for n in (1, 5, 9)]
-    for prompt, ids in zip(prompts, writer.answers(prompts, device), strict=True):
-        processors = [KnownIds(len(tokenizer)), *sampling_processors(1.0, 1.0, [prompt.seed])]
+    for prompt, ids in zip(prompts, generator.generate(prompts, device), strict=True):
+        processors = [PaddedIdsMask(len(tokenizer)), *sampling_processors(1.0, 1.0, [prompt.seed])]
         alone = plain.generate(
             torch.tensor([prompt.ids], device=device),
             max_new_tokens=20,
@@ -144,5 +144,5 @@ def test_continuous_batching_on_a_gpu_writes_what_generate_writes(models, tokeni
     found = []
     for engine in ("generate", "continuous"):
         chosen = OnPolicySettings(0.5, generation_engine=engine, generation_temperature=0)
-        found.append(Writer(student, chosen, tokenizer).answers(prompts, device))
+        found.append(RolloutGenerator(student, chosen, tokenizer).generate(prompts, device))
     assert found[0] == found[1]

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.models.heads import LossInputs, return_loss
-from kd.training.samples import beginning, table, write_on
+from kd.training.samples import decode_greedily, markdown_table, prompt_of
 
 
 def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokenizer):
@@ -27,21 +27,21 @@ def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokeni
         asked = LossInputs(batch["labels"], None, model.config.vocab_size)
         return model(batch["input_ids"], batch["position_ids"], loss_inputs=asked)
 
-    assert write_on(next_tokens, begun, 8, set()) == expected
+    assert decode_greedily(next_tokens, begun, 8, set()) == expected
     end = expected[0][3]
     cut = expected[0][: expected[0].index(end)]
-    assert write_on(next_tokens, begun, 8, {end})[0] == cut
+    assert decode_greedily(next_tokens, begun, 8, {end})[0] == cut
 
 
 def test_a_beginning_is_the_prompt_and_of_plain_text_its_first_tokens():
-    chat = EncodedRow([5, 6, 7, 8, 9], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8, 9])
-    assert beginning(chat) == [5, 6, 7]
+    chat = EncodedRow.from_labels([5, 6, 7, 8, 9], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8, 9])
+    assert prompt_of(chat) == [5, 6, 7]
     ids = list(range(100))
-    assert beginning(EncodedRow(ids, [IGNORE_INDEX, *ids[1:]])) == ids[:32]
+    assert prompt_of(EncodedRow.from_labels(ids, [IGNORE_INDEX, *ids[1:]])) == ids[:32]
     long = list(range(400))  # of a long prompt its end, which the answer is to
-    assert beginning(EncodedRow(long, [IGNORE_INDEX] * 300 + long[300:])) == long[44:300]
+    assert prompt_of(EncodedRow.from_labels(long, [IGNORE_INDEX] * 300 + long[300:])) == long[44:300]
 
 
 def test_no_text_breaks_out_of_its_cell():
-    lines = table({"beginning": ["a | b\n<b>"], "student": [""]}).splitlines()
+    lines = markdown_table({"prompt": ["a | b\n<b>"], "student": [""]}).splitlines()
     assert lines[2] == "| a &#124; b<br>&lt;b> | (nothing) |"

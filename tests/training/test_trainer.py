@@ -13,9 +13,8 @@ from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
 from kd.losses.divergences import forward_kl
-from kd.losses.fused import Objective
 from kd.recipe import as_flags
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
@@ -55,7 +54,7 @@ def heldout_figures(student_folder, models) -> dict[str, float]:
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
     hard = soft = 0.0
     for row in rows:
-        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        ids, labels = torch.tensor(row.input_ids)[None], torch.tensor(row.labels[1:])
         ours, theirs = (
             m(input_ids=ids).logits[0, :-1, : len(tokenizer)][labels != -100]
             for m in (student, teacher)
@@ -110,7 +109,7 @@ def test_a_broken_teacher_ends_the_run_at_its_first_batch(models, tmp_path):
     load_tokenizer(str(models / "teacher")).save_pretrained(tmp_path / "teacher")
     changed = flags(models, tmp_path / "run", teacher=tmp_path / "teacher", use_cpu="true")
     done = start("python", "train/distill.py", *changed)
-    assert done.returncode == 2 and "look at the teacher" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 2 and "check the teacher" in done.stdout, done.stdout[-3000:]
 
 
 def test_fault_13_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
@@ -132,7 +131,7 @@ def test_fault_13_no_value_is_read_from_the_device_between_two_logs(models, monk
         train_dataset=[[row] for row in rows],
         data_collator=Collator(tokenizer.pad_token_id),
         objective=Objective(0.5),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=teacher,
     )
     batch = trainer.data_collator([[row] for row in rows])

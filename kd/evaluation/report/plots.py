@@ -1,4 +1,4 @@
-"""The plots of a report: bars of the figures, and the loss terms of the training runs."""
+"""The plots of a report: bars of the metrics, quality against size and speed, training curves."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,53 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from kd.evaluation.report.summary import METRICS, split_seed  # noqa: E402
-from kd.run.run_record import last_checkpoint  # noqa: E402
+from kd.evaluation.report.result_table import (  # noqa: E402
+    METRICS,
+    NOT_RUN,
+    ResultFile,
+    Results,
+    split_seed,
+)
+from kd.training.checkpoints.checkpoint import last_checkpoint  # noqa: E402
 
+BARS_FILE, CURVES_FILE = "perplexity_and_kl.png", "training_curves.png"
+TRADE_OFF_FILE = "size_and_speed.png"
 BARS = ("text_perplexity", "chat_perplexity", "forward_kl")
 TERMS = ("loss", "cross_entropy", "divergence")
 GREY = "0.6"
 
 
+def draw_plots(
+    results: Results,
+    summary: dict,
+    comparison: dict[str, dict],
+    histories: dict[str, Path | None],
+    trade_off: str | None,
+    folder: Path,
+) -> set[str]:
+    """Draw all plots that there are results for, and return their file names.
+
+    Raises ValueError if `trade_off` is a metric without results.
+    """
+    if trade_off and trade_off not in comparison:
+        raise ValueError(
+            f"trade_off: {trade_off}; wanted one of {', '.join(comparison) or NOT_RUN}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    metric = trade_off or next(iter(comparison), None)
+    values = comparison[metric]["settings"] if metric else {}
+    drawn = {
+        BARS_FILE: plot_bars(summary["settings"], folder / BARS_FILE),
+        TRADE_OFF_FILE: plot_trade_off(
+            results.of_kind("speed"), metric, values, folder / TRADE_OFF_FILE
+        ),
+        CURVES_FILE: plot_curves(histories, folder / CURVES_FILE),
+    }
+    return {file for file, is_drawn in drawn.items() if is_drawn}
+
+
 def plot_bars(settings: dict[str, dict], file: Path) -> bool:
-    """A panel for each of BARS, with the deviation over seeds; False where all are missing."""
+    """Draw a panel for each of BARS, with deviations over seeds; False if all are missing."""
     shown = {
         metric: cells
         for metric in BARS
@@ -43,21 +80,23 @@ def plot_bars(settings: dict[str, dict], file: Path) -> bool:
             if cell["deviation"] is not None:
                 axis.errorbar(x, cell["mean"], cell["deviation"], color="black", capsize=4)
         axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
-        axis.set_title(METRICS[metric].label + (", nats a token" if metric == "forward_kl" else ""))
+        axis.set_title(
+            METRICS[metric].label + (", nats per token" if metric == "forward_kl" else "")
+        )
     save(figure, file)
     return True
 
 
 def plot_trade_off(
-    speeds: dict[str, dict], metric: str, values: dict[str, dict], file: Path
+    speeds: list[ResultFile], metric: str, values: dict[str, dict], file: Path
 ) -> bool:
-    """The quality of every model over its parameters and over its speed; False without both.
+    """Draw quality against parameters and against decoding speed; False without both.
 
-    `speeds`: {model: its result}; `values`: {setting: {"value", "low", "high"}} of `metric`.
+    `values`: {model: {"value", "low", "high"}} of `metric`.
     """
     points = {}
     for name, numbers in values.items():
-        sizes = [r for model, r in speeds.items() if split_seed(model)[0] == name]
+        sizes = [speed.content for speed in speeds if split_seed(speed.name)[0] == name]
         if isinstance(numbers, dict) and sizes:
             points[name] = (numbers, sizes[0])
     if not points:
@@ -82,13 +121,13 @@ def plot_trade_off(
 
 
 def colour_of(name: str, students: list[str]) -> str:
-    """One colour a student in every plot, by its place in the alphabet; grey for the others."""
+    """Return one colour for each student, the same in every plot; grey for other models."""
     names = sorted(set(students))
     return f"C{names.index(name)}" if name in names else GREY
 
 
 def find_histories(runs: list[str]) -> dict[str, Path | None]:
-    """{run: its trainer_state.json}: its own, else its newest checkpoint's, else None."""
+    """Return {run: trainer_state.json} of the run or of its newest checkpoint; None without."""
     found: dict[str, Path | None] = {}
     for run in runs:
         checkpoint = last_checkpoint(run)
@@ -99,7 +138,10 @@ def find_histories(runs: list[str]) -> dict[str, Path | None]:
 
 
 def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
-    """Loss terms over steps: a colour a setting, a line a seed, points for held-out values."""
+    """Draw loss terms over steps: a colour per model, a line per seed, points for held-out rows.
+
+    Returns False without a training history.
+    """
     logs = {
         Path(run).name: json.loads(state.read_text())["log_history"]
         for run, state in histories.items()
@@ -108,7 +150,7 @@ def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
     terms = [t for t in TERMS if any(t in entry for log in logs.values() for entry in log)]
     if not terms:
         return False
-    students = [name for name, seed in map(split_seed, logs) if seed is not None]
+    students = [name for name, seed in map(split_seed, logs) if seed]
     figure, axes = plt.subplots(1, len(terms), figsize=(4.2 * len(terms), 3.6), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
         labelled = set()
@@ -124,7 +166,7 @@ def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
             heldout = [(entry["step"], entry[key]) for entry in log if key in entry]
             if heldout:
                 axis.plot(*zip(*heldout, strict=True), "o", color=colour, ms=4)
-        axis.set_title(term.replace("_", " ") + ", nats a token")
+        axis.set_title(term.replace("_", " ") + ", nats per token")
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize="small")
     save(figure, file)
@@ -132,6 +174,7 @@ def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
 
 
 def save(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG and free it."""
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -1,0 +1,1 @@
+"""Checkpoints: written atomically, sealed by a manifest, verified before use."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that wants to go on from it."""
+"""Check that a checkpoint belongs to the run that wants to resume from it."""
 
 import json
 from pathlib import Path
@@ -7,23 +7,27 @@ from typing import Any
 from kd.settings.training import TrainingSettings
 from kd.training.checkpoints.manifest import read_manifest
 
-# Keys that change what is reported, kept or how fast it goes, and no weight. All others must be equal.
+# Keys that affect reports, stored files or speed, but no weight. All other keys must be equal.
 FREE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica",
     "logging_steps", "logging_first_step", "logging_strategy", "logging_nan_inf_filter",
-    "sample_prompts", "sample_tokens", "save_steps", "save_strategy", "save_total_limit", "project", "trackio_space_id",
-    "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataloader_persistent_workers", "per_device_eval_batch_size",
-    "max_per_device_train_batch_size", "max_skipped_steps", "push_to_hub", "hub_token", "hub_model_id",
-    "data_cache", "data_workers", "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
-    "deepspeed",  # its stage is compared apart
+    "sample_prompts", "sample_tokens", "save_steps", "save_strategy", "save_total_limit",
+    "project", "trackio_space_id", "ddp_backend", "ddp_timeout", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "per_device_eval_batch_size", "max_per_device_train_batch_size", "max_skipped_steps",
+    "push_to_hub", "hub_token", "hub_model_id", "data_cache", "data_workers",
+    "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
     "teacher_workspace_mb",
+    "deepspeed",  # its ZeRO stage is compared separately
 }  # fmt: skip
-LENGTH = {"max_steps", "num_train_epochs"}  # free where no learning rate depends on the last step
+# These two may also change if no learning rate depends on the run's length.
+LENGTH = {"max_steps", "num_train_epochs"}
 
 
-def about_run(training: TrainingSettings, recipe: dict[str, Any], zero_stage: int | None) -> dict:
-    """What a manifest says of its run."""
+def identify_run(
+    training: TrainingSettings, recipe: dict[str, Any], zero_stage: int | None
+) -> dict[str, Any]:
+    """The identity of a run, stored in the manifest of every checkpoint."""
     return {
         "processes": training.world_size,
         "zero_stage": zero_stage,
@@ -31,39 +35,45 @@ def about_run(training: TrainingSettings, recipe: dict[str, Any], zero_stage: in
     }
 
 
-def check_same_run(checkpoint: str, then: dict, now: dict) -> None:
-    """Raise ValueError where going on would not be the run that was begun, with what differs."""
-    remedy = "or start anew in another output_dir"
+def check_same_run(checkpoint: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError if resuming would not continue the same run; the message lists differences.
+
+    `then` is the identity in the checkpoint's manifest, `now` that of the run being started.
+    """
     for key, what in (("processes", "processes"), ("zero_stage", "ZeRO stage")):
         if then[key] != now[key]:
             raise ValueError(
-                f"{checkpoint} was written with {what} {then[key]}, and this start has "
-                f"{now[key]}: its shards of the optimizer fit no other. Start as before, {remedy}"
+                f"{checkpoint} was written with {what}: {then[key]}, but this run has {now[key]}; "
+                "the saved optimizer shards cannot be redistributed. Start with "
+                f"{what}: {then[key]}, or use a new output_dir"
             )
     free = FREE | (LENGTH if constant_schedule(then["recipe"]) else set())
     both = [k for k in then["recipe"] if k in now["recipe"] and k not in free]
     changed = [k for k in both if then["recipe"][k] != now["recipe"][k]]
     if changed:
         lines = [f"  {k}: {then['recipe'][k]!r} then, {now['recipe'][k]!r} now" for k in changed]
-        longer = "; the learning rate of every step depends on the last one"
-        why = longer if LENGTH & set(changed) else ""
+        reason = "; the learning rate of every step depends on the length of the run"
         raise ValueError(
-            f"{checkpoint} is of another recipe{why}. Take the change back, {remedy}:\n"
+            f"{checkpoint} was written with different settings"
+            f"{reason if LENGTH & set(changed) else ''}. Revert them, or use a new output_dir:\n"
             + "\n".join(lines)
         )
 
 
 def check_same_rows(checkpoint: str, rows: str) -> None:
-    """Raise ValueError where the recipe is the same and what its files hold is not."""
+    """Raise ValueError if the settings are equal but the content of the data files is not.
+
+    `rows` is the hash of the data files, the tokenizer and the encoding settings.
+    """
     manifest = read_manifest(Path(checkpoint))
     if manifest and manifest["about"].get("rows") != rows:
         raise ValueError(
-            f"{checkpoint} was trained on other rows: the files that `data` names, the tokenizer or "
-            "its template have changed. Bring them back, or start anew in another output_dir"
+            f"{checkpoint} was trained on different rows: the files that `data` names, the "
+            "tokenizer or its chat template have changed. Restore them, or use a new output_dir"
         )
 
 
 def constant_schedule(recipe: dict[str, Any]) -> bool:
-    """Whether a run may be made longer: no learning rate is a function of its length."""
+    """Whether no learning rate depends on the run's length, so that the run may be extended."""
     kind, warmup = str(recipe.get("lr_scheduler_type")), recipe.get("warmup_steps") or 0
     return kind == "constant" or (kind == "constant_with_warmup" and warmup >= 1)

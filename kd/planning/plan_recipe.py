@@ -1,0 +1,136 @@
+"""Parse a recipe for planning: the flags of the training scripts, for a machine not present."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from kd.planning.device_rates import Rates, measure_rates
+from kd.planning.layout import GIB
+from kd.planning.machine import Machine, available_memory
+from kd.recipe import parse, require_file, setting
+from kd.settings.distillation import (
+    DataSettings,
+    ModelSettings,
+    Objective,
+    OnPolicySettings,
+    TeacherSettings,
+)
+from kd.settings.training import TrainingSettings
+from kd.settings.training_recipe import Recipe
+
+
+@dataclass
+class PlanSettings:
+    """The settings of train/plan.py that no training script has."""
+
+    model: str | None = setting(None, "Model to fine-tune, as in train/sft.py.")
+    student: str | None = setting(None, "Student to distil into, as in train/distill.py.")
+    accelerate_config: str | None = setting(
+        None,
+        "Accelerate configuration of the launch profile, with the number of processes and the "
+        "DeepSpeed JSON. Default: one process without DeepSpeed.",
+    )
+    num_processes: int | None = setting(
+        None, "Number of processes; overrides the one in accelerate_config."
+    )
+    rows: int | None = setting(
+        None, "Number of training rows. Needed only if the recipe does not state it."
+    )
+    tflops: float | None = setting(
+        None, "Rate of matrix products of a GPU, in 1e12 operations per second."
+    )
+    memory_gb_s: float | None = setting(None, "Memory rate of a GPU, in 1e9 bytes per second.")
+    link_gb_s: float = setting(
+        10.0, "Rate at which a process sends to the others, in 1e9 bytes per second."
+    )
+    efficiency: float = setting(
+        0.5, "Share of the rate of matrix products that a training step is assumed to reach."
+    )
+    measure: bool = setting(
+        False, "Measure the rates of matrix products and memory on the present device."
+    )
+    json: str | None = setting(None, "JSON file to write the plan to.")
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.student):
+            raise ValueError(
+                "model, student: wanted exactly one, as in train/sft.py or train/distill.py"
+            )
+        require_file("accelerate_config", self.accelerate_config)
+
+
+@dataclass
+class PlannedTeacher(TeacherSettings):
+    """TeacherSettings without a required teacher: a profile's flags also apply to fine-tuning."""
+
+    def __post_init__(self) -> None:
+        if self.teacher or self.teacher_cache:
+            super().__post_init__()
+
+
+@dataclass
+class PlannedTraining(TrainingSettings):
+    """TrainingSettings without Transformers' checks, which require the GPUs of the profile."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def parse_plan(description: str) -> tuple[PlanSettings, Recipe, Machine]:
+    """Parse the command line of train/plan.py. Raises ValueError for mistakes in the recipe."""
+    settings, teacher, objective, on_policy, model, data, training = parse(
+        PlanSettings,
+        PlannedTeacher,
+        Objective,
+        OnPolicySettings,
+        ModelSettings,
+        DataSettings,
+        PlannedTraining,
+        description=description,
+    )
+    name = settings.student or settings.model
+    if settings.student and not teacher.teacher and not teacher.teacher_cache:
+        raise ValueError("teacher: not given; wanted a hub name or a folder")
+    machine = planned_machine(settings, training)
+    training.settle_batch(machine.processes)
+    distillation = (teacher, objective, on_policy) if settings.student else ()
+    recipe = Recipe(name, model, data, training, *distillation, deepspeed=machine.zero is not None)
+    return settings, recipe, machine
+
+
+def planned_machine(settings: PlanSettings, training: TrainingSettings) -> Machine:
+    """The machine of a launch profile. Raises ValueError if a GPU's memory is unknown."""
+    config = {"num_processes": 1, "use_cpu": bool(training.use_cpu)}
+    if settings.accelerate_config:
+        config |= yaml.safe_load(Path(settings.accelerate_config).read_text())
+    processes = settings.num_processes or config["num_processes"]
+    path = training.deepspeed or config.get("deepspeed_config", {}).get("deepspeed_config_file")
+    zero = json.loads(Path(path).read_text()) if path else None
+    per_machine = -(-processes // config.get("num_machines", 1))
+    if config["use_cpu"] or training.use_cpu:
+        memory = available_memory() / per_machine
+        memory = min(memory, (training.gpu_memory_gb or float("inf")) * GIB)
+        return Machine(processes, "cpu", memory, zero, per_machine)
+    memory = training.gpu_memory_gb
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    if memory is None:
+        raise ValueError("gpu_memory_gb: not given, and there is no GPU here; wanted GiB per GPU")
+    return Machine(processes, "cuda", memory * GIB, zero, per_machine)
+
+
+def planned_rates(settings: PlanSettings, training: TrainingSettings, device: str) -> Rates:
+    """The rates given, or measured here. Raises ValueError if there is no GPU to measure."""
+    if settings.measure or not (settings.tflops and settings.memory_gb_s):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "tflops, memory_gb_s: not given, and there is no GPU here to measure; wanted both, "
+                "as a launch profile gives them"
+            )
+        half = torch.float16 if training.fp16 else torch.bfloat16
+        dtype = half if training.fp16 or training.bf16 else torch.float32
+        return measure_rates(device, dtype, settings.link_gb_s, settings.efficiency)
+    return Rates(settings.tflops, settings.memory_gb_s, settings.link_gb_s, settings.efficiency)
