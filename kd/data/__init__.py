@@ -1,0 +1,1 @@
+"""Data: sources, conversations, chat templates, tokenization, row cache, packing, batches."""

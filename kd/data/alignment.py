@@ -1,12 +1,13 @@
-"""Rows for a teacher with another tokenizer: its own ids beside the student's, aligned by bytes.
+"""Align each row with its tokens under a teacher's tokenizer, by bytes.
 
-Each model reads the conversation in its own template. Of every target span the bytes that its tokens
-stand for are compared, token by token from the vocabulary: a token may end inside a character. Where
-both tokenisations have a boundary at the same byte they meet, and between two meetings lies a chunk.
-What the templates write differently (blanks around an answer, an empty thought in front of it) and
-what a tokenizer normalises is in no chunk; the student learns such tokens from the text alone. The
-end of a turn is a place of its own, whatever each template writes there.
-T tokens of a row, C chunks.
+Each model reads the conversation in its own chat template. A segment is a run of student tokens
+and a run of teacher tokens that stand for the same bytes of a target span, as short as possible.
+They are found from the bytes of the vocabularies' tokens, because a token may end inside a
+character. Text that the templates write differently (blanks around an answer, an empty thought) or
+that one tokenizer normalizes is in no segment; the student learns it from the data alone. The
+end-of-turn token is a segment of its own, whatever each template writes there.
+
+T tokens of a row, S segments.
 """
 
 from collections.abc import Iterable
@@ -14,209 +15,214 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kd.data.encoding import (
-    IGNORE_INDEX,
-    CutRow,
-    EncodedRow,
-    Encoder,
-    EncodingReport,
-    Whole,
-    mask_of,
-)
+from kd.data.encoding import EncodedRow, Encoder, EncodingReport, UncutRow
 from kd.data.files import BadRow
 from kd.data.packing import Collator
 from kd.data.tokenizer import special_ids
 from kd.data.vocabularies import SharedVocabulary
 
-MOST = 32  # tokens of a chunk on either side; texts so far apart say nothing of single tokens
-FAR = 2**40  # byte positions that are counted from the end of a span
-NO_CHUNK = -1
+# Tokens of a segment on either side. In a longer one single tokens say little about each other.
+MAX_SEGMENT_TOKENS = 32
+FROM_END = 2**40  # added to positions that are counted from the end of a span
+NO_SEGMENT = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AlignedRow(EncodedRow):
-    chunks: list[int] = field(repr=False)  # of every token: the number of its chunk, or NO_CHUNK
-    teacher: EncodedRow = field(repr=False)  # its labels are the tokens of chunks
-    teacher_chunks: list[int] = field(repr=False)
+    """A row and the tokens that the teacher reads for it, up to the last token in a segment."""
 
+    segments: np.ndarray = field(repr=False)  # (T,) each token's segment, or NO_SEGMENT
+    teacher_ids: np.ndarray = field(repr=False)  # (T of the teacher,)
+    teacher_segments: np.ndarray = field(repr=False)  # (T of the teacher,)
+    # Student tokens in a segment of one token each with the same bytes. Set by AlignedEncoder only.
+    one_to_one: int = field(default=0, kw_only=True)
 
-@dataclass(frozen=True)
-class AlignedCut(CutRow):
-    chunks: np.ndarray  # (T,)
-    teacher_ids: np.ndarray  # (T of the teacher,) up to its last chunk
-    teacher_chunks: np.ndarray  # (T of the teacher,)
-    one_to_one: int  # student tokens whose chunk is one token of equal bytes for both
+    @property
+    def teacher(self) -> EncodedRow:
+        """The teacher's row; its targets are the tokens in segments."""
+        return EncodedRow(self.teacher_ids, self.teacher_segments >= 0)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that the row cache stores, by file name; segments are called chunks there."""
         return super().arrays | {
-            "chunks": self.chunks,
+            "chunks": self.segments,
             "teacher_ids": self.teacher_ids,
-            "teacher_chunks": self.teacher_chunks,
+            "teacher_chunks": self.teacher_segments,
         }
 
     def count_alignment(self, report: EncodingReport) -> None:
+        """Add this row to the alignment counts of `report`."""
         report.teacher_tokens += len(self.teacher_ids)
-        report.aligned += int((self.chunks >= 0).sum())
+        report.aligned += int((self.segments >= 0).sum())
         report.one_to_one += self.one_to_one
-
-    def encoded(self) -> "AlignedRow":
-        row = super().encoded()
-        return AlignedRow(
-            row.input_ids,
-            row.labels,
-            self.chunks.tolist(),
-            teacher_row(self.teacher_ids, self.teacher_chunks),
-            self.teacher_chunks.tolist(),
-        )
 
 
 @dataclass(frozen=True)
-class Text:
-    """A target span: the bytes of its tokens, and whether one more, special, ends it."""
+class SpanText:
+    """A target span as the bytes of its tokens; `ends` if a special token follows them."""
 
     pieces: list[bytes]
     ends: bool
 
 
 class AlignedEncoder:
-    """Encodes chunks of rows for both models, as `kd.data.encoding.Encoder` does for one."""
+    """Encodes batches of rows for student and teacher, as `kd.data.encoding.Encoder` does for one.
+
+    `pieces` and `special` hold the bytes of every id and the special ids, student's first.
+    """
 
     def __init__(self, student: Encoder, teacher: Encoder, vocabulary: SharedVocabulary) -> None:
         self.student, self.teacher, self.twin = student, teacher, vocabulary.twin
         self.pieces = vocabulary.student.pieces, vocabulary.teacher.pieces
         self.special = [special_ids(encoder.tokenizer) for encoder in (student, teacher)]
-        self.begins = [encoder.tokenizer.bos_token_id for encoder in (student, teacher)]
+        self.bos = [encoder.tokenizer.bos_token_id for encoder in (student, teacher)]
 
-    def __call__(self, rows: list[tuple[str, dict]]) -> list[CutRow | BadRow]:
-        """A result for each (place, row); a row that either template refuses is a bad one."""
-        both = zip(self.student.encode(rows), self.teacher.encode(rows), rows, strict=True)
-        return [
-            next((x for x in (ours, theirs) if isinstance(x, BadRow)), None)
-            or self.aligned(ours, theirs, place)
-            for ours, theirs, (place, _) in both
-        ]
+    def __call__(self, rows: list[tuple[str, dict]]) -> list[AlignedRow | BadRow]:
+        """Encode (place, row) pairs; a row that either template rejects is a BadRow.
 
-    def aligned(self, ours: Whole, theirs: Whole, place: str) -> AlignedCut | BadRow:
-        encoders = self.student, self.teacher
-        cut = self.student.cut(ours[0], mask_of(*ours), place)
-        if isinstance(cut, BadRow):
-            return cut
-        found = self.chunks(ours, theirs)  # (C, 2, 2)
-        numbers = [numbered(len(whole[0]), found[:, i]) for i, whole in enumerate((ours, theirs))]
-        # What is cut away takes its chunks along, and the first token has nothing before it.
-        kept = [number[encoder.kept] for number, encoder in zip(numbers, encoders, strict=True)]
-        whole = (found[:, :, 1] - found[:, :, 0] <= MOST).all(1)
-        for i in (0, 1):
-            left = np.bincount(kept[i][1:][kept[i][1:] >= 0], minlength=len(found))
-            whole &= left == found[:, i, 1] - found[:, i, 0]
-        names = np.append(np.where(whole, np.cumsum(whole) - 1, NO_CHUNK), NO_CHUNK)
-        chunks, teacher_chunks = (names[number].astype(np.int32) for number in kept)
-        ids = theirs[0][self.teacher.kept]
-        last = int(np.flatnonzero(teacher_chunks >= 0)[-1]) + 1 if whole.any() else 1
-        single = whole & (found[:, :, 1] - found[:, :, 0] == 1).all(1)
-        starts = found[single, :, 0]
-        one = int((self.twin[ours[0][starts[:, 0]]] == theirs[0][starts[:, 1]]).sum())
-        return AlignedCut(
-            **vars(cut), chunks=chunks, teacher_ids=ids[:last],
-            teacher_chunks=teacher_chunks[:last], one_to_one=one,
-        )  # fmt: skip
+        Raises BadRow as `Encoder.__call__` does.
+        """
+        uncut = (encoder.encode_uncut(rows) for encoder in (self.student, self.teacher))
+        results = []
+        for ours, theirs, (place, _) in zip(*uncut, rows, strict=True):
+            bad = next((row for row in (ours, theirs) if isinstance(row, BadRow)), None)
+            results.append(bad or self.align(ours, theirs, place))
+        return results
 
-    def chunks(self, ours: Whole, theirs: Whole) -> np.ndarray:
-        """(C, 2, 2): of every chunk the student's and the teacher's first token and the one behind.
+    def align(self, ours: UncutRow, theirs: UncutRow, place: str) -> AlignedRow | BadRow:
+        """Cut both sides to max_length and number the segments that are whole on both.
 
-        There is none where the templates have different numbers of targets.
+        Returns BadRow as `Encoder.cut` does.
+        """
+        row = self.student.cut(ours, place)
+        if isinstance(row, BadRow):
+            return row
+        segments = self.segments(ours, theirs)  # (S, 2, 2)
+        sizes = segments[:, :, 1] - segments[:, :, 0]  # (S, 2)
+        whole = (sizes <= MAX_SEGMENT_TOKENS).all(1)  # (S,)
+        kept = []  # each side's segment of every token that is left after the cut
+        for side, (uncut, encoder) in enumerate(
+            zip((ours, theirs), (self.student, self.teacher), strict=True)
+        ):
+            numbers = segment_of_tokens(len(uncut.ids), segments[:, side])
+            kept.append(numbers[encoder.kept_tokens])
+            # The first token of a row is never a target.
+            predicted = kept[side][1:][kept[side][1:] >= 0]
+            whole &= np.bincount(predicted, minlength=len(segments)) == sizes[:, side]
+        renumbered = np.append(np.where(whole, np.cumsum(whole) - 1, NO_SEGMENT), NO_SEGMENT)
+        of_student, of_teacher = (renumbered[numbers].astype(np.int32) for numbers in kept)
+        end = int(np.flatnonzero(of_teacher >= 0)[-1]) + 1 if whole.any() else 1
+        starts = segments[whole & (sizes == 1).all(1), :, 0]  # (segments of one token each, 2)
+        equal = self.twin[ours.ids[starts[:, 0]]] == theirs.ids[starts[:, 1]]
+        return AlignedRow(
+            row.input_ids,
+            row.target_mask,
+            of_student,
+            theirs.ids[self.teacher.kept_tokens][:end],
+            of_teacher[:end],
+            cut=row.cut,
+            targets_cut=row.targets_cut,
+            one_to_one=int(equal.sum()),
+        )
+
+    def segments(self, ours: UncutRow, theirs: UncutRow) -> np.ndarray:
+        """Return (S, 2, 2): each segment's first token and end, for student and teacher.
+
+        There is no segment if the templates render different numbers of target spans.
         """
         found = [np.zeros((0, 2, 2), np.int64)]
-        if len(ours[1]) == len(theirs[1]):
-            for spans in zip(ours[1], theirs[1], strict=True):
-                (a, text), (b, other) = (
-                    self.text(i, whole[0], span)
-                    for i, (whole, span) in enumerate(zip((ours, theirs), spans, strict=True))
-                )
-                found.append(between_meetings(text, other) + np.array([[a], [b]]))
+        if len(ours.spans) == len(theirs.spans):
+            for spans in zip(ours.spans, theirs.spans, strict=True):
+                first, text = self._span_text(0, ours.ids, spans[0])
+                other_first, other_text = self._span_text(1, theirs.ids, spans[1])
+                offsets = np.array([[first], [other_first]])
+                found.append(span_segments(text, other_text) + offsets)
         return np.concatenate(found)
 
-    def text(self, side: int, ids: np.ndarray, span: tuple[int, int]) -> tuple[int, Text]:
-        """(its first token, the text) of a span."""
+    def _span_text(self, side: int, ids: np.ndarray, span: tuple[int, int]) -> tuple[int, SpanText]:
+        """Return the first token of a span and its text."""
         first, end = span
-        if first < end and ids[first] == self.begins[side]:
-            first += 1  # a beginning of text, which some tokenizers put in front
+        if first < end and ids[first] == self.bos[side]:
+            first += 1  # some tokenizers prepend a beginning-of-sequence token to a text
         ends = first < end and int(ids[end - 1]) in self.special[side]
         pieces = self.pieces[side]
-        return first, Text([pieces[i] for i in ids[first : end - ends].tolist()], ends)
+        return first, SpanText([pieces[i] for i in ids[first : end - ends].tolist()], ends)
 
 
-def between_meetings(ours: Text, theirs: Text) -> np.ndarray:
-    """(C, 2, 2) as `AlignedEncoder.chunks`, counted from the spans' first tokens."""
-    places = meeting_places(ours, theirs)
-    common, *indices = np.intersect1d(*places, return_indices=True)
-    # Positions counted from the end are another stretch of text than those from the beginning.
-    near = (common[1:] < FAR // 2) == (common[:-1] < FAR // 2)
-    return np.stack([np.stack([i[:-1], i[1:]], -1) for i in indices], 1)[near]
+def span_segments(ours: SpanText, theirs: SpanText) -> np.ndarray:
+    """Return (S, 2, 2) as `AlignedEncoder.segments`, counted from the first tokens of the spans."""
+    positions = boundary_positions(ours, theirs)
+    common, *indices = np.intersect1d(*positions, return_indices=True)
+    # The text between a position from the beginning and one from the end is not the same on both
+    # sides.
+    same_origin = (common[1:] < FROM_END // 2) == (common[:-1] < FROM_END // 2)
+    return np.stack([np.stack([i[:-1], i[1:]], -1) for i in indices], 1)[same_origin]
 
 
-def meeting_places(ours: Text, theirs: Text) -> tuple[np.ndarray, np.ndarray]:
-    """The place of every boundary of both texts, in numbers that are equal where they meet.
+def boundary_positions(ours: SpanText, theirs: SpanText) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position of every token boundary of both texts; equal positions correspond.
 
-    Texts that differ, blanks at their ends aside, share what they begin and what they end with; a
-    boundary elsewhere gets a number of its own.
+    Texts that differ correspond in their common prefix and suffix, apart from blanks at their
+    ends. A boundary elsewhere gets a position that the other text does not have.
     """
     texts = [b"".join(text.pieces) for text in (ours, theirs)]
     lead, trail = [0, 0], [0, 0]
     if texts[0] != texts[1]:
-        lead, trail = different_blanks(*texts)
+        lead, trail = differing_blanks(*texts)
     cores = [text[lead[i] : len(text) - trail[i]] for i, text in enumerate(texts)]
     same = cores[0] == cores[1]
-    prefix = 0 if same else common_length(*cores)
-    longest = min(map(len, cores))
-    suffix = longest if same else common_length(*(core[::-1] for core in cores))
-    suffix = min(suffix, longest - prefix)
+    prefix = 0 if same else common_prefix_length(*cores)
+    shortest = min(map(len, cores))
+    suffix = shortest if same else common_prefix_length(*(core[::-1] for core in cores))
+    suffix = min(suffix, shortest - prefix)
     found = []
     for i, text in enumerate((ours, theirs)):
         ends = np.cumsum([len(piece) for piece in text.pieces], dtype=np.int64) - lead[i]
         size = len(cores[i])
-        own = -2 - i - 2 * np.arange(len(ends))  # numbers that no boundary of the other has
-        place = np.where((ends > 0) & (ends <= prefix), ends, own)
-        place = np.where((ends >= max(size - suffix, 1)) & (ends <= size), FAR + ends - size, place)
-        start = FAR - size if same else 0
-        place = np.concatenate([[start], place, [FAR + 1] if text.ends else []])
-        found.append(place.astype(np.int64))
+        unique = -2 - i - 2 * np.arange(len(ends))  # even for one text, odd for the other
+        positions = np.where((ends > 0) & (ends <= prefix), ends, unique)
+        in_suffix = (ends >= max(size - suffix, 1)) & (ends <= size)
+        positions = np.where(in_suffix, FROM_END + ends - size, positions)
+        start = FROM_END - size if same else 0
+        positions = np.concatenate([[start], positions, [FROM_END + 1] if text.ends else []])
+        found.append(positions.astype(np.int64))
     return found[0], found[1]
 
 
-def different_blanks(a: bytes, b: bytes) -> tuple[list[int], list[int]]:
-    """Lengths of the blanks in front of both texts and behind them, 0 where they are the same."""
+def differing_blanks(a: bytes, b: bytes) -> tuple[list[int], list[int]]:
+    """Return the lengths of both texts' leading and trailing blanks; 0 where they are the same."""
     front = [text[: len(text) - len(text.lstrip())] for text in (a, b)]
-    behind = [text[len(text.rstrip()) :] if text.strip() else b"" for text in (a, b)]
+    back = [text[len(text.rstrip()) :] if text.strip() else b"" for text in (a, b)]
     lead = [0, 0] if front[0] == front[1] else [len(x) for x in front]
-    trail = [0, 0] if behind[0] == behind[1] else [len(x) for x in behind]
+    trail = [0, 0] if back[0] == back[1] else [len(x) for x in back]
     return lead, trail
 
 
-def common_length(a: bytes, b: bytes) -> int:
-    """Bytes that both begin with."""
+def common_prefix_length(a: bytes, b: bytes) -> int:
+    """Return the length of the common prefix in bytes."""
     n = min(len(a), len(b))
     different = np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)
     return int(different.argmax()) if different.any() else n
 
 
-def numbered(length: int, chunks: np.ndarray) -> np.ndarray:
-    """(T,) the number of each token's chunk of (C, 2) first tokens and ends, or NO_CHUNK."""
-    found = np.full(length, NO_CHUNK)
-    if len(chunks):
+def segment_of_tokens(length: int, segments: np.ndarray) -> np.ndarray:
+    """Return (length,): each token's segment among (S, 2) token ranges, or NO_SEGMENT."""
+    found = np.full(length, NO_SEGMENT)
+    if len(segments):
         tokens = np.arange(length)
-        number = np.searchsorted(chunks[:, 1], tokens, side="right").clip(max=len(chunks) - 1)
-        inside = (chunks[number, 0] <= tokens) & (tokens < chunks[number, 1])
+        number = np.searchsorted(segments[:, 1], tokens, side="right").clip(max=len(segments) - 1)
+        inside = (segments[number, 0] <= tokens) & (tokens < segments[number, 1])
         found[inside] = number[inside]
     return found
 
 
 class AlignedCollator:
-    """Adds the teacher's rows to a collator's batch, and which targets of both make a chunk.
+    """Adds the teacher's tokens to a collator's batch, and the segment of each target.
 
-    `chunks` (N,) and `teacher_chunks` are counted over the batch, in the order of targets; they stay
-    on the host, where the tiles of the loss are laid out. Packed documents share rows on both sides.
+    `segments` (N,) and `teacher_segments` (M,) are numbered over the batch in the order of its
+    targets. They stay on the host, where the loss lays out its tiles. Documents that share a row
+    on the student's side share one on the teacher's.
     """
 
     def __init__(self, collator: Collator, teacher_pad_token_id: int) -> None:
@@ -224,42 +230,41 @@ class AlignedCollator:
         self.teacher = Collator(teacher_pad_token_id, collator.multiple, collator.flat)
 
     def __call__(self, rows: list[list[EncodedRow]]) -> dict:
+        """Collate rows into (B, T) tensors for both models, each with its own T, and segments."""
         batch = self.collator(rows)
-        rows = [[self.with_teacher(document) for document in documents] for documents in rows]
+        rows = [[self._with_teacher(document) for document in documents] for documents in rows]
         theirs = self.teacher([[document.teacher for document in row] for row in rows])
         documents = [document for row in rows for document in row]
-        counts = [max(document.chunks, default=NO_CHUNK) + 1 for document in documents]
-        firsts = np.cumsum([0, *counts])
+        counts = [int(document.segments.max(initial=NO_SEGMENT)) + 1 for document in documents]
+        offsets = np.cumsum([0, *counts])[:-1]
         return batch | {
             "teacher_input_ids": theirs["input_ids"],
             "teacher_position_ids": theirs["position_ids"],
             "teacher_labels": theirs["labels"],
-            "chunks": counted(
-                (d.labels, d.chunks, n) for d, n in zip(documents, firsts, strict=False)
+            "segments": _target_segments(
+                (document.segments[document.target_mask] for document in documents), offsets
             ),
-            "teacher_chunks": counted(
-                (d.teacher.labels, d.teacher_chunks, n)
-                for d, n in zip(documents, firsts, strict=False)
+            "teacher_segments": _target_segments(
+                (
+                    document.teacher_segments[document.teacher_segments >= 0]
+                    for document in documents
+                ),
+                offsets,
             ),
         }
 
-    def with_teacher(self, row: EncodedRow) -> AlignedRow:
-        """A row that only fills up has no text for a teacher."""
+    def _with_teacher(self, row: EncodedRow) -> AlignedRow:
+        """Give a row that only fills up a batch one padding token for the teacher."""
         if isinstance(row, AlignedRow):
             return row
-        nothing = EncodedRow([self.teacher.pad_token_id], [IGNORE_INDEX])
-        return AlignedRow(row.input_ids, row.labels, [NO_CHUNK] * len(row), nothing, [NO_CHUNK])
+        none = np.full(len(row), NO_SEGMENT, np.int32)
+        padding = np.array([self.teacher.pad_token_id], np.int32)
+        return AlignedRow(row.input_ids, row.target_mask, none, padding, none[:1])
 
 
-def counted(documents: Iterable[tuple[list[int], list[int], int]]) -> np.ndarray:
-    """Numbers of chunks at the targets of (labels, chunks, number of the first chunk)."""
+def _target_segments(segments: Iterable[np.ndarray], offsets: np.ndarray) -> np.ndarray:
+    """Join each document's segments of its targets, numbered from the document's offset."""
     found = [np.zeros(0, np.int64)]
-    for labels, chunks, first in documents:
-        numbers = np.array(chunks, np.int64)[np.array(labels) != IGNORE_INDEX]
-        found.append(np.where(numbers >= 0, numbers + first, NO_CHUNK))
+    for numbers, offset in zip(segments, offsets, strict=True):
+        found.append(np.where(numbers >= 0, numbers + offset, NO_SEGMENT))
     return np.concatenate(found)
-
-
-def teacher_row(ids: np.ndarray, chunks: np.ndarray) -> EncodedRow:
-    """The teacher's row of a document."""
-    return EncodedRow(ids.tolist(), np.where(chunks >= 0, ids, IGNORE_INDEX).tolist())

@@ -1,12 +1,14 @@
-"""Rows to token ids and a target mask: what the loss is taken on.
+"""Encode rows as token ids and a target mask.
 
-Chat: every assistant turn with its end-of-turn token, nothing else. Plain text: every token, and an
-end-of-sequence token behind it. The first token of a row is never a target: nothing precedes it.
+In a chat row the targets are the assistant turns, each with its end-of-turn token. In a text row
+every token is a target, including the end-of-sequence token that is appended. The first token of
+a row is never a target, because nothing precedes it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -14,56 +16,98 @@ from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from kd.data.files import BadRow
-from kd.data.template import Find, Span, span_finder
+from kd.data.template import Span, SpanFinder, span_finder
 
-IGNORE_INDEX = -100  # the label that transformers and PyTorch leave out
-CHUNK = 256  # rows that are tokenised in one call
+IGNORE_INDEX = -100  # the label that PyTorch's cross-entropy ignores
+ENCODE_BATCH = 256  # rows per tokenizer call
 NO_TARGET = "without a target"
 TOO_LONG = "longer than max_length"
 
 
-Whole = tuple[np.ndarray, list[Span]]  # ids (T,) of a row, and which tokens are its targets
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedRow:
-    input_ids: list[int]
-    labels: list[int]  # input_ids at targets, IGNORE_INDEX elsewhere; not shifted
+    """Token ids and target mask of one document, from the encoder and the row cache to the batch.
+
+    The arrays may be read-only views of the row cache. `cut` and `targets_cut` are set by `Encoder`
+    and are not stored.
+    """
+
+    input_ids: np.ndarray  # (T,) int32
+    target_mask: np.ndarray  # (T,) bool
+    cut: bool = field(default=False, kw_only=True)  # the row was longer than max_length
+    targets_cut: bool = field(default=False, kw_only=True)  # cutting it removed targets
+
+    def __post_init__(self) -> None:
+        assert self.target_mask.dtype == np.bool_ and len(self.input_ids) == len(self.target_mask)
+
+    @classmethod
+    def from_labels(cls, input_ids: Sequence[int], labels: Sequence[int]) -> "EncodedRow":
+        """Return the row of (T,) ids and (T,) labels; labels are IGNORE_INDEX except at targets."""
+        return cls(np.array(input_ids, np.int32), np.array(labels) != IGNORE_INDEX)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EncodedRow):
+            return NotImplemented
+        ours, theirs = self.arrays, other.arrays
+        return ours.keys() == theirs.keys() and all(
+            np.array_equal(array, theirs[name]) for name, array in ours.items()
+        )
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(T,) int64: input_ids at targets, IGNORE_INDEX elsewhere. Labels are not shifted."""
+        return np.where(self.target_mask, self.input_ids, np.int64(IGNORE_INDEX))
+
     @property
     def targets(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        """The number of target tokens."""
+        return int(self.target_mask.sum())
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that the row cache stores, by file name."""
+        return {"ids": self.input_ids, "mask": self.target_mask}
+
+    def without_targets(self) -> "EncodedRow":
+        """Return a row of the same tokens in which none is a target."""
+        return EncodedRow(self.input_ids, np.zeros(len(self), np.bool_))
+
+    def count_alignment(self, report: "EncodingReport") -> None:
+        """Add to the alignment counts of `report`; a row with one tokenizer has none."""
 
 
 @dataclass
 class EncodingReport:
-    """What happened to the rows; printed before training."""
+    """Counts of rows and tokens of an encoding; printed before training."""
 
     read: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # rows by reason
-    cut: int = 0  # rows longer than max_length that were kept
-    targets_cut: int = 0  # those that lost targets by it
+    cut: int = 0  # kept rows that were longer than max_length
+    targets_cut: int = 0  # of these, rows that lost targets
     tokens: int = 0
     targets: int = 0
-    teacher_tokens: int = 0  # these three where a teacher has another tokenizer
-    aligned: int = 0  # targets in chunks of text that begin and end in both tokenisations
-    one_to_one: int = 0  # those of them that are one token for both
+    # Only with a teacher that has another tokenizer:
+    teacher_tokens: int = 0
+    aligned: int = 0  # target tokens in a segment that both tokenizations share
+    one_to_one: int = 0  # target tokens that equal one teacher token
 
     @property
     def without_target(self) -> int:
+        """The number of rows that were dropped because they had no target token."""
         return self.dropped.get(NO_TARGET, 0)
 
-    def drop(self, kinds: Iterable[str]) -> None:
-        self.dropped = dict(Counter(self.dropped) + Counter(kinds))
+    def drop(self, reasons: Iterable[str]) -> None:
+        """Count one dropped row per reason."""
+        self.dropped = dict(Counter(self.dropped) + Counter(reasons))
 
     def __str__(self) -> str:
         counts = {NO_TARGET: 0} | self.dropped
-        dropped = ", ".join(f"{counts[reason]} dropped {reason}" for reason in sorted(counts))
-        lost = f", {self.targets_cut} of them in a target" if self.targets_cut else ""
+        dropped = ", ".join(f"{counts[reason]} dropped ({reason})" for reason in sorted(counts))
+        lost = f" ({self.targets_cut} of them lost targets)" if self.targets_cut else ""
         return (
             f"rows: {self.read} read, {self.kept} kept, {dropped}, {self.cut} cut at max_length"
             f"{lost}; {self.tokens} tokens, {self.targets} targets"
@@ -71,32 +115,27 @@ class EncodingReport:
 
     @property
     def alignment(self) -> str:
+        """The printed line about a teacher with another tokenizer."""
         one, aligned = (x / max(self.targets, 1) for x in (self.one_to_one, self.aligned))
         return (
-            f"alignment: {one:.1%} of the targets are one token for the teacher, too; {aligned:.1%} "
-            f"are compared with it; {self.teacher_tokens} tokens for the teacher"
+            f"alignment: {one:.1%} of the targets equal one teacher token; {aligned:.1%} are "
+            f"compared with the teacher; {self.teacher_tokens} teacher tokens"
         )
 
 
-@dataclass(frozen=True)
-class CutRow:
-    """Ids (T,) of a row and its mask (T,), True at targets, at most max_length long."""
+class UncutRow(NamedTuple):
+    """A row at its full length, before it is cut to max_length."""
 
-    ids: np.ndarray
-    mask: np.ndarray
-    cut: bool
-    targets_cut: bool
+    ids: np.ndarray  # (T,) int32
+    spans: list[Span]  # the target tokens, as half-open ranges
 
     @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What is written of it, by file."""
-        return {"ids": self.ids, "mask": self.mask}
-
-    def count_alignment(self, report: EncodingReport) -> None:
-        """Nothing, where a row has one tokenizer."""
-
-    def encoded(self) -> EncodedRow:
-        return EncodedRow(self.ids.tolist(), np.where(self.mask, self.ids, IGNORE_INDEX).tolist())
+    def target_mask(self) -> np.ndarray:
+        """(T,) bool: True at the tokens of the spans."""
+        mask = np.zeros(len(self.ids), bool)
+        for first, end in self.spans:
+            mask[first:end] = True
+        return mask
 
 
 def encode_rows(
@@ -106,45 +145,48 @@ def encode_rows(
     progress: bool = True,
     on_long_row: str = "cut",
 ) -> tuple[list[EncodedRow], EncodingReport]:
-    """Encode rows of `kd.data.sources`; rows without any target are dropped and counted.
+    """Encode rows of `kd.data.sources`; rows without a target are dropped and counted.
 
-    Raises ValueError where no row is left, or a chat row meets a tokenizer without a template.
+    Raises ValueError if no row is left, or if there are chat rows and no usable chat template.
     """
     encoder, encoded, report = Encoder(tokenizer, max_length, on_long_row), [], EncodingReport()
     placed = [(f"row {i}", row) for i, row in enumerate(rows)]
     with tqdm(total=len(rows), desc="tokenising", unit="row", disable=not progress) as bar:
-        for start in range(0, len(rows), CHUNK):
-            chunk = placed[start : start + CHUNK]
-            encoded += [row.encoded() for row in count_rows(encoder(chunk), report)]
-            bar.update(len(chunk))
+        for start in range(0, len(rows), ENCODE_BATCH):
+            batch = placed[start : start + ENCODE_BATCH]
+            encoded += count_rows(encoder(batch), report)
+            bar.update(len(batch))
     require_rows(report)
     return encoded, report
 
 
 def require_rows(report: EncodingReport) -> None:
+    """Raise ValueError if no row was kept."""
     if not report.kept:
         raise ValueError(f"no row with a target token is left ({report})")
 
 
-def count_rows(results: list["CutRow | BadRow"], report: EncodingReport) -> list["CutRow"]:
-    """The rows that are kept, each accounted for in the report."""
-    kept = [row for row in results if isinstance(row, CutRow)]
+def count_rows(results: list[EncodedRow | BadRow], report: EncodingReport) -> list[EncodedRow]:
+    """Count `results` in the report and return the rows among them."""
+    kept = [row for row in results if isinstance(row, EncodedRow)]
     report.read += len(results)
     report.kept += len(kept)
     report.drop(row.kind for row in results if isinstance(row, BadRow))
     report.cut += sum(row.cut for row in kept)
     report.targets_cut += sum(row.targets_cut for row in kept)
-    report.tokens += sum(len(row.ids) for row in kept)
-    report.targets += sum(int(row.mask.sum()) for row in kept)
+    report.tokens += sum(len(row) for row in kept)
+    report.targets += sum(row.targets for row in kept)
     for row in kept:
         row.count_alignment(report)
     return kept
 
 
 class Encoder:
-    """Encodes chunks of rows with one tokenizer call for all texts and one for all chats.
+    """Encodes batches of rows: one tokenizer call for all texts, one for all chats.
 
-    `on_long_row`: cut keeps the first max_length tokens, cut_left the last, drop none.
+    `on_long_row`: `cut` keeps the first max_length tokens, `cut_left` the last ones, and `drop`
+    drops the row. `on_bad_row`: `error` raises BadRow for a row that the chat template rejects,
+    `drop` returns it.
     """
 
     def __init__(
@@ -156,120 +198,120 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.on_long_row, self.on_bad_row = on_long_row, on_bad_row
-        self.find: Find | None = None  # made for the first conversation: texts need no template
+        self.find_spans: SpanFinder | None = None  # made on first use: texts need no chat template
 
-    def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[CutRow | BadRow]:
-        """A result for each (place, row)."""
-        found = zip(self.encode(rows), rows, strict=True)
+    def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[EncodedRow | BadRow]:
+        """Encode (place, row) pairs; the results are in the same order.
+
+        Raises BadRow if the chat template rejects a row and on_bad_row is `error`.
+        """
+        uncut = zip(self.encode_uncut(rows), rows, strict=True)
         return [
-            whole if isinstance(whole, BadRow) else self.cut(whole[0], mask_of(*whole), place)
-            for whole, (place, _) in found
+            row if isinstance(row, BadRow) else self.cut(row, place) for row, (place, _) in uncut
         ]
 
-    def encode(self, rows: Sequence[tuple[str, dict]]) -> list[Whole | BadRow]:
-        """Each row at its full length. Raises BadRow where a template refuses a conversation,
-        or returns it where bad rows are dropped."""
+    def encode_uncut(self, rows: Sequence[tuple[str, dict]]) -> list[UncutRow | BadRow]:
+        """Encode (place, row) pairs at their full length. Raises BadRow as `__call__` does."""
         texts = [i for i, (_, row) in enumerate(rows) if "text" in row]
         chats = [i for i, (_, row) in enumerate(rows) if "text" not in row]
-        found: list[Whole | BadRow] = [None] * len(rows)  # type: ignore[list-item]
-        for i, text in zip(texts, self.texts([rows[i][1] for i in texts]), strict=True):
-            found[i] = text
-        for i, chat in zip(chats, self.chats([rows[i] for i in chats]), strict=True):
-            found[i] = chat
-        return found
+        results: list[UncutRow | BadRow] = [None] * len(rows)  # type: ignore[list-item]
+        for i, text in zip(texts, self._texts([rows[i][1] for i in texts]), strict=True):
+            results[i] = text
+        for i, chat in zip(chats, self._chats([rows[i] for i in chats]), strict=True):
+            results[i] = chat
+        return results
 
-    def texts(self, rows: list[dict]):
-        """Every text, all of whose tokens are targets."""
+    def _texts(self, rows: list[dict]) -> Iterator[UncutRow]:
+        """Encode text rows; every token is a target."""
         if not rows:
             return
         eos = self.tokenizer.eos_token_id
         for ids in self.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]:
-            # Where pad is eos it is still a real token here: the mask, not the id, tells padding.
+            # eos may also be the padding id: masks, not ids, tell targets from padding.
             ids = np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32)
-            yield ids, [(0, len(ids))]
+            yield UncutRow(ids, [(0, len(ids))])
 
-    def chats(self, rows: list[tuple[str, dict]]):
-        """Every conversation, whose assistant's tokens are targets, or why there is none."""
+    def _chats(self, rows: list[tuple[str, dict]]) -> Iterator[UncutRow | BadRow]:
+        """Encode chat rows; the tokens of the assistant turns are targets."""
         if not rows:
             return
-        rendered = [self.rendered(place, row) for place, row in rows]
-        good = [found for found in rendered if not isinstance(found, BadRow)]
+        rendered = [self._render(place, row) for place, row in rows]
+        texts = [result[0] for result in rendered if not isinstance(result, BadRow)]
         out = iter(())
-        if good:  # the template wrote the special tokens
-            full = [text for text, _ in good]
-            batch = self.tokenizer(full, add_special_tokens=False, verbose=False)
+        if texts:
+            # The template has written the special tokens already.
+            batch = self.tokenizer(texts, add_special_tokens=False, verbose=False)
             out = enumerate(batch["input_ids"])
-        for found in rendered:
-            if isinstance(found, BadRow):
-                yield found
+        for result in rendered:
+            if isinstance(result, BadRow):
+                yield result
                 continue
             i, ids = next(out)
-            yield np.array(ids, np.int32), token_spans(batch, i, found[1], len(ids))
+            yield UncutRow(np.array(ids, np.int32), token_spans(batch, i, result[1], len(ids)))
 
-    def rendered(self, place: str, row: dict) -> tuple[str, list[Span]] | BadRow:
-        if self.find is None:
-            self.find = span_finder(self.tokenizer)
+    def _render(self, place: str, row: dict) -> tuple[str, list[Span]] | BadRow:
+        """Return the rendered conversation and the character spans of its assistant turns."""
+        if self.find_spans is None:
+            self.find_spans = span_finder(self.tokenizer)
         try:
-            text, spans = self.find(row["messages"], row.get("tools"))
-            check_nothing_left_out(row["messages"], text)
+            text, spans = self.find_spans(row["messages"], row.get("tools"))
+            check_prompts_rendered(row["messages"], text)
             return text, spans
         except (TemplateError, ValueError, TypeError) as error:
-            found = f"the chat template refuses it: {error}"
-            bad = BadRow(place, "refused by the chat template", found)
+            message = f"the chat template rejects this row: {error}"
+            bad = BadRow(place, "refused by the chat template", message)
             if self.on_bad_row == "error":
                 raise bad from error
             return bad
 
     @property
-    def kept(self) -> slice:
-        """The tokens of a row that are left of it."""
+    def kept_tokens(self) -> slice:
+        """The tokens of an uncut row that cutting keeps."""
         left = self.on_long_row == "cut_left"
         return slice(-self.max_length, None) if left else slice(self.max_length)
 
-    def cut(self, ids: np.ndarray, mask: np.ndarray, place: str) -> CutRow | BadRow:
-        long = len(ids) > self.max_length
-        if long and self.on_long_row == "drop":
-            return BadRow(place, TOO_LONG, f"{len(ids)} tokens")
-        left = mask[self.kept].copy()
-        left[:1] = False
-        if not left.any():
+    def cut(self, row: UncutRow, place: str) -> EncodedRow | BadRow:
+        """Cut a row to max_length. Returns BadRow if it is too long or has no target left."""
+        too_long = len(row.ids) > self.max_length
+        if too_long and self.on_long_row == "drop":
+            message = f"{len(row.ids)} tokens; wanted at most {self.max_length} (max_length)"
+            return BadRow(place, TOO_LONG, message)
+        whole_mask = row.target_mask
+        mask = whole_mask[self.kept_tokens].copy()
+        mask[:1] = False
+        if not mask.any():
             return BadRow(place, NO_TARGET, "no target token")
-        lost = bool(mask[1:].sum() > left.sum())
-        return CutRow(ids[self.kept], left, long, lost)
+        lost = bool(whole_mask[1:].sum() > mask.sum())
+        return EncodedRow(row.ids[self.kept_tokens], mask, cut=too_long, targets_cut=lost)
 
 
-def check_nothing_left_out(messages: list[dict], text: str) -> None:
-    """Some of Mistral's templates forget the system prompt where an answer is the last message."""
+def check_prompts_rendered(messages: list[dict], text: str) -> None:
+    """Raise ValueError if the rendered text lacks a system or user message.
+
+    Some Mistral templates omit the system prompt if the last message is an answer.
+    """
     for message in messages:
         if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            raise ValueError(f"the {message['role']} message is left out or changed")
-
-
-def mask_of(ids: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """True at the tokens of the spans, (T,)."""
-    mask = np.zeros(len(ids), bool)
-    for first, end in spans:
-        mask[first:end] = True
-    return mask
+            raise ValueError(f"it leaves out or changes the {message['role']} message")
 
 
 def token_spans(batch: BatchEncoding, row: int, spans: list[Span], length: int) -> list[Span]:
-    """The tokens that hold a character of each span; (0, 0) where none does."""
+    """Convert character spans of a row to token spans; a span without a token becomes (0, 0)."""
     found = []
     for left, right in spans:
         tokens = (batch.char_to_token(row, at) for at in range(left, right))
         first = next((token for token in tokens if token is not None), None)
-        if first is None:
-            found.append((0, 0))  # empty, or nothing of it became a token
+        if first is None:  # an empty span, or the tokenizer drops its characters
+            found.append((0, 0))
             continue
         tokens = (batch.char_to_token(row, at) for at in range(right - 1, left - 1, -1))
         last = next(token for token in tokens if token is not None)
-        while last + 1 < length and shares_character(batch, row, last + 1, right):
-            last += 1  # a character may be cut into several tokens
+        while last + 1 < length and _begins_before(batch, row, last + 1, right):
+            last += 1  # one character may be split into several tokens
         found.append((first, last + 1))
     return found
 
 
-def shares_character(batch: BatchEncoding, row: int, token: int, right: int) -> bool:
+def _begins_before(batch: BatchEncoding, row: int, token: int, right: int) -> bool:
     span = batch.token_to_chars(row, token)
     return span is not None and span.start < right and span.end > span.start

@@ -1,7 +1,7 @@
-"""Raw rows of files and hub data sets, each with its place: the file and the line to look at.
+"""Readers of raw rows from files and hub data sets.
 
-A reader has a length, and `rows(indices)` gives (place, row) for each, where a row that cannot be
-read is a BadRow. Rows stay on the disk until they are asked for, but for CSV and lists of JSON.
+Every row comes with its place, the file and line to look at. A row that cannot be read is a BadRow.
+Rows stay on disk until they are read, except those of CSV and text files and of JSON lists.
 """
 
 import bisect
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
-LARGEST_ROW = 16 * 2**20  # bytes; a million words are no training row, but a broken file
+LARGEST_ROW = 16 * 2**20  # bytes; a line beyond it points to a broken file
 BINARY = {
     b"\x1f\x8b": "gzip; unpack it first",
     b"\x28\xb5\x2f\xfd": "zstd; unpack it first",
@@ -23,14 +23,14 @@ BINARY = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
 }
-BLOCK = 256  # rows of a table that are decoded together
+TABLE_BATCH = 256  # rows of a table that are decoded together
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on. `kind` is what the counts of dropped rows are kept by."""
+    """A row that cannot be trained on. Dropped rows are counted by `kind`."""
 
     def __init__(self, place: str, kind: str, message: str) -> None:
-        super().__init__(place, kind, message)  # as they are, so that it can be pickled
+        super().__init__(place, kind, message)  # unformatted, so that it can be pickled
         self.kind = kind
 
     def __str__(self) -> str:
@@ -39,12 +39,17 @@ class BadRow(ValueError):
 
 
 class Reader(Protocol):
+    """A sequence of raw rows."""
+
     def __len__(self) -> int: ...
-    def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]: ...
+
+    def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        """Yield (place, row) for each index."""
+        ...
 
 
 class JsonLines:
-    """One JSON object a line; blank lines do not count."""
+    """Reads a file with one JSON object per line; blank lines do not count."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -61,17 +66,20 @@ class JsonLines:
         return len(self.starts)
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        """Yield (place, row) for each index."""
         with open(self.path, "rb") as file:
             for i in indices:
                 file.seek(self.starts[i])
                 line = file.readline(LARGEST_ROW + 1).rstrip(b"\r\n")
                 place = f"{self.path}, line {self.numbers[i]}"
-                yield place, caught(json_object, line, place)
+                yield place, _result(json_object, line, place)
 
 
 def json_object(line: bytes, place: str) -> dict:
+    """Parse one line of JSON. Raises BadRow if it is not one JSON object."""
     if len(line) > LARGEST_ROW:
-        raise BadRow(place, "too large", f"a row of more than {LARGEST_ROW >> 20} MiB")
+        found = f"the row is larger than {LARGEST_ROW >> 20} MiB; wanted one JSON object per line"
+        raise BadRow(place, "too large", found)
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,30 +93,34 @@ def json_object(line: bytes, place: str) -> dict:
 
 
 def as_object(row: Any, place: str) -> dict:
+    """Return a parsed row. Raises BadRow if it is not an object."""
     if not isinstance(row, dict):
-        raise BadRow(place, "no object", f"found {type(row).__name__}; wanted {{}}")
+        raise BadRow(place, "not an object", f"found {type(row).__name__}; wanted a JSON object")
     return row
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    """Python keeps the last of two equal keys in silence; this hook refuses them."""
+    """Make an object of key-value pairs. Raises ValueError for a repeated key.
+
+    Python's parser silently keeps the last of two equal keys.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {double!r} twice in one object")
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {repeated!r} occurs twice in one object")
     return row
 
 
-def no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_number)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_reject_constant)
 
 
-class Listed:
-    """Rows that are in memory, each with the line that it begins on."""
+class RowList:
+    """Rows in memory, each with the line on which it begins."""
 
     def __init__(self, path: str, items: list[tuple[int, Any]]) -> None:
         self.path, self.items = path, items
@@ -117,28 +129,33 @@ class Listed:
         return len(self.items)
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        """Yield (place, row) for each index."""
         for i in indices:
             line, row = self.items[i]
             place = f"{self.path}, line {line}"
-            yield place, row if isinstance(row, BadRow) else caught(as_object, row, place)
+            yield place, row if isinstance(row, BadRow) else _result(as_object, row, place)
 
 
-def caught(read: Callable[[Any, str], dict], raw: Any, place: str) -> dict | BadRow:
+def _result(read: Callable[[Any, str], dict], raw: Any, place: str) -> dict | BadRow:
+    """Return what `read` returns, or the BadRow that it raises."""
     try:
         return read(raw, place)
     except BadRow as error:
         return error
 
 
-def json_list(path: str) -> Listed:
-    """A file that is one JSON list. Raises ValueError: nothing tells where a broken one goes on."""
+def json_list(path: str) -> RowList:
+    """Read a file that is one JSON list. Raises ValueError if it is not valid JSON.
+
+    A syntax error fails the whole file, because the next row cannot be found after it.
+    """
     text = read_text(path)
     items, line, position, counted = [], 1, text.index("[") + 1, 0
     try:
         while True:
             position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,"))
             if text[position : position + 1] == "]":
-                return Listed(path, items)
+                return RowList(path, items)
             line += text.count("\n", counted, position)
             counted = position
             row, position = STRICT_JSON.raw_decode(text, position)
@@ -148,8 +165,11 @@ def json_list(path: str) -> Listed:
         raise ValueError(f"{path}, line {where}: not JSON: {error}") from error
 
 
-def csv_rows(path: str) -> Listed:
-    """Rows of a CSV or TSV file, whose first line names the columns."""
+def csv_rows(path: str) -> RowList:
+    """Read a CSV or TSV file, whose first line names the columns.
+
+    Raises ValueError if a column has no name or two columns share one.
+    """
     csv.field_size_limit(LARGEST_ROW)
     items: list[tuple[int, Any]] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -163,20 +183,25 @@ def csv_rows(path: str) -> Listed:
                 items.append((line, BadRow(f"{path}, line {line}", "not CSV", f"not CSV: {error}")))
                 continue
             if cells is None:
-                return Listed(path, items)
+                return RowList(path, items)
             if header is None:
                 header = cells
                 if len(set(header)) < len(header) or "" in header:
-                    raise ValueError(f"{path}, line 1: columns {header}; wanted a name for each")
+                    raise ValueError(
+                        f"{path}, line 1: columns {header}; wanted a unique name for each"
+                    )
             elif cells and len(cells) != len(header):
-                found = f"{len(cells)} cells; the header has {len(header)}"
+                found = f"{len(cells)} cells; wanted {len(header)}, as in the header"
                 items.append((line, BadRow(f"{path}, line {line}", "not CSV", found)))
             elif cells:
                 items.append((line, dict(zip(header, cells, strict=True))))
 
 
-def text_rows(path: str, sample_by: str) -> Listed:
-    """Plain text; a row is a line, a paragraph (up to a blank line) or the whole document."""
+def text_rows(path: str, sample_by: str) -> RowList:
+    """Read a text file; a row is a line, a paragraph (up to a blank line) or the whole document.
+
+    Bytes that are not UTF-8 are kept as surrogates, so that each bad row is reported by itself.
+    """
     text = read_text(path, errors="surrogateescape").replace("\r\n", "\n")
     end = {"line": "\n", "paragraph": "\n\n", "document": None}[sample_by]
     items, line = [], 1
@@ -185,10 +210,11 @@ def text_rows(path: str, sample_by: str) -> Listed:
             blank = len(part) - len(part.lstrip("\n"))
             items.append((line + blank, {"text": part.strip("\n")}))
         line += part.count("\n") + len(end or "")
-    return Listed(path, items)
+    return RowList(path, items)
 
 
 def read_text(path: str, errors: str = "strict") -> str:
+    """Read a text file. If `errors` is strict, raises ValueError for text that is not UTF-8."""
     content = Path(path).read_bytes()
     try:
         return content.decode("utf-8-sig", errors)
@@ -198,7 +224,7 @@ def read_text(path: str, errors: str = "strict") -> str:
 
 
 class Table:
-    """A `datasets.Dataset`: a hub data set, or a Parquet or Arrow file."""
+    """Reads a `datasets.Dataset`: a hub data set, or a Parquet or Arrow file."""
 
     def __init__(self, name: str, table: Any) -> None:
         self.name, self.table = name, table
@@ -207,16 +233,17 @@ class Table:
         return len(self.table)
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        """Yield (place, row) for each index."""
         indices = list(indices)
-        for start in range(0, len(indices), BLOCK):
-            block = indices[start : start + BLOCK]
-            columns = self.table[block]  # one by one takes ten times as long
-            for j, i in enumerate(block):
+        for start in range(0, len(indices), TABLE_BATCH):
+            batch = indices[start : start + TABLE_BATCH]
+            columns = self.table[batch]  # reading rows one by one takes ten times as long
+            for j, i in enumerate(batch):
                 yield f"{self.name} row {i}", {key: values[j] for key, values in columns.items()}
 
 
-class Joined:
-    """The files of a folder or of a pattern, one behind the other."""
+class Concatenation:
+    """Reads several readers one after the other: the files of a folder or a pattern."""
 
     def __init__(self, readers: list[Reader]) -> None:
         self.readers = readers
@@ -228,33 +255,35 @@ class Joined:
         return self.ends[-1]
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
+        """Yield (place, row) for each index."""
         for i in indices:
             which = bisect.bisect_right(self.ends, i)
             start = self.ends[which - 1] if which else 0
             yield from self.readers[which].rows([i - start])
 
 
-class Where:
-    """The rows of a reader whose columns have the wanted values; bad rows stay, to be told."""
+class FilteredRows:
+    """Reads the rows whose columns have the given values. Bad rows are kept, to be reported."""
 
-    def __init__(self, reader: Reader, wanted: dict) -> None:
+    def __init__(self, reader: Reader, values: dict) -> None:
         self.reader = reader
         rows = enumerate(raw for _, raw in reader.rows(range(len(reader))))
-        self.places = [
+        self.indices = [
             i
             for i, raw in rows
-            if isinstance(raw, BadRow) or all(raw.get(key) == wanted[key] for key in wanted)
+            if isinstance(raw, BadRow) or all(raw.get(key) == values[key] for key in values)
         ]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
-        return self.reader.rows(self.places[i] for i in indices)
+        """Yield (place, row) for each index."""
+        return self.reader.rows(self.indices[i] for i in indices)
 
 
 def read_file(path: str, sample_by: str = "line") -> Reader:
-    """The reader of one local file. Raises ValueError where it is empty or another format."""
+    """Open one local file. Raises ValueError if it has no rows or is not in the expected format."""
     with open(path, "rb") as file:
         head = file.read(4096)
     ending = Path(path).suffix
@@ -262,7 +291,7 @@ def read_file(path: str, sample_by: str = "line") -> Reader:
         return read_table(path, ending[1:])
     for magic, what in BINARY.items():
         if head.startswith(magic):
-            raise ValueError(f"{path}: this is {what}")
+            raise ValueError(f"{path}: the file is {what}")
     if ending in (".csv", ".tsv"):
         reader: Reader = csv_rows(path)
     elif ending == ".txt":
@@ -272,18 +301,19 @@ def read_file(path: str, sample_by: str = "line") -> Reader:
     else:
         reader = JsonLines(path)
     if not len(reader):
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: no rows; wanted at least one")
     return reader
 
 
 def read_table(path: str, kind: str) -> Table:
-    from datasets import load_dataset  # seconds to import, and other files do without
+    """Open a Parquet or Arrow file. Raises ValueError if it cannot be read or has no rows."""
+    from datasets import load_dataset  # takes seconds to import; other files do not need it
     from datasets.exceptions import DatasetsError
 
     try:
         table = load_dataset(kind, data_files=path, split="train")
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: no {kind} file: {error.__cause__ or error}") from error
+        raise ValueError(f"{path}: not a {kind} file: {error.__cause__ or error}") from error
     if not len(table):
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: no rows; wanted at least one")
     return Table(f"{path},", table)

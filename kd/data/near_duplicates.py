@@ -1,32 +1,33 @@
-"""Texts that repeat one another: nearly (MinHash of word trigrams), or in a long run of words."""
+"""Find near-duplicate texts (MinHash of word trigrams) and long word n-grams in common."""
 
 import hashlib
 import re
 
 from datasketch import MinHash, MinHashLSH
 
-# Chinese and Japanese put no spaces between words: there a character counts as one.
+# Chinese and Japanese have no spaces between words, so each character counts as a word.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-RUN = 13  # words; Brown et al. 2020 (GPT-3), appendix C
-SHORTEST = 5  # words; shorter texts repeat one another by chance
+NGRAM = 13  # words; Brown et al. 2020 (GPT-3), appendix C
+MIN_WORDS = 5  # shorter texts occur in one another by chance
 
 
 def words(text: str) -> list[str]:
+    """Return the lower-case words of a text."""
     return WORD.findall(text.lower())
 
 
 def repeated_share(text: str) -> float:
-    """Share of the word 4-grams that occurred earlier in the text; 0 where it is too short."""
+    """Return the share of word 4-grams that repeat an earlier one; 0 if the text is too short."""
     found = words(text)
     grams = [tuple(found[i : i + 4]) for i in range(len(found) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class NearDuplicates:
-    """Remembers texts; `seen` tells whether a text nearly repeats an earlier one.
+    """Remembers texts and recognizes near-duplicates of them.
 
-    `similarity` is the Jaccard similarity of word trigrams at which two texts count as one,
-    estimated from `permutations` hashes.
+    Two texts are near-duplicates if the Jaccard similarity of their word trigrams reaches
+    `similarity`, as estimated from `permutations` hashes.
     """
 
     def __init__(self, similarity: float, permutations: int = 128) -> None:
@@ -35,6 +36,7 @@ class NearDuplicates:
         self.exact: set[str] = set()
 
     def seen(self, text: str) -> bool:
+        """Whether the text is a near-duplicate of an earlier one; if not, remember it."""
         found = words(text)
         key = " ".join(found)
         if key in self.exact:
@@ -50,30 +52,33 @@ class NearDuplicates:
 
 
 class Overlap:
-    """Tells whether a text shares RUN words in a row with one of `texts`, or has it whole in it.
+    """Recognizes texts that share a word n-gram with one of `texts`.
 
-    A text of fewer than SHORTEST words must be equal.
+    n is NGRAM, or the length of a shorter text, which must then occur as a whole. A text of fewer
+    than MIN_WORDS words must be equal.
     """
 
     def __init__(self, texts: list[str]) -> None:
-        self.runs: dict[int, set[str]] = {}  # length -> runs of so many words
-        self.whole: set[str] = set()
+        self.ngrams: dict[int, set[str]] = {}  # n -> n-grams
+        self.short: set[str] = set()
         for found in map(words, texts):
-            if len(found) < SHORTEST:
-                self.whole.add(" ".join(found))
+            if len(found) < MIN_WORDS:
+                self.short.add(" ".join(found))
                 continue
-            n = min(len(found), RUN)
-            self.runs.setdefault(n, set()).update(runs(found, n))
-        self.whole.discard("")
+            n = min(len(found), NGRAM)
+            self.ngrams.setdefault(n, set()).update(ngrams(found, n))
+        self.short.discard("")
 
     def found_in(self, text: str) -> bool:
+        """Whether the text overlaps with one of the texts."""
         found = words(text)
-        return " ".join(found) in self.whole or any(
-            not known.isdisjoint(runs(found, n)) for n, known in self.runs.items()
+        return " ".join(found) in self.short or any(
+            not known.isdisjoint(ngrams(found, n)) for n, known in self.ngrams.items()
         )
 
 
-def runs(found: list[str], n: int) -> list[str]:
+def ngrams(found: list[str], n: int) -> list[str]:
+    """Return the n-grams of a list of words."""
     return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
 
 

@@ -1,15 +1,16 @@
-"""Encoded rows to batches. B batch, T tokens.
+"""Encoded rows to batches: packing, padding and the order of rows. B batch, T tokens.
 
-A batch has input_ids, position_ids and labels, all (B, T), the number of `tokens` (B,) that are no
-padding, and no attention mask: rows are padded on
-the right, which causal attention never looks at, and where documents share a row their position_ids
-restart, from which Transformers derives the block-diagonal mask.
+A batch has input_ids, position_ids and labels, all (B, T), and the number of `tokens` (B,) that are
+not padding. It has no attention mask: rows are padded on the right, where causal attention never
+looks. If documents share a row, position_ids restart at each document, and Transformers derives the
+block-diagonal mask from that.
 """
 
 import bisect
 import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,15 +20,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 
 KEYS = {"input_ids", "position_ids", "labels", "tokens"}  # of a batch
-ON_POLICY = "on_policy"  # one more: (B, T) bool, the tokens of rows that the student has answered
+ON_POLICY = "on_policy"  # optional key: (B, T) bool, the tokens of rows that the student answered
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def check_packing(config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError where documents of one row would see each other in a model.
+    """Raise ValueError if documents of one row would see each other in this model.
 
-    What keeps them apart is made of position_ids; layers that carry a state from token to token,
-    and positions that are counted in another way, do not look at those.
+    Attention layers keep them apart by position_ids. Layers that carry a state from token to token
+    ignore position_ids, and so do models whose positions are not rotary; GPT-2 is the exception.
     """
     text = config.get_text_config()
     others = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
@@ -35,19 +36,22 @@ def check_packing(config: PreTrainedConfig, name: str) -> None:
     if others or not (rotary or text.model_type == "gpt2"):
         why = f"layers of {', '.join(sorted(others))}" if others else "no rotary positions"
         raise ValueError(
-            f"packing: {name} ({text.model_type}) has {why}, so nothing would keep the documents "
-            "of a row apart; set packing: false, and train_sampling_strategy: group_by_length "
-            "against padding"
+            f"packing: {name} ({text.model_type}) has {why}, so documents that share a row would "
+            "see each other; set packing: false, and train_sampling_strategy: group_by_length to "
+            "reduce padding"
         )
 
 
 def pack(rows: list[EncodedRow], max_length: int) -> list[list[EncodedRow]]:
-    """Best-fit decreasing: each row goes where the least space is left behind it."""
+    """Pack rows into bins of max_length tokens by best-fit decreasing.
+
+    Each row, longest first, goes into the bin where it leaves the least space.
+    """
     return [[rows[i] for i in bin_] for bin_ in pack_lengths(list(map(len, rows)), max_length)]
 
 
 def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """`pack` for rows of these lengths: the indices of each bin."""
+    """Return the indices of each bin of `pack` for rows of these lengths."""
     by_space: dict[int, list[list[int]]] = {}
     spaces: list[int] = []  # the keys of by_space in order
     packed = []
@@ -71,10 +75,10 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 class Collator:
-    """Lists of documents (one list a row) to right-padded tensors.
+    """Collates rows, each a list of documents, into right-padded tensors.
 
-    `flat`: all documents of a batch in one row, B = 1. FlashAttention keeps documents apart in such
-    batches alone; in two packed rows every document would see those before it, without a word.
+    With `flat` all documents of a batch share one row, B = 1. FlashAttention keeps documents apart
+    only in such a batch; in two packed rows every document would silently see those before it.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, flat: bool = False) -> None:
@@ -83,27 +87,39 @@ class Collator:
         self.flat = flat
 
     def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, Tensor]:
+        """Collate rows into (B, T) tensors, T a multiple of pad_to_multiple_of."""
         if self.flat:
             rows = [[document for documents in rows for document in documents]]
         longest = max(sum(map(len, documents)) for documents in rows)
         width = -(-longest // self.multiple) * self.multiple
-        ids = torch.full((len(rows), width), self.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORE_INDEX)
-        positions = torch.zeros((len(rows), width), dtype=torch.long)
+        ids = np.full((len(rows), width), self.pad_token_id, np.int64)
+        labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
+        positions = np.zeros((len(rows), width), np.int64)
         for i, documents in enumerate(rows):
-            for start, end, row in spans(documents):
-                ids[i, start:end] = torch.tensor(row.input_ids)
-                labels[i, start:end] = torch.tensor(row.labels)
-                positions[i, start:end] = torch.arange(end - start)
-            # Padding goes on counting: a restart would make a packed row of an unpacked one, and
-            # cost it the plain causal kernel.
-            positions[i, end:] = torch.arange(end - start, end - start + width - end)
+            for start, end, row in document_spans(documents):
+                ids[i, start:end] = row.input_ids
+                labels[i, start:end] = row.labels
+                positions[i, start:end] = np.arange(end - start)
+            # Padding goes on counting: a restart would mark an unpacked row as packed and cost it
+            # the plain causal kernel.
+            positions[i, end:] = np.arange(end - start, end - start + width - end)
         tokens = torch.tensor([sum(map(len, documents)) for documents in rows])
-        return {"input_ids": ids, "position_ids": positions, "labels": labels, "tokens": tokens}
+        arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
+            "tokens": tokens
+        }
+
+
+def document_spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:
+    """Yield (start, end, document) of every document of a row."""
+    start = 0
+    for row in documents:
+        yield start, start + len(row), row
+        start += len(row)
 
 
 def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches of one collator below each other, padded on the right to the longest."""
+    """Concatenate batches along B, each (B_i, T_i), padded on the right to the longest T."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     padding = {"input_ids": 0, "labels": IGNORE_INDEX} | (
         {ON_POLICY: False} if ON_POLICY in batches[0] else {}
@@ -113,7 +129,7 @@ def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         more = longest - batch["input_ids"].shape[1]
         for name, value in padding.items():
             filled[name].append(pad(batch[name], (0, more), value=value))
-        # Goes on counting, as the collator's own padding does: a restart would be a document.
+        # Positions go on counting, as in the collator's padding: a restart would begin a document.
         on = torch.arange(1, more + 1, device=batch["position_ids"].device)
         positions = batch["position_ids"]
         filled["position_ids"].append(torch.cat([positions, positions[:, -1:] + on], 1))
@@ -121,11 +137,11 @@ def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]:
-    """The rows of a step's micro-batches shared out among them anew, the longest first.
+    """Redistribute the rows of a step's micro-batches by length, the longest first.
 
-    Rows of about one length pad each other least. Loss and gradient of a step are sums over its
-    rows, wherever they stand. Batches stay as they are where nothing would be gained, and where
-    they carry more than a Collator gives them and ON_POLICY.
+    Rows of similar length need the least padding. Loss and gradient of a step are sums over its
+    rows, so the micro-batch of a row does not matter. Batches are returned unchanged if this saves
+    no padding, or if they have keys other than KEYS and ON_POLICY.
     """
     keys = KEYS | {ON_POLICY} & batches[0].keys()
     if len(batches) < 2 or any(batch.keys() != keys for batch in batches):
@@ -143,10 +159,10 @@ def by_length(batches: list[dict[str, Tensor]], multiple: int = 8) -> list[dict]
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Transformers' sampler with an order that seed and epoch alone decide.
+    """Transformers' length-grouped sampler, with an order that depends only on seed and epoch.
 
-    Its own draws from the global generator, whose state differs between ranks and after a restart:
-    the ranks would then share rows out by different lists.
+    The original draws from the global generator, whose state differs between ranks and after a
+    restart; the ranks would then distribute different lists of rows.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -154,6 +170,7 @@ class GroupedByLength(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -161,19 +178,13 @@ class GroupedByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
-def spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:
-    start = 0
-    for row in documents:
-        yield start, start + len(row), row
-        start += len(row)
-
-
 def padding_share(
     lengths: Sequence[int], batch: int, grouped: bool = False, accumulation: int = 1
 ) -> float:
-    """Share of padding when rows of these lengths are batched in a random order, or by length.
+    """Return the share of padding among the positions of batches of rows of these lengths.
 
-    The rows of a step are shared out among its micro-batches `by_length` in either case.
+    Rows are batched in a random order, or by length if `grouped`. Within a step they are
+    redistributed `by_length` in both cases.
     """
     lengths, step = list(lengths), batch * accumulation
     random.Random(0).shuffle(lengths)

@@ -1,10 +1,11 @@
-"""Tokenised rows on the disk, under a fingerprint of everything that decides them.
+"""Tokenised rows on disk, in a folder named by a fingerprint of everything that determines them.
 
-One process prepares them and the others wait for its lock, on one machine or on a shared disk;
-there is no collective call that could time out, and whoever dies leaves nothing that is half there.
-A folder holds ids (int32) and mask (bool) of all rows one behind the other, where each row ends,
-and report.json; it is mapped into memory, so processes on one machine share its pages. Rows that are
-aligned to a teacher with another tokenizer have its ids and the numbers of chunks beside them.
+One process prepares the folder while the others wait for its lock, on one machine or on a shared
+disk. There is no collective call that could time out, and a process that dies leaves nothing half
+written. A folder holds report.json, the ids (int32) and the mask (bool) of all rows concatenated,
+and the end of each row. It is mapped into memory, so the processes of one machine share its pages.
+Rows that are aligned to a teacher with another tokenizer have four more files: the teacher's ids
+and the ends of its rows, and the segments of both sides, whose files are called chunks.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,10 +27,9 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.alignment import AlignedEncoder, AlignedRow, teacher_row
+from kd.data.alignment import AlignedEncoder, AlignedRow
 from kd.data.encoding import (
-    CHUNK,
-    IGNORE_INDEX,
+    ENCODE_BATCH,
     EncodedRow,
     Encoder,
     EncodingReport,
@@ -40,14 +40,15 @@ from kd.data.packing import pack_lengths
 from kd.data.sources import check_sources, hub_table, local_files, read_rows
 from kd.data.vocabularies import shared_vocabulary
 from kd.data.workers import encode_in_order, worker_count
+from kd.run.atomic import atomic_path
 
-ENDS = {"ids": "ends", "teacher_ids": "teacher_ends"}  # where a row's part of a file ends
-FORMAT = 1  # raise it where equal settings come to make other rows
+ENDS = {"ids": "ends", "teacher_ids": "teacher_ends"}  # file of tokens: file of its rows' ends
+FORMAT = 1  # increase it when the same settings come to make other rows
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What decides the rows beside their sources and their tokenizer."""
+    """The settings that determine the rows, in addition to sources and tokenizer."""
 
     max_length: int
     seed: int = 0
@@ -58,12 +59,15 @@ class RowSettings:
 
 
 class TokenisedRows(Sequence):
-    """Rows of one cache folder, each a list of documents: one, or after `packed` several."""
+    """The rows of one cache folder. A row is a list of documents: one, or several after `packed`.
+
+    Documents are views of the mapped files.
+    """
 
     def __init__(self, folder: Path, bins: list[list[int]] | None = None) -> None:
         self.folder = folder
-        self.ids = np.memmap(folder / "ids", np.int32, "r")
-        self.mask = np.memmap(folder / "mask", np.bool_, "r")
+        self.ids = mapped(folder / "ids", np.int32)
+        self.mask = mapped(folder / "mask", np.bool_)
         self.ends = np.fromfile(folder / "ends", np.int64)
         self.report = read_report(folder)
         self.bins = bins
@@ -79,21 +83,22 @@ class TokenisedRows(Sequence):
         return [self.document(j) for j in self.bins[i]]
 
     def packed(self, max_length: int) -> "TokenisedRows":
-        """The same documents, as many a row as fit."""
+        """Return the same documents packed into rows of at most max_length tokens."""
         return type(self)(self.folder, pack_lengths(self.lengths, max_length))
 
     def subset(self, chosen: list[int]) -> "TokenisedRows":
-        """These rows, in this order."""
+        """Return the chosen rows, in this order."""
         bins = [[i] for i in range(len(self))] if self.bins is None else self.bins
         return type(self)(self.folder, [bins[i] for i in chosen])
 
     def document(self, i: int) -> EncodedRow:
-        part = between(self.ends, i)
-        ids = self.ids[part]
-        return EncodedRow(ids.tolist(), np.where(self.mask[part], ids, IGNORE_INDEX).tolist())
+        """Return document i of the folder."""
+        part = row_slice(self.ends, i)
+        return EncodedRow(self.ids[part], self.mask[part])
 
     @property
     def document_lengths(self) -> np.ndarray:
+        """(documents,) tokens of each document."""
         return np.diff(self.ends, prepend=0)
 
     @property
@@ -103,7 +108,7 @@ class TokenisedRows(Sequence):
 
     @property
     def longest(self) -> int:
-        """Tokens that any model reads of one row, at most."""
+        """The most tokens of one row that student or teacher reads."""
         return max(self.lengths)
 
     @property
@@ -113,45 +118,52 @@ class TokenisedRows(Sequence):
         return self.per_row(np.add.reduceat(self.mask, starts, dtype=np.int64))
 
     def per_row(self, of_documents: np.ndarray) -> list[int]:
+        """Sum a number per document (documents,) over the documents of each row."""
         if self.bins is None:
             return of_documents.tolist()
         return [int(of_documents[documents].sum()) for documents in self.bins]
 
 
 class AlignedRows(TokenisedRows):
-    """TokenisedRows with what a teacher of another tokenizer reads of each document."""
+    """The rows of one cache folder with the tokens that the teacher reads for each document."""
 
     def __init__(self, folder: Path, bins: list[list[int]] | None = None) -> None:
         super().__init__(folder, bins)
-        self.teacher_ids = np.memmap(folder / "teacher_ids", np.int32, "r")
-        self.chunks, self.teacher_chunks = (
-            np.memmap(folder / name, np.int32, "r") for name in ("chunks", "teacher_chunks")
+        self.segments, self.teacher_ids, self.teacher_segments = (
+            mapped(folder / name, np.int32) for name in ("chunks", "teacher_ids", "teacher_chunks")
         )
         self.teacher_ends = np.fromfile(folder / "teacher_ends", np.int64)
 
     @property
     def longest(self) -> int:
+        """The most tokens of one row that student or teacher reads."""
         teachers = self.per_row(np.diff(self.teacher_ends, prepend=0))
         return max(super().longest, *teachers)
 
     def document(self, i: int) -> AlignedRow:
-        row, part = super().document(i), between(self.teacher_ends, i)
-        ids, chunks = self.teacher_ids[part], self.teacher_chunks[part]
+        """Return document i of the folder."""
+        part, theirs = row_slice(self.ends, i), row_slice(self.teacher_ends, i)
         return AlignedRow(
-            row.input_ids,
-            row.labels,
-            self.chunks[between(self.ends, i)].tolist(),
-            teacher_row(ids, chunks),
-            chunks.tolist(),
+            self.ids[part],
+            self.mask[part],
+            self.segments[part],
+            self.teacher_ids[theirs],
+            self.teacher_segments[theirs],
         )
 
 
-def between(ends: np.ndarray, i: int) -> slice:
-    """The place of row i, of rows that end there."""
+def mapped(file: Path, dtype: type) -> np.ndarray:
+    """Map a file of one array into memory, read-only."""
+    return np.asarray(np.memmap(file, dtype, "r"))  # plain arrays are sliced faster than memmaps
+
+
+def row_slice(ends: np.ndarray, i: int) -> slice:
+    """Return the tokens of row i in a file whose rows have these ends."""
     return slice(int(ends[i - 1]) if i else 0, int(ends[i]))
 
 
 def read_report(folder: Path) -> EncodingReport:
+    """Read the report of a cache folder."""
     return EncodingReport(**json.loads((folder / "report.json").read_text()))
 
 
@@ -164,17 +176,17 @@ def tokenised_rows(
     progress: bool = True,
     teacher: PreTrainedTokenizerBase | None = None,
 ) -> TokenisedRows:
-    """The rows of the sources, from the cache where an earlier call has made them.
+    """Return the rows of the sources, from the cache if an earlier call prepared them.
 
-    With the tokenizer of a `teacher` they are aligned to it. Raises ValueError as `read_rows` and
-    `encode_rows` do.
+    With `teacher`, the tokenizer of a teacher, they are aligned to it. Raises ValueError as
+    `read_rows` and `encode_rows` do, or if the cache folder's file system has no locks.
     """
     check_sources(sources)
     folder = Path(cache) / fingerprint(sources, settings, tokenizer, teacher)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not is_whole(folder):
-        with alone(folder.with_suffix(".lock")):
-            if not is_whole(folder):  # whoever had the lock before may have made it
+        with locked(folder.with_suffix(".lock")):
+            if not is_whole(folder):  # the process that held the lock may have prepared it
                 prepare(folder, sources, settings, tokenizer, workers, progress, teacher)
     return AlignedRows(folder) if teacher else TokenisedRows(folder)
 
@@ -185,23 +197,24 @@ def fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """Equal for rows that are equal; the content of files counts, not only their names."""
+    """Return a hash of all that determines the rows; files count by their content."""
     parts = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
         "settings": asdict(settings),
         "sources": sources,
-        "contents": [content_of(source) for source in sources],
-        **content_of_tokenizer(tokenizer),
+        "contents": [source_content(source) for source in sources],
+        **tokenizer_content(tokenizer),
     }
     if teacher:
-        parts["teacher"] = content_of_tokenizer(teacher)
+        parts["teacher"] = tokenizer_content(teacher)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def content_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict:
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Return everything of a tokenizer that determines ids."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
-    if backend:  # what the last call left there
+    if backend:  # these two are left over from the tokenizer's last call
         backend |= {"truncation": None, "padding": None}
     return {
         "tokenizer": backend or tokenizer.get_vocab(),
@@ -210,10 +223,11 @@ def content_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict:
     }
 
 
-def content_of(source: dict) -> str:
+def source_content(source: dict) -> str:
+    """Return a hash of the files of a source, or the fingerprint of its hub data set."""
     files = local_files(source["path"])
     if files is None:
-        return hub_table(source)._fingerprint  # of the data set's revision, configuration and split
+        return hub_table(source)._fingerprint  # of revision, configuration and split
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file}\n{Path(file).stat().st_size}\n".encode())
@@ -224,17 +238,18 @@ def content_of(source: dict) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all bytes are there; a full disk or a lost machine may leave fewer."""
+    """Whether all files have their full size; a full disk or a lost machine may truncate them."""
     try:
         report = read_report(folder)
-        sizes = {name: (folder / name).stat().st_size for name in wanted_sizes(report)}
+        expected = expected_sizes(report)
+        sizes = {name: (folder / name).stat().st_size for name in expected}
     except (OSError, ValueError):
         return False
-    return sizes == wanted_sizes(report)
+    return sizes == expected
 
 
-def wanted_sizes(report: EncodingReport) -> dict[str, int]:
-    """Bytes of each file of a folder."""
+def expected_sizes(report: EncodingReport) -> dict[str, int]:
+    """Return the bytes of each file of a folder with this report."""
     sizes = {"ids": 4 * report.tokens, "mask": report.tokens, "ends": 8 * report.kept}
     if report.teacher_tokens:
         other = {name: 4 * report.teacher_tokens for name in ("teacher_ids", "teacher_chunks")}
@@ -243,10 +258,11 @@ def wanted_sizes(report: EncodingReport) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Inside, no other process is; they wait, however long it takes.
+def locked(lock: Path) -> Iterator[None]:
+    """Hold an exclusive lock, waiting for it as long as it takes.
 
-    A POSIX lock: forked workers do not inherit it, and the system gives it back when we die.
+    It is a POSIX lock: forked workers do not inherit it, and the system releases it if this process
+    dies. Raises ValueError if the file system has no locks.
     """
     with open(lock, "w") as file:
         try:
@@ -258,8 +274,8 @@ def alone(lock: Path) -> Iterator[None]:
             print(f"waited {time.monotonic() - start:.0f} s for the rows", flush=True)
         except OSError as error:
             raise ValueError(
-                f"data_cache: no locks on the file system of {lock.parent} ({error}); take a folder "
-                "on another one"
+                f"data_cache: the file system of {lock.parent} has no file locks ({error}); set "
+                "data_cache to a folder on another one"
             ) from error
         yield
 
@@ -273,17 +289,13 @@ def prepare(
     progress: bool,
     teacher: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write the folder aside and rename it, so that it is whole or not there."""
-    for torn in [*folder.parent.glob(f"{folder.name}.tmp-*"), folder]:
-        shutil.rmtree(torn, ignore_errors=True)  # of a process that was killed
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    aside.mkdir()
-    try:
-        report = write_rows(aside, sources, settings, tokenizer, workers, progress, teacher)
-        (aside / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    """Write a temporary folder and rename it, so that `folder` is whole or absent."""
+    for leftover in [*folder.parent.glob(f"{folder.name}.tmp-*"), folder]:
+        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+    with atomic_path(folder, folder.with_name(f"{folder.name}.tmp-{os.getpid()}")) as temporary:
+        temporary.mkdir()
+        report = write_rows(temporary, sources, settings, tokenizer, workers, progress, teacher)
+        (temporary / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
 def write_rows(
@@ -295,6 +307,10 @@ def write_rows(
     progress: bool,
     teacher: PreTrainedTokenizerBase | None,
 ) -> EncodingReport:
+    """Encode the rows of the sources into the files of `folder`, all but report.json.
+
+    Raises ValueError as `tokenised_rows` does.
+    """
     bad: Counter = Counter()
     rows = read_rows(
         sources,
@@ -304,13 +320,14 @@ def write_rows(
         mixture_rows=settings.mixture_rows,
         train_rows=settings.train_rows,
     )
-    encoder = encoder_of(settings, tokenizer, teacher)
+    encoder = make_encoder(settings, tokenizer, teacher)
     report, ends = EncodingReport(), Counter()
     bar = tqdm(desc="tokenising", unit="row", disable=not progress)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
         open_file = functools.cache(lambda name: stack.enter_context(open(folder / name, "wb")))
-        for results in encode_in_order(encoder, chunks(rows), worker_count(workers)):
+        batches = batched(rows, ENCODE_BATCH)
+        for results in encode_in_order(encoder, batches, worker_count(workers)):
             for row in count_rows(results, report):
                 for name, array in row.arrays.items():
                     open_file(name).write(array.tobytes())
@@ -324,11 +341,13 @@ def write_rows(
     return report
 
 
-def encoder_of(
+def make_encoder(
     settings: RowSettings,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase | None,
 ) -> Encoder | AlignedEncoder:
+    """Make the encoder of these settings; it aligns rows if there is a teacher's tokenizer."""
+
     def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(tokenizer, settings.max_length, settings.on_long_row, settings.on_bad_row)
 
@@ -338,12 +357,13 @@ def encoder_of(
     return AlignedEncoder(encoder(tokenizer), encoder(teacher), vocabulary)
 
 
-def chunks(rows: Iterator) -> Iterator[list]:
-    chunk = []
+def batched(rows: Iterable, size: int) -> Iterator[list]:
+    """Yield lists of `size` rows; the last one may be shorter."""
+    batch = []
     for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""Rows for the eye: decoded with their targets marked, how long they are, what was dropped."""
+"""Show rows to the user: decoded text with marked targets, and a summary in rows.json."""
 
 import json
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.encoding import EncodedRow
 from kd.data.row_cache import TokenisedRows
 
 BEGIN, END = "[[", "]]"  # around targets
@@ -16,9 +16,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def shown_rows(rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """`count` rows from all over the mixture, first to last."""
+    """Return the text of `count` rows, evenly spaced over the mixture, with marked targets."""
     count = min(count, len(rows))
-    parts = [f"targets stand between {BEGIN} and {END} (which are not in the data)"]
+    parts = [f"targets are between {BEGIN} and {END}, which are not part of the data"]
     for i in np.linspace(0, len(rows) - 1, count).round().astype(int).tolist():
         for number, document in enumerate(rows[i], 1):
             which = f", document {number} of {len(rows[i])}" if rows.bins else ""
@@ -30,34 +30,34 @@ def shown_rows(rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, count: i
 
 
 def marked(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row's text, special tokens as they are, its targets between BEGIN and END."""
+    """Decode a row, special tokens included, with its targets between BEGIN and END."""
     text = ""
-    pairs = zip(row.input_ids, row.labels, strict=True)
-    for target, run in groupby(pairs, lambda pair: pair[1] != IGNORE_INDEX):
+    pairs = zip(row.input_ids.tolist(), row.target_mask.tolist(), strict=True)
+    for target, run in groupby(pairs, lambda pair: pair[1]):
         part = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         text += f"{BEGIN}{part}{END}" if target else part
     return text
 
 
 def summary(rows: TokenisedRows) -> dict:
-    """What rows.json says of a set of rows."""
+    """Return the entry of rows.json for a set of rows."""
     quantiles = np.quantile(rows.document_lengths, QUANTILES).round().astype(int).tolist()
     return asdict(rows.report) | {
-        "rows_of_the_trainer": len(rows),  # fewer where documents are packed
+        "rows_of_the_trainer": len(rows),  # fewer if documents are packed
         "length_quantiles": {f"{q:g}": n for q, n in zip(QUANTILES, quantiles, strict=True)},
         "tokenised_rows": str(rows.folder),
     }
 
 
 def write_summary(output_dir: str, rows: TokenisedRows, heldout: TokenisedRows | None) -> None:
-    """Leave rows.json: rows read, kept, dropped by reason, tokens, targets, lengths."""
+    """Write rows.json: rows read, kept, dropped by reason, cut; tokens, targets, lengths."""
     found = {"train": summary(rows)} | ({"eval": summary(heldout)} if heldout else {})
     (Path(output_dir) / "rows.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def log_lengths(rows: TokenisedRows, folder: str) -> None:
-    """Histograms of documents' and rows' lengths for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+    """Write TensorBoard histograms of the lengths of documents and rows to `folder`."""
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     with SummaryWriter(folder) as writer:
         writer.add_histogram("data/document_tokens", rows.document_lengths, 0)

@@ -1,19 +1,19 @@
-"""Rows of a recipe's sources, each as {"messages": [...]} or {"text": ...}.
+"""Read the rows of a recipe's sources as {"messages": [...]} or {"text": ...}.
 
-Keys of one source:
-    path      a file (.jsonl .json .csv .tsv .txt .parquet .arrow), a folder or a pattern of such
-              files, or the name of a hub data set
-    name, split, revision   configuration, split (train by default) and revision of a hub data set
-    count     rows to draw, by `mixture_seed`; without: all
-    weight    in place of count: a share of `mixture_rows`; without that, of the largest mixture in
-              which no row repeats
-    where     {column: value}: only the rows that have these values
-    columns   {our name: its name}, for rows that call their fields otherwise; {id: null}: equal
-              ids are no fault
-    roles     {its name: our role}, for messages whose roles are none of `kd.data.conversations`
-    system    a system prompt put in front of rows that have none
-    sample_by   rows of a .txt file: line (by default), paragraph or document
-What makes a row: see `kd.data.conversations`.
+Keys of a source:
+    path       a file (.jsonl .json .csv .tsv .txt .parquet .arrow), a folder or glob pattern of
+               such files, or the name of a hub data set
+    name, split, revision   configuration, split (default train) and revision of a hub data set
+    count      number of rows to draw at random, by `mixture_seed`; default: all rows
+    weight     instead of count: the share of `mixture_rows`; without mixture_rows, of the largest
+               mixture in which no row repeats
+    where      {column: value}: only rows with these values
+    columns    {our name: its name}, if the rows name their fields differently; {id: null} allows
+               repeated ids
+    roles      {its name: our role}, for roles that `kd.data.conversations` does not know
+    system     a system prompt for rows without one
+    sample_by  what a row of a .txt file is: line (default), paragraph or document
+`kd.data.conversations` lists the formats of a row.
 """
 
 import random
@@ -22,7 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kd.data.conversations import COLUMNS, ROLES, to_row
-from kd.data.files import ENDINGS, BadRow, Joined, JsonLines, Reader, Table, Where, read_file
+from kd.data.files import (
+    ENDINGS,
+    BadRow,
+    Concatenation,
+    FilteredRows,
+    JsonLines,
+    Reader,
+    Table,
+    read_file,
+)
 from kd.recipe import unknown_key
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
@@ -30,30 +39,31 @@ KEYS = (*TEXT_KEYS, "where", "count", "weight", "columns", "roles")
 
 
 def check_sources(sources: list[dict]) -> None:
-    """Refuse wrong keys and missing files before anything is loaded. Raises ValueError."""
+    """Raise ValueError for wrong keys, wrong values and missing files; loads nothing."""
     for source in sources:
         for key in source:
             if key not in KEYS:
                 raise ValueError(f"data: {unknown_key(key, list(KEYS))}")
         path = source.get("path")
         if not isinstance(path, str) or not path:
-            raise ValueError(f"data: a source without path: {source}")
+            raise ValueError(f"data: source {source} has no path; wanted a file or a data set name")
         check_values(source, f"data: {path}")
         files = local_files(path)
         if files == []:
             raise ValueError(
-                f"data: no file {path}; wanted {' '.join(ENDINGS)}, a folder or a pattern of "
-                "these, or the name of a data set"
+                f"data: no file {path}; wanted {' '.join(ENDINGS)}, a folder or a glob pattern of "
+                "these, or the name of a hub data set"
             )
         kinds = Counter(Path(file).suffix for file in files or [])
         if len(kinds) > 1:
             raise ValueError(
-                f"data: {path} has files of several kinds, {dict(kinds)}; say which, as in "
-                f"{path.rstrip('/')}/*{min(kinds)}"
+                f"data: {path} has files of several kinds, {dict(kinds)}; wanted one kind, for "
+                f"example {path.rstrip('/')}/*{min(kinds)}"
             )
 
 
 def check_values(source: dict, where: str) -> None:
+    """Raise ValueError, beginning with `where`, if a value of the source is invalid."""
     for key in TEXT_KEYS:
         if not isinstance(source.get(key, ""), str):
             raise ValueError(f"{where}: {key} {source[key]!r}; wanted a string")
@@ -63,16 +73,16 @@ def check_values(source: dict, where: str) -> None:
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
         raise ValueError(f"{where}: weight {weight!r}; wanted a number above 0")
     if "count" in source and "weight" in source:
-        raise ValueError(f"{where}: count and weight; wanted one of them")
+        raise ValueError(f"{where}: has count and weight; wanted one of them")
     if source.get("sample_by", "line") not in ("line", "paragraph", "document"):
         raise ValueError(
-            f"{where}: sample_by {source['sample_by']}; wanted line, paragraph, document"
+            f"{where}: sample_by {source['sample_by']}; wanted line, paragraph or document"
         )
     columns, roles = source.get("columns", {}), source.get("roles", {})
     chosen = source.get("where", {})
     for key, value in (("columns", columns), ("roles", roles), ("where", chosen)):
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {key} {value!r}; wanted {{name: name}}")
+            raise ValueError(f"{where}: {key} {value!r}; wanted a mapping {{name: name}}")
     for name, theirs in columns.items():
         if name not in COLUMNS:
             raise ValueError(f"{where}: columns: {unknown_key(name, list(COLUMNS))}")
@@ -84,8 +94,8 @@ def check_values(source: dict, where: str) -> None:
 
 
 def local_files(path: str) -> list[str] | None:
-    """The files that a path means, in order of their names; None for the name of a hub data set."""
-    if any(mark in path for mark in "*?["):
+    """Return the files of a path, sorted by name; None if it is the name of a hub data set."""
+    if any(wildcard in path for wildcard in "*?["):
         base = Path(path)
         found = base.anchor and Path(base.anchor).glob(str(base.relative_to(base.anchor)))
         found = found or Path().glob(path)
@@ -99,48 +109,52 @@ def local_files(path: str) -> list[str] | None:
 
 
 def open_source(source: dict) -> Reader:
-    """Raises ValueError where nothing can be read."""
-    reader = open_whole(source)
+    """Open a source and apply its `where`. Raises ValueError if it has no rows."""
+    reader = _open_unfiltered(source)
     if "where" not in source:
         return reader
-    chosen = Where(reader, source["where"])
-    if not len(chosen):
+    filtered = FilteredRows(reader, source["where"])
+    if not len(filtered):
         raise ValueError(
-            f"data: {source['path']}: none of its {len(reader)} rows has {source['where']} (where)"
+            f"data: {source['path']}: where: none of its {len(reader)} rows has {source['where']}; "
+            "wanted at least one"
         )
-    return chosen
+    return filtered
 
 
-def open_whole(source: dict) -> Reader:
+def _open_unfiltered(source: dict) -> Reader:
     files = local_files(source["path"])
     if files is None:
         return Table(f"{source['path']}, {source.get('split', 'train')}", hub_table(source))
     readers = [read_file(file, source.get("sample_by", "line")) for file in files]
-    return readers[0] if len(readers) == 1 else Joined(readers)
+    return readers[0] if len(readers) == 1 else Concatenation(readers)
 
 
 def hub_table(source: dict):
-    from datasets import load_dataset  # seconds to import, and local files do without
+    """Load a hub data set. Raises ValueError if it cannot be loaded."""
+    from datasets import load_dataset  # takes seconds to import; local files do not need it
     from datasets.exceptions import DatasetsError
 
     split, revision = source.get("split", "train"), source.get("revision")
     try:
         return load_dataset(source["path"], source.get("name"), split=split, revision=revision)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"data: {source['path']}, {split}: cannot be loaded: {error}") from error
+        raise ValueError(
+            f"data: {source['path']}, split {split}: cannot be loaded: {error}"
+        ) from error
 
 
 def load_rows(sources: list[dict], seed: int, on_bad_row: str = "error") -> list[dict]:
-    """All rows of a mixture, source after source; the Trainer's sampler shuffles them.
+    """Return all rows of a mixture, source by source; the trainer's sampler shuffles them.
 
-    Raises ValueError naming file and line where a row has no usable fields.
+    Raises ValueError with file and line for a bad row, unless on_bad_row is `drop`.
     """
     dropped: Counter = Counter()
     return [row for _, row in read_rows(sources, seed, on_bad_row, dropped)]
 
 
 def source_rows(source: dict, seed: int, convert: Callable[..., dict] = to_row) -> list[dict]:
-    """The rows of one source. Raises ValueError naming file and line."""
+    """Return the rows of one source. Raises ValueError with file and line for a bad row."""
     return [row for _, row in read_rows([source], seed, convert=convert)]
 
 
@@ -153,27 +167,32 @@ def read_rows(
     mixture_rows: int | None = None,
     train_rows: int | None = None,
 ) -> Iterator[tuple[str, dict]]:
-    """(place, row) of all rows of a mixture.
+    """Yield (place, row) for all rows of a mixture.
 
-    A bad row raises BadRow, or is counted in `dropped` by its kind, and another one of its source
-    is drawn in its place where there is a count.
+    A bad row raises BadRow. If on_bad_row is `drop`, it is counted in `dropped` by its kind, and a
+    source with a count draws another row in its place. Raises ValueError as `planned_counts` does.
     """
     check_sources(sources)
     readers = [open_source(source) for source in sources]
     counts = planned_counts(sources, readers, mixture_rows, train_rows)
     dropped = Counter() if dropped is None else dropped
     for source, reader, count in zip(sources, readers, counts, strict=True):
-        yield from drawn_rows(source, reader, count, seed, on_bad_row, dropped, convert)
+        yield from _draw_rows(source, reader, count, seed, on_bad_row, dropped, convert)
 
 
 def planned_counts(
     sources: list[dict], readers: list[Reader], mixture_rows: int | None, train_rows: int | None
 ) -> list[int | None]:
-    """Rows of each source; None: all, in their order. Raises ValueError where there are fewer."""
+    """Return the number of rows to draw from each source; None means all, in their order.
+
+    Raises ValueError if a source has fewer rows, or for mixture_rows without any weight.
+    """
     counts: list[int | None] = [source.get("count") for source in sources]
     weighted = [i for i, source in enumerate(sources) if "weight" in source]
     if mixture_rows and not weighted:
-        raise ValueError("mixture_rows: given, and no source has a weight to share it by")
+        raise ValueError(
+            f"mixture_rows: {mixture_rows}, but no source has a weight; give the sources weights"
+        )
     if weighted:
         weights = [sources[i]["weight"] for i in weighted]
         most = min(
@@ -191,13 +210,14 @@ def planned_counts(
     for source, reader, count in zip(sources, readers, counts, strict=True):
         if count is not None and count > len(reader):
             raise ValueError(
-                f"data: {source['path']}: count {count}, but it has {len(reader)} rows"
+                f"data: {source['path']}: count {count}, but it has {len(reader)} rows; wanted no "
+                "more than that"
             )
     return counts
 
 
 def shares(total: int, weights: list[float]) -> list[int]:
-    """`total` split by weight into whole numbers, the largest remainders rounded up."""
+    """Split `total` into whole numbers by weight; the largest remainders are rounded up."""
     exact = [total * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: whole[i] - exact[i])
@@ -206,7 +226,7 @@ def shares(total: int, weights: list[float]) -> list[int]:
     return whole
 
 
-def drawn_rows(
+def _draw_rows(
     source: dict,
     reader: Reader,
     count: int | None,
@@ -215,9 +235,9 @@ def drawn_rows(
     dropped: Counter,
     convert: Callable[[dict, dict, str], dict],
 ) -> Iterator[tuple[str, dict]]:
-    path, every, good = source["path"], range(len(reader)), 0
-    # Path in the seed: two sources of equal length do not draw the same numbers.
-    chosen = every if count is None else random.Random(f"{seed} {path}").sample(every, count)
+    path, undrawn, good = source["path"], range(len(reader)), 0
+    # The path is part of the seed: sources of equal length must not draw the same indices.
+    chosen = undrawn if count is None else random.Random(f"{seed} {path}").sample(undrawn, count)
     ids: dict = {}
     while chosen:
         missing = 0
@@ -237,30 +257,33 @@ def drawn_rows(
             yield place, row
         if count is None or not missing:
             return
-        every = sorted(set(every) - set(chosen))
-        if len(every) < missing:
+        undrawn = sorted(set(undrawn) - set(chosen))
+        if len(undrawn) < missing:
             raise ValueError(
                 f"data: {path}: count {count}, but of {len(reader)} rows only "
-                f"{good + len(every)} can be used; dropped: {dict(dropped)}"
+                f"{good + len(undrawn)} can be used (dropped: {dict(dropped)}); wanted no more"
             )
-        chosen = random.Random(f"{seed} {path} {good}").sample(every, missing)
+        chosen = random.Random(f"{seed} {path} {good}").sample(undrawn, missing)
 
 
 def check_id(raw: dict, source: dict, place: str, ids: dict) -> None:
-    """Raise BadRow where an earlier row of the source has the same id."""
+    """Raise BadRow if an earlier row of the source has the same id; `ids` maps ids to places."""
     column = source.get("columns", {}).get("id", "id")
     identity = raw.get(column) if column else None
     if not isinstance(identity, str | int) or identity == "":
         return
     if identity in ids:
-        found = f"{column} {identity!r} is that of {ids[identity]}; wanted each once"
-        remedy = "(columns: {id: null} where equal ids are meant)"
+        found = f"{column} {identity!r} is also the id of {ids[identity]}; wanted unique ids"
+        remedy = "(columns: {id: null} allows repeated ids)"
         raise BadRow(place, "repeated id", f"{found} {remedy}")
     ids[identity] = place
 
 
 def read_jsonl(path: str) -> tuple[list[dict], Callable[[int], str]]:
-    """All rows of a file of JSON lines, and the place of each. Raises BadRow naming the line."""
+    """Return all rows of a JSON Lines file, and a function from a row's index to its place.
+
+    Raises BadRow with the line for a row that is not a JSON object.
+    """
     lines = JsonLines(path)
     places, rows = [], []
     for place, row in lines.rows(range(len(lines))):

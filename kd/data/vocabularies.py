@@ -1,13 +1,14 @@
-"""Two vocabularies as two ways to cut the same bytes: what tokens stand for, and common classes.
+"""The bytes of every token of two vocabularies, and classes of tokens that both vocabularies share.
 
-Teacher and student cut text differently, so their next-token distributions are compared over a
-partition that both know: a class for every token of equal bytes in both vocabularies. A token that
-only one side has goes to the class of the token that its text begins with when the other side cuts
-it: where a teacher may go on with " distillation" and a student must write " dist" first, both are
-the class " dist". Tokens of no text (special ones without a partner) join the class of the end of a
-turn. So no class is empty on one side, each distribution is mapped by a function of the token, and
-a divergence of the two images is a true one, at most that of the text itself (data processing
-inequality). Equal vocabularies, whatever their ids, give one class a token.
+Teacher and student tokenize text differently, so their next-token distributions are compared over a
+partition that both share: one class for every pair of tokens with equal bytes. A token without such
+a partner joins the class of its first token under the other tokenizer. For example, where a teacher
+may go on with " distillation" and a student must first write " dist", both are in the class
+" dist". Tokens without text (special tokens without a partner) join the class of the end of a turn.
+So no class is empty on either side, and each distribution is mapped by a function of the token. A
+divergence between the mapped distributions is therefore a true divergence, at most that of the text
+itself (data processing inequality). Equal vocabularies, whatever their ids, give one class per
+token.
 """
 
 import functools
@@ -20,32 +21,29 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.data.tokenizer import special_ids, turn_end
 
-BLANK = "\u2581"  # SentencePiece's sign for a space
-Key = tuple[bool, bytes]  # whether the token is special; what it stands for
+BLANK = "\u2581"  # SentencePiece's symbol for a space
+Key = tuple[bool, bytes]  # whether a token is special, and its bytes
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of two vocabularies. Ids (V,) fall into K classes, each with one main token."""
+class VocabularySide:
+    """One of two vocabularies, V ids in K classes. Each class has one main id."""
 
     class_of: np.ndarray  # (V,)
-    main: np.ndarray  # (K,) the id that has a partner of equal bytes on the other side
-    pieces: list[bytes]  # what each id stands for
-
-    @property
-    def alone(self) -> np.ndarray:
-        """(V,) True where a class has no second id."""
-        return np.bincount(self.class_of, minlength=len(self.main))[self.class_of] == 1
+    main: np.ndarray  # (K,) the id with the same bytes as the main id of the other side
+    pieces: list[bytes]  # (V,) the bytes of each id
 
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    student: Side
-    teacher: Side
+    """Student and teacher vocabulary with common classes."""
+
+    student: VocabularySide
+    teacher: VocabularySide
 
     @property
     def twin(self) -> np.ndarray:
-        """(V of the student,) the teacher's id of the same bytes, -1 where there is none."""
+        """(V of the student,) the teacher's id with the same bytes, or -1."""
         twin = np.full(len(self.student.class_of), -1, np.int64)
         twin[self.student.main] = self.teacher.main
         return twin
@@ -53,38 +51,41 @@ class SharedVocabulary:
     def __str__(self) -> str:
         sizes = len(self.student.class_of), len(self.teacher.class_of)
         return (
-            f"tokenizers: {len(self.student.main)} tokens map one to one, of {sizes[0]} of the "
-            f"student and {sizes[1]} of the teacher"
+            f"tokenizers: {len(self.student.main)} tokens map one to one; the student has "
+            f"{sizes[0]}, the teacher {sizes[1]}"
         )
 
 
-@functools.lru_cache(maxsize=2)  # some seconds, and rows and loss both ask for it
+@functools.lru_cache(maxsize=2)  # takes seconds; rows and loss both need it
 def shared_vocabulary(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> SharedVocabulary:
-    """Raises ValueError where a tokenizer does not tell which bytes its tokens stand for."""
+    """Match two vocabularies. Raises ValueError as `token_bytes` does."""
     tokenizers = (student, teacher)
     pieces = [token_bytes(tokenizer) for tokenizer in tokenizers]
-    keys = [keys_of(tokenizer, found) for tokenizer, found in zip(tokenizers, pieces, strict=True)]
+    keys = [ids_by_key(*both) for both in zip(tokenizers, pieces, strict=True)]
     pairs = end_pairs(student, teacher)
     pairs += equal_tokens(*keys, pairs)
     mains = np.array(pairs, np.int64).T  # (2, K)
-    trees = [first_tokens(keys[i], pieces[i], tokenizers[1 - i], keys[1 - i]) for i in (0, 1)]
-    end = 0  # the first pair ends a turn
+    firsts = [first_tokens(keys[i], pieces[i], tokenizers[1 - i], keys[1 - i]) for i in (0, 1)]
+    end = 0  # the first pair is the end of a turn
     classes = [np.full(len(found), -1, np.int64) for found in pieces]
     for i in (0, 1):
         classes[i][mains[i]] = np.arange(len(pairs))
-    # In order of length: what a token begins with is shorter, and has its class already.
+    # In order of length: the first token of a token is shorter, so it has its class already.
     todo = [(len(pieces[i][x]), i, x) for i in (0, 1) for x in np.flatnonzero(classes[i] < 0)]
     for _, i, x in sorted(todo):
-        first = trees[i].get(x)
+        first = firsts[i].get(x)
         classes[i][x] = end if first is None else classes[1 - i][first]
-    sides = [Side(classes[i], mains[i], pieces[i]) for i in (0, 1)]
+    sides = [VocabularySide(classes[i], mains[i], pieces[i]) for i in (0, 1)]
     return SharedVocabulary(*sides)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """What each id stands for in a text; special tokens for their names, unused ids for nothing."""
+    """Return the bytes of each of V ids: a special token has its name's, an unused id none.
+
+    Raises ValueError if the tokenizer is neither a byte-level BPE nor of SentencePiece's form.
+    """
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     parts = [spec.get(name) for name in ("decoder", "pre_tokenizer", "normalizer")]
     found = json.dumps(parts, ensure_ascii=False)
@@ -102,31 +103,32 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
             return token.replace(BLANK, " ").encode()
     else:
         raise ValueError(
-            f"align_tokenizers: {tokenizer.name_or_path} does not tell which bytes its tokens stand "
-            "for; wanted a byte-level BPE, or SentencePiece's blanks and bytes, in a tokenizer.json"
+            f"align_tokenizers: the bytes of the tokens of {tokenizer.name_or_path} are unknown; "
+            "wanted a tokenizer.json with a byte-level BPE or SentencePiece's blanks and bytes"
         )
     pieces = [b""] * len(tokenizer)
     for token, i in tokenizer.get_vocab().items():
         pieces[i] = spell(token)
-    for i, token in tokenizer.added_tokens_decoder.items():  # Gemma's runs of blanks are such
+    for i, token in tokenizer.added_tokens_decoder.items():  # such as Gemma's runs of blanks
         name = token.content.encode()
         pieces[i] = name if token.special or BLANK not in found else spell(token.content)
     return pieces
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2)."""
+    """Return the byte of each character that stands for one in byte-level vocabularies (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def is_byte(token: str) -> bool:
+    """Whether a token is a byte of SentencePiece's byte fallback, such as <0x0A>."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def keys_of(tokenizer: PreTrainedTokenizerBase, pieces: list[bytes]) -> dict[Key, list[int]]:
-    """The ids of each meaning; where several have one, bytes of a fallback come last."""
+def ids_by_key(tokenizer: PreTrainedTokenizerBase, pieces: list[bytes]) -> dict[Key, list[int]]:
+    """Return the ids of each key; ids of a byte fallback come last."""
     special = special_ids(tokenizer)
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     keys = defaultdict(list)
@@ -139,7 +141,7 @@ def keys_of(tokenizer: PreTrainedTokenizerBase, pieces: list[bytes]) -> dict[Key
 def end_pairs(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """The ends of a turn, and the ends of a text where those are others on both sides."""
+    """Return the pair of end-of-turn ids, and that of EOS ids if it differs on both sides."""
     both = (student, teacher)
     text = tuple(tokenizer.eos_token_id for tokenizer in both)
     turns = map(turn_end, both)
@@ -151,7 +153,7 @@ def end_pairs(
 def equal_tokens(
     student: dict[Key, list[int]], teacher: dict[Key, list[int]], taken: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Pairs of ids with equal meaning, without those that have a partner already."""
+    """Return pairs of ids with equal keys, without the ids of the pairs in `taken`."""
     used = [set(side) for side in zip(*taken, strict=True)]
     pairs = []
     for key in student.keys() & teacher.keys():
@@ -167,17 +169,19 @@ def first_tokens(
     other: PreTrainedTokenizerBase,
     other_keys: dict[Key, list[int]],
 ) -> dict[int, int]:
-    """The other side's id with which each text token begins, if that has no equal one or several.
+    """Return, by id, the other side's first token of the bytes of each text token.
 
-    As the other tokenizer cuts it; where it cannot be asked, the longest that fits.
+    If the other side has a token of equal bytes, it is that one. Otherwise it is the first token
+    of the other tokenizer's tokenization, or, if that does not fit, the longest token that fits.
     """
     known = {piece: ids[0] for (special, piece), ids in other_keys.items() if not special}
     piece_of = {
         i: piece for (special, piece), ids in other_keys.items() if not special for i in ids
     }
     longest = max(map(len, known), default=0)
-    begins = other("a", add_special_tokens=False)["input_ids"]
-    blank = " " if piece_of.get(begins[0], b"").startswith(b" ") else ""  # that it puts in front
+    probe = other("a", add_special_tokens=False)["input_ids"]
+    # Some tokenizers prepend a blank to a text.
+    blank = " " if piece_of.get(probe[0], b"").startswith(b" ") else ""
     first, texts = {}, {}
     for (special, piece), ids in keys.items():
         for i in [] if special else ids:

@@ -1,6 +1,6 @@
-"""Forked workers that always start, and encoding in several of them.
+"""Worker processes that are sure to start, and encoding of rows in several of them.
 
-Results come in order, and never more than a few chunks are in memory.
+Results come in order, and only a few batches of rows are in memory at a time.
 """
 
 import itertools
@@ -16,22 +16,28 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 
-from kd.data.encoding import CutRow, Encoder
+from kd.data.alignment import AlignedEncoder
+from kd.data.encoding import EncodedRow, Encoder
 from kd.data.files import BadRow
 from kd.run.signals import SIGNALS
 
-SMALL = 8  # chunks that one process encodes before others could have started
-PATIENCE = 5.0  # seconds until a worker is replaced that has not begun; it takes milliseconds
+MIN_BATCHES = 8  # with fewer, one process is done before others could have started
+START_TIMEOUT = (
+    5.0  # seconds until a worker that has not started is replaced; it takes milliseconds
+)
 
-_encoder: Encoder  # of a worker
+_encoder: Encoder | AlignedEncoder  # of a worker process
 
 
 class Worker(ForkProcess):
-    """A process that signals to the whole job do not end, and whose start cannot hang."""
+    """A forked process that ignores the stop signals of the job and whose start cannot hang."""
 
     def start(self) -> None:
-        # A worker_init_fn comes too late: one that has just been started would die before it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child inherits it
+        """Start the process with the stop signals blocked.
+
+        A worker_init_fn would block them too late: a signal could end the process before it runs.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the child inherits the mask
         try:
             super().start()
         finally:
@@ -39,10 +45,10 @@ class Worker(ForkProcess):
 
     @staticmethod
     def _Popen(process: "Worker") -> Popen:
-        """Fork until a child says that it is there, and then let it go on.
+        """Fork until a child reports that it runs, then let it continue.
 
-        Before Python 3.12 a child waits for ever inside of fork() where another thread (gloo's, NCCL's)
-        was just entering Python: one in some hundred, at the turn of an epoch.
+        Before Python 3.12 a child hangs inside fork() if another thread (of gloo or NCCL) is just
+        entering Python. It happened to about one child in a hundred, between two epochs.
         """
         while True:
             ours, process.theirs = socket.socketpair()
@@ -50,13 +56,14 @@ class Worker(ForkProcess):
             with ours:
                 child = ForkProcess._Popen(process)
                 process.theirs.close()
-                if select.select([ours], [], [], PATIENCE)[0]:
-                    ours.recv(4)  # nothing, where it is dead; the closed socket lets it go on
+                if select.select([ours], [], [], START_TIMEOUT)[0]:
+                    ours.recv(4)  # empty if the child died; closing the socket lets it continue
                     return child
-                child.kill()  # it holds nothing yet
+                child.kill()  # it holds no resources yet
                 child.wait()
 
     def run(self) -> None:
+        """Report to the parent, wait for its permission, and run."""
         self.ours.close()
         with self.theirs:
             self.theirs.send(b"here")
@@ -65,34 +72,35 @@ class Worker(ForkProcess):
 
 
 class Workers(ForkContext):
-    """A multiprocessing context, for a DataLoader or a pool."""
+    """A multiprocessing context of `Worker` processes, for a DataLoader or a pool."""
 
     Process = Worker
 
 
-def worker_count(wanted: int) -> int:
-    return wanted or len(os.sched_getaffinity(0))
+def worker_count(setting: int) -> int:
+    """Return the number of workers; 0 means one per CPU core of this process."""
+    return setting or len(os.sched_getaffinity(0))
 
 
 def encode_in_order(
-    encoder: Encoder, chunks: Iterator[list], workers: int
-) -> Iterator[list[CutRow | BadRow]]:
-    """The result of each chunk, in order. Raises what an encoder raises."""
-    first = list(itertools.islice(chunks, SMALL))
-    if workers == 1 or len(first) < SMALL:
-        yield from map(encoder, itertools.chain(first, chunks))
+    encoder: Encoder | AlignedEncoder, batches: Iterator[list], workers: int
+) -> Iterator[list[EncodedRow | BadRow]]:
+    """Yield the results of batches of (place, row) pairs, in order. Raises as the encoder does."""
+    first = list(itertools.islice(batches, MIN_BATCHES))
+    if workers == 1 or len(first) < MIN_BATCHES:
+        yield from map(encoder, itertools.chain(first, batches))
         return
     pool = ProcessPoolExecutor(
         workers,
-        # Forked, they have the tokenizer at once, and nothing of ours is imported again.
+        # Forked workers have the tokenizer at once and import nothing of ours again.
         mp_context=Workers(),
-        initializer=start_worker,
+        initializer=_start_worker,
         initargs=(encoder, os.getpid()),
     )
     pending: deque = deque()
     try:
-        for chunk in itertools.chain(first, chunks):
-            pending.append(pool.submit(encode, chunk))
+        for batch in itertools.chain(first, batches):
+            pending.append(pool.submit(_encode, batch))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -101,20 +109,20 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(encoder: Encoder, parent: int) -> None:
+def _start_worker(encoder: Encoder | AlignedEncoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a broken pool ends its workers by one
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a broken pool ends its workers by signal
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def die_with(parent: int) -> None:
-    """A parent that is killed cannot tell its workers, and they would wait for ever."""
+def _exit_with(parent: int) -> None:
+    """End this process once its parent is gone: a killed parent cannot tell its workers."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
 
 
-def encode(chunk: list) -> list[CutRow | BadRow]:
-    return _encoder(chunk)
+def _encode(batch: list) -> list[EncodedRow | BadRow]:
+    return _encoder(batch)

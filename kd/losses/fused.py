@@ -219,7 +219,7 @@ class _FusedLoss(torch.autograd.Function):
             dtypes += [exact] * aligned.SCRATCH
         widest = max(vocab_size, teacher_vocab_size)
         room = tile_tokens(objective, widest, exact, dtypes, hidden.device)
-        tokens = max(room, aligned.LEAST_TOKENS) if other_tokenizer else min(room, len(labels))
+        tokens = max(room, aligned.MIN_TILE_TOKENS) if other_tokenizer else min(room, len(labels))
 
         metrics_of = _elementwise_pass(hidden, exact, objective)
 

@@ -1,4 +1,4 @@
-"""A live teacher with another tokenizer: it reads its own ids, and its targets come in chunks."""
+"""A live teacher with another tokenizer; its tokens are aligned to the student's by bytes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,80 +6,85 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kd.data.vocabularies import SharedVocabulary, Side
-from kd.losses.objective import Objective
-from kd.losses.segments import AlignedSignal, Classes
-from kd.settings.distillation import OWN_BASE, TeacherSettings
+from kd.data.vocabularies import SharedVocabulary, VocabularySide
+from kd.losses.segments import AlignedTeacherOutputs, TokenClasses
+from kd.settings.distillation import OWN_BASE, Objective, TeacherSettings
 from kd.teachers.live import LiveTeacher
 
-LEAST_ALIGNED, ENOUGH = 0.1, 0.8  # of the target tokens
+MIN_ALIGNED = 0.1  # share of the target tokens below which a run is refused
+EXPECTED_ALIGNED = 0.8  # share below which a note is printed
 
 
 def check_alignable(teacher: TeacherSettings, objective: Objective | None) -> None:
-    """Raise ValueError for what a teacher with another tokenizer cannot be asked for."""
+    """Raise ValueError for settings that exclude a teacher with another tokenizer."""
     if teacher.teacher_cache:
         raise ValueError(
-            "align_tokenizers: true with teacher_cache, which keeps likeliest ids of one vocabulary; "
-            "remove one of the two"
+            "align_tokenizers: true with teacher_cache: a cache stores the most likely ids of one "
+            "vocabulary; remove one of the two"
         )
     if teacher.teacher == OWN_BASE:
         raise ValueError(
-            "align_tokenizers: true with teacher: self, whose tokenizer is the student's; remove it"
+            "align_tokenizers: true with teacher: self: this teacher has the student's tokenizer; "
+            "remove align_tokenizers"
         )
     if objective and objective.hidden_weight:
         raise ValueError(
-            "align_tokenizers: true with hidden_weight: hidden states of other tokens cannot be "
-            "compared; set hidden_weight: 0"
+            "align_tokenizers: true with hidden_weight: hidden states of different tokens cannot "
+            "be compared; set hidden_weight: 0"
         )
 
 
 def check_alignment(aligned: int, targets: int) -> str | None:
-    """What to say of rows of which little can be compared. Raises ValueError where it is next to
-    nothing."""
+    """Return a note if many target tokens cannot be compared with the teacher, otherwise None.
+
+    Raises ValueError if hardly any can.
+    """
     share = aligned / max(targets, 1)
-    told = f"align_tokenizers: {share:.1%} of the target tokens can be compared with the teacher"
-    if share < LEAST_ALIGNED:
+    found = f"align_tokenizers: {share:.1%} of the target tokens can be compared with the teacher"
+    if share < MIN_ALIGNED:
         raise ValueError(
-            f"{told}; wanted {LEAST_ALIGNED:.0%} or more. The two templates write other texts, or "
-            "one tokenizer changes them: train on the teacher's text instead (train/generate.py, "
-            "then train/sft.py)"
+            f"{found}; wanted at least {MIN_ALIGNED:.0%}. The chat templates render different "
+            "texts, or one tokenizer normalizes them: train on the teacher's text instead "
+            "(train/generate.py, then train/sft.py)"
         )
-    return f"note: {told}; the others have cross-entropy alone" if share < ENOUGH else None
+    return (
+        f"note: {found}; the others have cross-entropy only" if share < EXPECTED_ALIGNED else None
+    )
 
 
 class AlignedTeacher:
-    """Gives a batch of `kd.data.alignment.AlignedCollator` as the loss takes it."""
+    """Runs a live teacher on batches of `kd.data.alignment.AlignedCollator`."""
 
     def __init__(self, live: LiveTeacher, vocabulary: SharedVocabulary) -> None:
         self.live, self.module = live, live.module
         self.student_classes, self.teacher_classes = (
-            on_device(side, live.device) for side in (vocabulary.student, vocabulary.teacher)
+            token_classes(side, live.device) for side in (vocabulary.student, vocabulary.teacher)
         )
 
-    def signals(
+    def outputs(
         self, batches: list[dict], layers: list[int] | None = None
-    ) -> Iterator[contextlib.AbstractContextManager[tuple[AlignedSignal, list[Tensor]]]]:
-        """One context for each batch, as LiveTeacher has them; the teacher runs as often."""
+    ) -> Iterator[contextlib.AbstractContextManager[tuple[AlignedTeacherOutputs, list[Tensor]]]]:
+        """Yield one context per batch, as `LiveTeacher.outputs` does; `layers` must be empty."""
         assert not layers
         names = ("input_ids", "position_ids", "labels")
         theirs = [{name: batch[f"teacher_{name}"] for name in names} for batch in batches]
-        contexts = self.live.signals(theirs)
+        contexts = self.live.outputs(theirs)
         for context, batch in zip(contexts, batches, strict=True):
-            yield self.signal(context, batch)
+            yield self._aligned(context, batch)
 
     @contextlib.contextmanager
-    def signal(
+    def _aligned(
         self, context: contextlib.AbstractContextManager, batch: dict
-    ) -> Iterator[tuple[AlignedSignal, list[Tensor]]]:
+    ) -> Iterator[tuple[AlignedTeacherOutputs, list[Tensor]]]:
         labels = batch["teacher_labels"]
-        with context as (signal, states):
+        with context as (outputs, states):
             yield (
-                AlignedSignal(
-                    signal.hidden,
-                    signal.head,
+                AlignedTeacherOutputs(
+                    outputs.hidden,
+                    outputs.head,
                     labels[labels >= 0].to(self.live.device),
-                    batch["chunks"],
-                    batch["teacher_chunks"],
+                    batch["segments"],
+                    batch["teacher_segments"],
                     self.student_classes,
                     self.teacher_classes,
                 ),
@@ -87,6 +92,7 @@ class AlignedTeacher:
             )
 
 
-def on_device(side: Side, device: torch.device) -> Classes:
+def token_classes(side: VocabularySide, device: torch.device) -> TokenClasses:
+    """Copy the classes of one vocabulary to a device."""
     class_of, main = (torch.from_numpy(x).to(device) for x in (side.class_of, side.main))
-    return Classes.of(class_of, main)
+    return TokenClasses.of(class_of, main)

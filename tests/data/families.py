@@ -1,7 +1,7 @@
-"""Templates that behave as those of well-known families do, and what each has to write.
+"""Chat templates that behave like those of well-known families, and a reference for each.
 
-`FAMILIES[name](messages)` is written without looking at Jinja: a list of (text, whether it is the
-assistant's), so that masks can be compared with something made in another way.
+`FAMILIES[name].pieces(messages)` does not use Jinja. It lists (text, whether it is the
+assistant's), so that masks can be compared with an independent construction.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SPECIAL = [
 
 
 def chatml(messages: list[dict], default: str | None = None) -> Pieces:
-    """Qwen1.5 and Qwen2.5; some put a system prompt of their own in front."""
+    """Qwen1.5 and Qwen2.5; some begin with their own system prompt."""
     pieces = []
     if default and messages[0]["role"] != "system":
         pieces.append((f"<|im_start|>system\n{default}<|im_end|>\n", False))
@@ -34,7 +34,7 @@ def chatml(messages: list[dict], default: str | None = None) -> Pieces:
 
 
 def words_alone(messages: list[dict]) -> Pieces:
-    """As a template has it whose markers leave the end token out."""
+    """A template whose generation markers exclude the end-of-turn token."""
     pieces = []
     for text, target in chatml(messages):
         words, end, rest = text.rpartition("<|im_end|>") if target else ("", "", text)
@@ -47,7 +47,7 @@ def with_system(messages: list[dict]) -> Pieces:
 
 
 def thinking(messages: list[dict], enabled: bool = True) -> Pieces:
-    """Qwen3: thoughts of earlier turns are forgotten, and a last turn without any gets empty ones."""
+    """Qwen3: earlier thoughts are removed; a last turn without thoughts gets an empty one."""
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
     pieces = []
     for i, message in enumerate(messages):
@@ -62,7 +62,7 @@ def thinking(messages: list[dict], enabled: bool = True) -> Pieces:
             thought = parts[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
         if i > asked and (i == len(messages) - 1 or thought):
             inner = thought.strip("\n")
-            empty = not inner and not enabled  # then the generation prompt has written it
+            empty = not inner and not enabled  # the generation prompt has written it
             pieces.append((f"<think>\n{inner}\n</think>\n\n", not empty))
             content = content.lstrip("\n")
         pieces += [(content + "<|im_end|>", True), ("\n", False)]
@@ -74,7 +74,7 @@ def without_thinking(messages: list[dict]) -> Pieces:
 
 
 def headers(messages: list[dict]) -> Pieces:
-    """Llama 3: everything is trimmed."""
+    """Llama 3: every message is trimmed."""
     pieces = [("<s>", False)]
     for message in messages:
         pieces.append((f"<|start|>{message['role']}<|stop|>\n\n", False))
@@ -83,7 +83,7 @@ def headers(messages: list[dict]) -> Pieces:
 
 
 def turns(messages: list[dict]) -> Pieces:
-    """Gemma: the system prompt goes into the first question, the assistant is the model."""
+    """Gemma: the system prompt is part of the first question; the assistant is called model."""
     pieces, prefix = [("<s>", False)], ""
     if messages[0]["role"] == "system":
         prefix, messages = messages[0]["content"] + "\n\n", messages[1:]
@@ -97,7 +97,7 @@ def turns(messages: list[dict]) -> Pieces:
 
 
 def brackets(messages: list[dict]) -> Pieces:
-    """Mistral: no header stands before an answer, and there is a blank in front of it."""
+    """Mistral: an answer has no header and begins with a blank."""
     pieces, prefix = [("<s>", False)], ""
     if messages[0]["role"] == "system":
         prefix, messages = messages[0]["content"] + "\n\n", messages[1:]
@@ -111,7 +111,7 @@ def brackets(messages: list[dict]) -> Pieces:
 
 
 def ends(messages: list[dict]) -> Pieces:
-    """Phi-3: one more token at the very end, where no generation prompt stands."""
+    """Phi-3: a text without a generation prompt ends with one more token."""
     pieces = []
     for message in messages:
         pieces.append((f"<|start|>{message['role']}<|stop|>\n", False))
@@ -121,7 +121,7 @@ def ends(messages: list[dict]) -> Pieces:
 
 
 def plain(messages: list[dict]) -> Pieces:
-    """No special token at all: nothing ends a turn but the next one."""
+    """No special token: only the next turn ends a turn."""
     pieces = []
     for message in messages:
         pieces.append((f"\n### {message['role'].upper()}:\n", False))
@@ -142,10 +142,12 @@ SYSTEM_FIRST = (
 )
 THINKING = (
     "{%- set ns = namespace(asked=messages|length) %}"
-    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}"
     "{%- endfor %}" + LOOP + "{{- '<|im_start|>' + m.role + '\\n' }}{%- set content = m.content %}"
     "{%- if m.role == 'assistant' %}{%- set thought = '' %}{%- if '</think>' in content %}"
-    "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{%- set thought = content.split('</think>')[0].rstrip('\\n') %}"
+    "{%- set thought = thought.split('<think>')[-1].lstrip('\\n') %}"
     "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
     "{%- if loop.index0 > ns.asked and (loop.last or thought) %}"
     "{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}"
@@ -168,7 +170,8 @@ FAMILIES = {
     "ChatML": Family(CHATML_LOOP, chatml),
     "ChatML with a system prompt of its own": Family(
         "{%- if messages[0].role != 'system' %}"
-        "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}{%- endif %}" + CHATML_LOOP,
+        "{{- '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}{%- endif %}"
+        + CHATML_LOOP,
         with_system,
     ),
     "ChatML with markers": Family(
@@ -213,7 +216,8 @@ FAMILIES = {
         ends,
     ),
     "no special token": Family(
-        LOOP + "{{- '\\n### ' + m.role | upper + ':\\n' + m.content + '\\n### END\\n' }}{%- endfor %}"
+        LOOP + "{{- '\\n### ' + m.role | upper + ':\\n' + m.content + '\\n### END\\n' }}"
+        "{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '\\n### ASSISTANT:\\n' }}{%- endif %}",
         plain,
     ),

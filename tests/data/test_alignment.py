@@ -1,10 +1,11 @@
-"""Rows of two tokenizers: every byte of a target is in one chunk of both, and in the right one.
+"""Alignment of two tokenizations: every byte of a target is in one segment, equal on both sides.
 
-KD_REAL_TOKENIZERS is a folder of real tokenizers, as test_families.py has it; the tests with real
-vocabularies (smollm2, qwen2_5, llama3_2, llama2, gemma3, gpt2) are skipped without it.
+KD_REAL_TOKENIZERS names a folder of real tokenizers, as in test_families.py. Without it the tests
+with real vocabularies (smollm2, qwen2_5, llama3_2, llama2, gemma3, gpt2) are skipped.
 """
 
 import itertools
+import json
 import os
 from pathlib import Path
 from unittest.mock import patch
@@ -12,16 +13,17 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from cuts import TOKENIZERS, permuted
 from families import FAMILIES
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from small import CHATML, TEXT, small_rows, small_tokenizer
+from small_tokenizers import TOKENIZERS, permuted
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from kd.data import alignment
-from kd.data.alignment import NO_CHUNK, AlignedCollator, AlignedEncoder, AlignedRow
-from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
+from kd.data.alignment import NO_SEGMENT, AlignedCollator, AlignedEncoder, AlignedRow
+from kd.data.encoding import IGNORE_INDEX, Encoder
 from kd.data.packing import Collator
 from kd.data.row_cache import AlignedRows, RowSettings, tokenised_rows
 from kd.data.vocabularies import shared_vocabulary
@@ -30,13 +32,16 @@ TEMPLATES = list(itertools.permutations(["headers", "brackets", "thinking"], 2))
 TEMPLATES += [("headers", "no special token"), ("no special token", "brackets")]
 PAIRS = list(itertools.permutations(TOKENIZERS, 2))
 WORDS = " ".join(TEXT).split(" ")
+FAMILY = "\U0001f642\U0001f468\u200d\U0001f469"
+# SentencePiece reads the character U+2581 as a blank, so its bytes do not survive.
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
 TEXTS = st.lists(
     st.sampled_from(WORDS)
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-    | st.sampled_from(["\n", "  ", "\t", "caf\u00e9", "\u4e2d\u6587", "\U0001f642\U0001f468\u200d\U0001f469", "e\u0301", "<0x41>"]),
+    | st.text(CHARACTERS, max_size=6)
+    | st.sampled_from(["\n", "  ", "\t", "caf\u00e9", "\u4e2d\u6587", FAMILY, "e\u0301", "<0x41>"]),
     min_size=1,
     max_size=12,
-).map(" ".join)  # fmt: skip
+).map(" ".join)
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -50,21 +55,21 @@ def chat(answer: str) -> dict:
     return {"messages": [question, {"role": "assistant", "content": answer}]}
 
 
-def chunk_bytes(encoder: AlignedEncoder, row, side: int) -> list[bytes]:
-    """The bytes of every chunk on one side, special tokens left out."""
-    ids, chunks = ((row.ids, row.chunks), (row.teacher_ids, row.teacher_chunks))[side]
-    found = [b""] * (int(chunks.max(initial=-1)) + 1)
-    for i, chunk in zip(ids.tolist(), chunks.tolist(), strict=True):
-        if chunk != NO_CHUNK and i not in encoder.special[side]:
-            found[chunk] += encoder.pieces[side][i]
+def segment_bytes(encoder: AlignedEncoder, row, side: int) -> list[bytes]:
+    """The bytes of every segment on one side, without special tokens."""
+    ids, segments = ((row.input_ids, row.segments), (row.teacher_ids, row.teacher_segments))[side]
+    found = [b""] * (int(segments.max(initial=-1)) + 1)
+    for i, segment in zip(ids.tolist(), segments.tolist(), strict=True):
+        if segment != NO_SEGMENT and i not in encoder.special[side]:
+            found[segment] += encoder.pieces[side][i]
     return found
 
 
-def meetings(encoder: AlignedEncoder, row, side: int) -> set[int]:
-    """Byte positions in the answer behind each of its tokens, in plain Python."""
+def boundaries(encoder: AlignedEncoder, row, side: int) -> set[int]:
+    """Byte position after each token of the answer, in plain Python."""
     tokenizer = (encoder.student, encoder.teacher)[side].tokenizer
-    whole = (encoder.student, encoder.teacher)[side].encode([("", row)])[0]
-    (first, end), ids = whole[1][0], whole[0].tolist()
+    whole = (encoder.student, encoder.teacher)[side].encode_uncut([("", row)])[0]
+    (first, end), ids = whole.spans[0], whole.ids.tolist()
     at, found = 0, set()
     for i in ids[first : end - 1]:
         token = tokenizer.convert_ids_to_tokens(i)
@@ -75,64 +80,64 @@ def meetings(encoder: AlignedEncoder, row, side: int) -> set[int]:
                 else len(token.replace("\u2581", " ").encode())
             )
         else:
-            size = len(token)  # a character a byte
+            size = len(token)  # one character per byte
         at += size
         found.add(at)
     return found
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=" to ".join)
-def test_chunks_hold_every_byte_once_and_part_where_both_part(names):
+def test_segments_hold_every_byte_once_and_end_where_tokens_of_both_sides_end(names):
     encoder = encoder_of(*(TOKENIZERS[name] for name in names))
 
     @MANY
     @given(TEXTS)
     def compare(text):
-        assume("unigram" not in names or "<0x" not in text)  # Tokenizers takes that for a byte
+        assume("unigram" not in names or "<0x" not in text)  # the library reads this as a byte
         row, whole = chat(text), text.encode()
-        with patch.object(alignment, "MOST", 10**6):
+        with patch.object(alignment, "MAX_SEGMENT_TOKENS", 10**6):
             (found,) = encoder([("", row)])
-        targets = found.chunks[found.mask]
-        assert (targets >= 0).all() and (found.chunks[~found.mask] < 0).all()
+        targets = found.segments[found.target_mask]
+        assert (targets >= 0).all() and (found.segments[~found.target_mask] < 0).all()
         assert (np.diff(targets) >= 0).all() and set(np.diff(targets)) <= {0, 1}
-        ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+        ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
         assert ours == theirs and b"".join(ours) == whole
         assert ours[-1] == b"" and (ours[:-1] == [] or b"" not in ours[:-1])  # the end of the turn
-        common = set.intersection(*(meetings(encoder, row, side) for side in (0, 1)))
+        common = set.intersection(*(boundaries(encoder, row, side) for side in (0, 1)))
         assert set(np.cumsum([len(piece) for piece in ours[:-1]]).tolist()) == common
-        ids, labels = found.teacher_ids, found.encoded().teacher.labels
-        assert [i for i in labels if i != IGNORE_INDEX] == ids[found.teacher_chunks >= 0].tolist()
+        ids, labels = found.teacher_ids, found.teacher.labels.tolist()
+        assert [i for i in labels if i != IGNORE_INDEX] == ids[found.teacher_segments >= 0].tolist()
 
     compare()
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=" to ".join)
 def test_plain_text_is_aligned_from_its_second_token_to_its_end(names):
-    """A blank that a tokenizer puts in front belongs to the first chunk, which has nothing before."""
+    """A blank that a tokenizer prepends belongs to the first segment."""
     encoder = encoder_of(*(TOKENIZERS[name] for name in names))
 
     @MANY
     @given(TEXTS)
     def compare(text):
         assume("unigram" not in names or "<0x" not in text)
-        with patch.object(alignment, "MOST", 10**6):
+        with patch.object(alignment, "MAX_SEGMENT_TOKENS", 10**6):
             (found,) = encoder([("", {"text": text})])
-        if not hasattr(found, "chunks"):
+        if not hasattr(found, "segments"):
             return
-        behind = np.flatnonzero(found.chunks >= 0)
-        ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+        behind = np.flatnonzero(found.segments >= 0)
+        ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
         different_blank = len(ours) > 0 and ours[0].lstrip(b" ") == theirs[0].lstrip(b" ")
         assert ours == theirs or different_blank and ours[1:] == theirs[1:]
         assert text.encode().endswith(b"".join(ours[1:]))
-        assert len(behind) == 0 or behind[-1] == len(found.ids) - 1
+        assert len(behind) == 0 or behind[-1] == len(found.input_ids) - 1
         assert (np.diff(behind) == 1).all()
 
     compare()
 
 
 @pytest.mark.parametrize("names", TEMPLATES, ids=" to ".join)
-def test_templates_that_write_answers_differently_share_what_is_the_same(names):
-    """Trimmed blanks, a blank or an empty thought in front, no token at the end."""
+def test_answers_that_the_templates_render_differently_are_aligned_where_they_are_equal(names):
+    """Trimmed blanks, a leading blank or empty thought, no end-of-turn token."""
     tokenizers = [
         small_tokenizer(*size) for size in ((320,), (460, TEXT * 2 + ["the list in order"] * 9))
     ]
@@ -143,56 +148,57 @@ def test_templates_that_write_answers_differently_share_what_is_the_same(names):
         tokenizer.chat_template = FAMILIES[name].template
     encoder = encoder_of(*tokenizers)
     (found,) = encoder([("", chat(f" {TEXT[0]} {TEXT[1]}\n"))])
-    ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+    ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
     assert [x.strip() for x in ours] == [x.strip() for x in theirs]
     middle = f"{TEXT[0][12:]} {TEXT[1][:-12]}".encode()
     assert middle in b"".join(ours) and middle in b"".join(theirs)
     assert found.one_to_one > 0
 
 
-def test_what_one_tokenizer_normalises_is_in_no_chunk():
-    from tokenizers import normalizers
-
+def test_text_that_one_tokenizer_normalizes_is_in_no_segment():
     student, teacher = small_tokenizer(), small_tokenizer(460, TEXT * 2)
-    teacher.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen has it
+    teacher.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen does
     encoder = encoder_of(student, teacher)
     (found,) = encoder([("", chat("A list of e\u0301t\u00e9 in order."))])
-    ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+    ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
     assert ours == theirs
     text = b"".join(ours)
     assert text.startswith(b"A list of") and text.endswith(b"in order.")
-    assert b"\xcc\x81" not in text and len(found.ids[found.mask & (found.chunks < 0)]) > 0
+    assert (
+        b"\xcc\x81" not in text
+        and len(found.input_ids[found.target_mask & (found.segments < 0)]) > 0
+    )
 
 
 @pytest.mark.parametrize("on_long_row", ["cut", "cut_left"])
-def test_a_cut_row_keeps_the_chunks_that_are_whole_on_both_sides(on_long_row):
+def test_a_cut_row_keeps_the_segments_that_are_whole_on_both_sides(on_long_row):
     tokenizers = TOKENIZERS["byte-level"], TOKENIZERS["larger byte-level"]
     row = chat(" ".join(TEXT))
     (whole,) = encoder_of(*tokenizers)([("", row)])
-    everything = chunk_bytes(encoder_of(*tokenizers), whole, 0)
+    everything = segment_bytes(encoder_of(*tokenizers), whole, 0)
     seen = set()
-    for length in range(20, len(whole.ids) + 3, 3):
+    for length in range(20, len(whole.input_ids) + 3, 3):
         encoder = encoder_of(*tokenizers, length, on_long_row=on_long_row)
         (found,) = encoder([("", row)])
-        assert len(found.ids) <= length and len(found.teacher_ids) <= length
-        ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+        assert len(found.input_ids) <= length and len(found.teacher_ids) <= length
+        ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
         assert ours == theirs and len(ours) <= len(everything)
         part = everything[: len(ours)] if on_long_row == "cut" else everything[-len(ours) :]
         assert ours == part or not ours
-        assert found.chunks[0] == found.teacher_chunks[0] == NO_CHUNK
+        assert found.segments[0] == found.teacher_segments[0] == NO_SEGMENT
         seen.add(len(ours))
     assert max(seen) == len(everything) and len(seen) > 5
 
 
-def test_long_chunks_are_left_out():
+def test_segments_of_too_many_tokens_are_left_out():
     encoder = encoder_of(TOKENIZERS["byte-level"], TOKENIZERS["larger byte-level"])
-    with patch.object(alignment, "MOST", 1):
+    with patch.object(alignment, "MAX_SEGMENT_TOKENS", 1):
         (found,) = encoder([("", chat(TEXT[0]))])
-    assert (np.bincount(found.chunks[found.chunks >= 0]) == 1).all()
-    assert (found.chunks[found.mask] < 0).any() and found.chunks.max() > 3
+    assert (np.bincount(found.segments[found.segments >= 0]) == 1).all()
+    assert (found.segments[found.target_mask] < 0).any() and found.segments.max() > 3
 
 
-def test_equal_tokenizers_make_chunks_of_one_token_whatever_the_ids():
+def test_equal_tokenizers_give_segments_of_one_token_whatever_the_ids():
     tokenizer = TOKENIZERS["byte-level"]
     for other in (tokenizer, permuted(tokenizer)):
         vocabulary = shared_vocabulary(tokenizer, other)
@@ -201,11 +207,11 @@ def test_equal_tokenizers_make_chunks_of_one_token_whatever_the_ids():
         twins = [names[1][i] for i in vocabulary.twin]
         assert twins == names[0]
         (found,) = encoder_of(tokenizer, other)([("", chat(TEXT[2]))])
-        assert found.one_to_one == found.mask.sum() == found.chunks.max() + 1
+        assert found.one_to_one == found.target_mask.sum() == found.segments.max() + 1
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=" to ".join)
-def test_tokens_without_a_partner_are_in_the_class_of_what_they_begin_with(names):
+def test_tokens_without_a_partner_are_in_the_class_of_their_first_token(names):
     student, teacher = (TOKENIZERS[name] for name in names)
     vocabulary = shared_vocabulary(student, teacher)
     assert (vocabulary.student.main >= 0).all() and len(set(vocabulary.twin)) > 200
@@ -225,24 +231,24 @@ def test_tokens_without_a_partner_are_in_the_class_of_what_they_begin_with(names
     assert ends == turn
 
 
-def test_cached_rows_are_those_of_the_encoder_and_belong_to_the_teachers_tokenizer(tmp_path):
+def test_cached_rows_equal_those_of_the_encoder_and_depend_on_the_teachers_tokenizer(tmp_path):
     student, teacher = TOKENIZERS["byte-level"], TOKENIZERS["Gemma's"]
     rows = small_rows(7)
-    import json
-
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = [{"path": str(tmp_path / "rows.jsonl")}]
     cached = tokenised_rows(sources, RowSettings(90), student, str(tmp_path), 1, False, teacher)
     assert isinstance(cached, AlignedRows)
     found = encoder_of(student, teacher, 90)([("", row) for row in rows])
-    by_text = {tuple(row.ids): row.encoded() for row in found}
+    by_text = {tuple(row.input_ids): row for row in found}
     assert len(cached) == 7
     for (document,) in cached:
-        assert document == by_text[tuple(document.input_ids)] and isinstance(document, AlignedRow)
+        assert document == by_text[tuple(document.input_ids.tolist())] and isinstance(
+            document, AlignedRow
+        )
     report = cached.report
-    assert report.aligned == sum(int((row.chunks >= 0).sum()) for row in found) > 0
+    assert report.aligned == sum(int((row.segments >= 0).sum()) for row in found) > 0
     assert report.one_to_one == sum(row.one_to_one for row in found) > 0
-    assert cached.longest == max(len(x) for row in found for x in (row.ids, row.teacher_ids))
+    assert cached.longest == max(len(x) for row in found for x in (row.input_ids, row.teacher_ids))
     packed = cached.packed(300)
     assert isinstance(packed, AlignedRows) and sum(map(len, packed)) == 7 > len(packed)
     folders = {
@@ -252,25 +258,25 @@ def test_cached_rows_are_those_of_the_encoder_and_belong_to_the_teachers_tokeniz
     assert len(folders) == 3
 
 
-def test_a_batch_numbers_the_chunks_of_its_targets_in_order():
+def test_a_batch_numbers_the_segments_of_its_targets_in_order():
     student, teacher = TOKENIZERS["byte-level"], TOKENIZERS["larger byte-level"]
-    rows = [row.encoded() for row in encoder_of(student, teacher)([("", r) for r in small_rows(5)])]
-    blank = EncodedRow(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
+    rows = [row for row in encoder_of(student, teacher)([("", r) for r in small_rows(5)])]
+    blank = rows[0].without_targets()
     for flat in (False, True):
         collate = AlignedCollator(Collator(0, flat=flat), 0)
         batch = collate([[rows[0], rows[1]], [blank], [rows[2]]])
         targets = [
             (batch[name][:, 1:] != IGNORE_INDEX).sum() for name in ("labels", "teacher_labels")
         ]
-        assert targets == [len(batch["chunks"]), len(batch["teacher_chunks"])]
-        used = batch["chunks"][batch["chunks"] >= 0]
+        assert targets == [len(batch["segments"]), len(batch["teacher_segments"])]
+        used = batch["segments"][batch["segments"] >= 0]
         assert (np.diff(used) >= 0).all() and set(used) == set(range(used.max() + 1))
-        assert set(batch["teacher_chunks"]) == set(used)
-        # Each chunk is the same text on both sides.
+        assert set(batch["teacher_segments"]) == set(used)
+        # The segments are the same text on both sides.
         vocabulary = shared_vocabulary(student, teacher)
         text = [b"", b""]
         for side, (name, kind) in enumerate((("labels", "student"), ("teacher_labels", "teacher"))):
-            numbers = batch["chunks" if side == 0 else "teacher_chunks"]
+            numbers = batch["segments" if side == 0 else "teacher_segments"]
             ids = batch[name][batch[name] != IGNORE_INDEX][torch.from_numpy(numbers >= 0)]
             ends = {0, 1, 2}  # special
             pieces = getattr(vocabulary, kind).pieces
@@ -290,7 +296,7 @@ REAL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", REAL, ids=" to ".join)
-def test_real_vocabularies_share_every_byte_of_random_texts(names):
+def test_real_vocabularies_align_every_byte_of_random_texts(names):
     root, tokenizers = os.environ.get("KD_REAL_TOKENIZERS"), []
     for name in names:
         found = sorted(Path(root).glob(f"{name}/**/tokenizer.json")) if root else []
@@ -304,15 +310,15 @@ def test_real_vocabularies_share_every_byte_of_random_texts(names):
         tokenizers.append(tokenizer)
     encoder = encoder_of(*tokenizers)
     (prose,) = encoder([("", chat(" ".join(TEXT)))])
-    assert (prose.chunks[prose.mask] >= 0).mean() > 0.95 and prose.one_to_one > 40
+    assert (prose.segments[prose.target_mask] >= 0).mean() > 0.95 and prose.one_to_one > 40
 
     @MANY
     @given(TEXTS)
     def compare(text):
         row = chat(text.strip() or "a")
-        with patch.object(alignment, "MOST", 10**6):
+        with patch.object(alignment, "MAX_SEGMENT_TOKENS", 10**6):
             (found,) = encoder([("", row)])
-        ours, theirs = (chunk_bytes(encoder, found, side) for side in (0, 1))
+        ours, theirs = (segment_bytes(encoder, found, side) for side in (0, 1))
         assert [x.strip() for x in ours] == [x.strip() for x in theirs]
 
     compare()

@@ -1,4 +1,4 @@
-"""Targets: assistant turns with their end token, all of a text, never the first token of a row."""
+"""Targets: assistant turns with their end token, all of a text, never a row's first token."""
 
 import pytest
 from small import CHATML, small_tokenizer
@@ -15,7 +15,8 @@ CONVERSATION = [
 ]
 WITH_MARKERS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -26,7 +27,7 @@ def targets(row, tokenizer) -> str:
 
 
 @pytest.mark.parametrize("template", [CHATML, WITH_MARKERS])
-def test_targets_of_a_chat_are_every_answer_and_its_end_token(tokenizer, template):
+def test_targets_of_a_chat_are_all_answers_with_their_end_tokens(tokenizer, template):
     tokenizer = small_tokenizer()
     tokenizer.chat_template = template
     (row,), report = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
@@ -36,43 +37,43 @@ def test_targets_of_a_chat_are_every_answer_and_its_end_token(tokenizer, templat
     assert report.targets == row.targets and report.tokens == len(row)
 
 
-def test_targets_of_a_text_are_all_tokens_but_the_first_and_an_end_token(tokenizer):
+def test_targets_of_a_text_are_all_tokens_but_the_first_plus_an_end_token(tokenizer):
     (row,), _ = encode_rows([{"text": "A list keeps things."}], tokenizer, 512, progress=False)
-    assert row.labels[0] == IGNORE_INDEX and row.labels[1:] == row.input_ids[1:]
+    assert row.labels[0] == IGNORE_INDEX and (row.labels[1:] == row.input_ids[1:]).all()
     assert row.input_ids[-1] == tokenizer.eos_token_id
 
 
-def test_end_token_is_a_target_where_it_also_pads():
+def test_the_end_token_is_a_target_if_it_is_also_the_padding_token():
     tokenizer = small_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     (row,), _ = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
-    assert row.labels.count(tokenizer.eos_token_id) == 2
+    assert (row.labels == tokenizer.eos_token_id).sum() == 2
 
 
 def test_rows_without_a_target_are_dropped_and_counted(tokenizer):
     rows = [{"messages": CONVERSATION}, {"text": "A list keeps things in order."}]
     kept, report = encode_rows(rows, tokenizer, 12, progress=False)
     assert (report.read, report.kept, report.without_target, report.cut) == (2, 1, 1, 1)
-    assert "1 dropped without a target" in str(report) and len(kept[0]) == 12
+    assert "1 dropped (without a target)" in str(report) and len(kept[0]) == 12
     with pytest.raises(ValueError, match="no row with a target token is left"):
         encode_rows(rows[:1], tokenizer, 12, progress=False)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_rejected():
     tokenizer = small_tokenizer()
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
 
 
-def test_chat_without_a_template_is_refused():
+def test_chat_rows_without_a_template_are_rejected():
     tokenizer = small_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
 
 
-def test_an_end_token_that_the_tokenizer_writes_itself_is_not_doubled():
+def test_an_end_token_that_the_tokenizer_appends_is_not_repeated():
     tokenizer = small_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         "$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
@@ -82,31 +83,31 @@ def test_an_end_token_that_the_tokenizer_writes_itself_is_not_doubled():
     (plain,), _ = encode_rows(
         [{"text": "A list keeps things."}], small_tokenizer(), 512, progress=False
     )
-    assert row == plain and row.input_ids.count(tokenizer.eos_token_id) == 1
+    assert row == plain and (row.input_ids == tokenizer.eos_token_id).sum() == 1
 
 
 @pytest.mark.parametrize("spare", [-9, -1, 0, 1])
-def test_a_long_row_keeps_its_first_tokens_or_its_last_or_goes(tokenizer, spare):
-    """At, above and below the length of the row to one token; what comes first is no target."""
+def test_a_long_row_keeps_its_first_or_last_tokens_or_is_dropped(tokenizer, spare):
+    """max_length equals the row's length, or differs from it by one or more tokens."""
     text = [{"text": "A list keeps things in order, and a dictionary finds them by names."}]
     (whole,), _ = encode_rows(text, tokenizer, 512, progress=False)
     length = len(whole) + spare
     for way, kept in (("cut", slice(length)), ("cut_left", slice(max(-spare, 0), None))):
         (row,), report = encode_rows(text, tokenizer, length, progress=False, on_long_row=way)
-        assert row.input_ids == whole.input_ids[kept]
-        assert row.labels == [IGNORE_INDEX, *row.input_ids[1:]]
+        assert row.input_ids.tolist() == whole.input_ids[kept].tolist()
+        assert row.labels.tolist() == [IGNORE_INDEX, *row.input_ids[1:]]
         lost = spare < 0
         assert (report.cut, report.targets_cut, report.kept) == (lost, lost, 1)
     if spare < 0:
-        with pytest.raises(ValueError, match="1 dropped longer than max_length"):
+        with pytest.raises(ValueError, match=r"1 dropped \(longer than max_length\)"):
             encode_rows(text, tokenizer, length, progress=False, on_long_row="drop")
     else:
         (row,), _ = encode_rows(text, tokenizer, length, progress=False, on_long_row="drop")
         assert row == whole
 
 
-def test_only_rows_that_lose_a_target_are_counted_as_such(tokenizer):
-    """The question alone is cut away."""
+def test_targets_cut_counts_only_rows_that_lose_a_target(tokenizer):
+    """At first only the question is cut."""
     (whole,), _ = encode_rows([{"messages": CONVERSATION}], tokenizer, 512, progress=False)
     first = next(i for i, label in enumerate(whole.labels) if label != IGNORE_INDEX)
     found = {}
@@ -124,7 +125,7 @@ WITH_TOOLS = (
 
 
 @pytest.mark.parametrize("template", [WITH_TOOLS, WITH_TOOLS[: -len(CHATML)] + WITH_MARKERS])
-def test_tools_and_their_results_are_shown_and_are_no_targets(template):
+def test_tools_and_their_results_are_rendered_but_are_no_targets(template):
     tokenizer = small_tokenizer()
     tokenizer.chat_template = template
     messages = [

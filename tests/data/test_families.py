@@ -1,7 +1,7 @@
-"""Target masks of random conversations are those of an independent construction, by family.
+"""Target masks of random conversations equal those of an independent construction, by family.
 
-KD_REAL_TOKENIZERS is a folder of real tokenizers (qwen1_5, qwen2_5, qwen3, llama3_2, gemma3,
-mistral_nemo: see REAL); without it those tests are skipped.
+KD_REAL_TOKENIZERS names a folder of real tokenizers (see REAL). Without it the tests with real
+tokenizers are skipped.
 """
 
 import os
@@ -21,9 +21,9 @@ from kd.data.template import with_arguments
 PARTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(
-        ["", " ", "\n", "\n\n", "caf\u00e9 \u4e2d\u6587 \U0001f642", "e\u0301", "\u200b", "\u0000", "\ue000",
-         "<think>\nwhy\n</think>\n\n", "</think>", "<think>", "assistant\n", "### END", "[INST]",
-         "model", "{{ x }}", "\r\n", "word " * 300]
+        ["", " ", "\n", "\n\n", "caf\u00e9 \u4e2d\u6587 \U0001f642", "e\u0301", "\u200b",
+         "\u0000", "\ue000", "<think>\nwhy\n</think>\n\n", "</think>", "<think>", "assistant\n",
+         "### END", "[INST]", "model", "{{ x }}", "\r\n", "word " * 300]
     ),
 )  # fmt: skip
 INNOCENT = st.lists(PARTS, max_size=4).map("".join)
@@ -32,7 +32,7 @@ EVIL = st.lists(PARTS | st.sampled_from(SPECIAL), max_size=5).map("".join)
 
 @st.composite
 def conversations(draw, contents) -> list[dict]:
-    """System prompt or none, then questions and answers in turn; at least one answer."""
+    """An optional system prompt, then alternating questions and answers; at least one answer."""
     messages = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):
         messages.append({"role": "user", "content": draw(contents)})
@@ -51,7 +51,7 @@ def tokenizer_of(name: str):
     return tokenizer
 
 
-def wanted(pieces: Pieces, tokenizer) -> tuple[list[int], list[bool]]:
+def expected(pieces: Pieces, tokenizer) -> tuple[list[int], list[bool]]:
     """Tokens of the whole text, and whether any of their characters is the assistant's."""
     text = "".join(part for part, _ in pieces)
     whose = [target for part, target in pieces for _ in part]
@@ -61,19 +61,19 @@ def wanted(pieces: Pieces, tokenizer) -> tuple[list[int], list[bool]]:
 
 
 def check(encoder: Encoder, pieces: Pieces, messages: list[dict]) -> bool:
-    """Whether the row was encoded; where it was, it must be as wanted."""
-    ids, mask = wanted(pieces, encoder.tokenizer)
+    """Check an encoded row; returns whether it was encoded rather than rejected."""
+    ids, mask = expected(pieces, encoder.tokenizer)
     (row,) = encoder([("row", {"messages": messages})])
     if isinstance(row, BadRow):
         assert row.kind == "without a target" and not any(mask) or "chat template" in row.kind
         return row.kind == "without a target"
-    assert row.ids.tolist() == ids
-    assert row.mask.tolist() == mask
+    assert row.input_ids.tolist() == ids
+    assert row.target_mask.tolist() == mask
     return True
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_masks_are_those_of_an_independent_construction(name):
+def test_masks_equal_those_of_an_independent_construction(name):
     encoder = Encoder(tokenizer_of(name), 10**6, on_bad_row="drop")
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -85,7 +85,7 @@ def test_masks_are_those_of_an_independent_construction(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_contents_that_look_like_the_template_are_encoded_rightly_or_refused(name):
+def test_contents_that_look_like_the_template_are_encoded_correctly_or_rejected(name):
     encoder = Encoder(tokenizer_of(name), 10**6, on_bad_row="drop")
 
     @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -96,34 +96,34 @@ def test_contents_that_look_like_the_template_are_encoded_rightly_or_refused(nam
     compare()
 
 
-def test_arguments_are_defaults_that_callers_may_still_change():
+def test_template_arguments_are_defaults_that_callers_may_override():
     template = with_arguments(
         "\n{{ a }}|{{ b.c }}|{{ d is none }}", {"a": "'\n\u00e9", "b": {"c": [1, True]}, "d": None}
     )
     tokenizer = small_tokenizer()
     tokenizer.chat_template = template
-    say = [{"role": "user", "content": "x"}]
-    tokenizer.apply_chat_template(say, tokenize=False)
-    assert tokenizer.apply_chat_template(say, tokenize=False) == "\n'\n\u00e9|[1, True]|True"
-    assert tokenizer.apply_chat_template(say, tokenize=False, a=3).startswith("\n3|")
-    with pytest.raises(ValueError, match="no name of a variable"):
+    messages = [{"role": "user", "content": "x"}]
+    tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "\n'\n\u00e9|[1, True]|True"
+    assert tokenizer.apply_chat_template(messages, tokenize=False, a=3).startswith("\n3|")
+    with pytest.raises(ValueError, match="not a valid variable name"):
         with_arguments("", {"a b": 1})
 
 
-def test_a_template_that_forgets_the_system_prompt_is_refused():
+def test_a_template_that_omits_the_system_prompt_is_rejected():
     tokenizer = small_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = [{"role": r, "content": f"the {r}"} for r in ("system", "user", "assistant")]
-    with pytest.raises(ValueError, match="the system message is left out"):
+    with pytest.raises(ValueError, match="leaves out or changes the system message"):
         encode_rows([{"messages": messages}], tokenizer, 64, progress=False)
     assert encode_rows([{"messages": messages[1:]}], tokenizer, 64, progress=False)
 
 
 def llama(messages: list[dict]) -> Pieces:
-    """Llama 3.2, with the date that the test sets."""
+    """Llama 3.2, with a date set by the test."""
     system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
     head = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     pieces = [("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n", False)]
@@ -155,7 +155,7 @@ def qwen(system: str | None):
     return lambda messages: chatml(messages, system)
 
 
-REAL = {  # folder, what it writes, template arguments, whether it writes a system prompt
+REAL = {  # folder, reference, template arguments, whether it has system prompts
     "Qwen1.5": ("qwen1_5", qwen("You are a helpful assistant"), {}, True),
     "Qwen2.5": (
         "qwen2_5",
@@ -177,7 +177,7 @@ REAL = {  # folder, what it writes, template arguments, whether it writes a syst
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_templates_and_vocabularies(name):
+def test_masks_of_real_templates_equal_those_of_an_independent_construction(name):
     folder, pieces, arguments, has_system = REAL[name]
     root = os.environ.get("KD_REAL_TOKENIZERS")
     found = sorted(Path(root).glob(f"{folder}/**/tokenizer.json")) if root else []

@@ -1,4 +1,4 @@
-"""Malformed rows and files: each an error with file and line, or a counted drop, by choice."""
+"""Malformed rows and files give an error with file and line; rows can be dropped and counted."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def chat(*messages) -> dict:
     return {"messages": list(messages)}
 
 
-# What stands on line 2 between two good rows: the kind it is dropped by, and a part of the message.
+# Line 2 between two good rows: the kind that it is counted by, and a part of the message.
 LINES: dict[str, tuple[object, str, str]] = {
     "an open brace": (b'{"text": "a"', "not JSON", "Expecting"),
     "an open string": (b'{"text": "a', "not JSON", "Unterminated string"),
@@ -28,20 +28,20 @@ LINES: dict[str, tuple[object, str, str]] = {
     "a comma behind the last": (b'{"text": "a",}', "not JSON", "not JSON"),
     "single quotes": (b"{'text': 'a'}", "not JSON", "property name"),
     "a control character": (b'{"text": "a\x01"}', "not JSON", "control character"),
-    "NaN": (b'{"text": "a", "score": NaN}', "not JSON", "NaN is no JSON"),
-    "Infinity": (b'{"text": "a", "score": -Infinity}', "not JSON", "-Infinity is no JSON"),
-    "a key twice": (b'{"text": "a", "text": "b"}', "not JSON", "key 'text' twice"),
+    "NaN": (b'{"text": "a", "score": NaN}', "not JSON", "NaN is not valid JSON"),
+    "Infinity": (b'{"text": "a", "score": -Infinity}', "not JSON", "-Infinity is not valid JSON"),
+    "a key twice": (b'{"text": "a", "text": "b"}', "not JSON", "key 'text' occurs twice"),
     "a number of 5000 digits": (b'{"n": ' + b"7" * 5000 + b"}", "not JSON", "not JSON"),
     "200000 brackets": (b"[" * 200_000, "not JSON", "not JSON"),
-    "a list": (b"[1, 2]", "no object", "found list"),
-    "a string": (b'"text"', "no object", "found str"),
-    "null": (b"null", "no object", "found NoneType"),
-    "a number": (b"3", "no object", "found int"),
+    "a list": (b"[1, 2]", "not an object", "found list"),
+    "a string": (b'"text"', "not an object", "found str"),
+    "null": (b"null", "not an object", "found NoneType"),
+    "a number": (b"3", "not an object", "found int"),
     "Latin-1": ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8", "at byte 13"),
     "binary": (bytes([128, 0, 255, 1]), "not UTF-8", "at byte 0"),
     "NUL": (b"\0\0\0", "not JSON", "not JSON"),
     "half a surrogate pair": (b'{"text": "\\ud83d"}', "not UTF-8", "\\ud83d"),
-    "a huge line": (b'{"text": "' + b"a" * LARGEST_ROW + b'"}', "too large", "more than 16 MiB"),
+    "a huge line": (b'{"text": "' + b"a" * LARGEST_ROW + b'"}', "too large", "larger than 16 MiB"),
     "an empty object": ({}, "missing fields", "fields []"),
     "other fields": ({"question": "a"}, "missing fields", "fields ['question']; wanted messages"),
     "prompt alone": ({"prompt": "a"}, "missing fields", "wanted messages"),
@@ -55,8 +55,8 @@ LINES: dict[str, tuple[object, str, str]] = {
     "messages an object": ({"messages": {"role": "user"}}, "wrong type", "messages is dict"),
     "messages half a list": ({"messages": "[{"}, "not JSON", "messages is not JSON"),
     "no messages": ({"messages": []}, "empty", "messages is an empty list"),
-    "a message a string": (chat("a"), "wrong type", "message str"),
-    "a message null": (chat(None, ANSWER), "wrong type", "message NoneType"),
+    "a message a string": (chat("a"), "wrong type", "message is str"),
+    "a message null": (chat(None, ANSWER), "wrong type", "message is NoneType"),
     "no role": (chat({"content": "a"}, ANSWER), "unknown role", "wanted a role of system, user"),
     "an unknown role": (chat({"role": "bot", "content": "a"}), "unknown role", "wanted a role"),
     "role a number": (chat({"role": 1, "content": "a"}), "unknown role", "wanted a role"),
@@ -70,7 +70,7 @@ LINES: dict[str, tuple[object, str, str]] = {
         "content string",
     ),
     "content an empty list": (chat({"role": "user", "content": []}), "wrong type", "content"),
-    "no answer": (chat(USER), "no answer", "no assistant message, so nothing to learn"),
+    "no answer": (chat(USER), "no answer", "no assistant message; wanted at least one"),
     "only a system prompt": (chat({"role": "system", "content": "a"}), "no answer", "no assistant"),
     "an empty answer": (chat(USER, {"role": "assistant", "content": ""}), "empty", "is empty"),
     "tool calls a string": (chat(USER, ANSWER | {"tool_calls": "f()"}), "wrong type", "tool_calls"),
@@ -80,11 +80,11 @@ LINES: dict[str, tuple[object, str, str]] = {
     "ShareGPT without value": ({"conversations": [{"from": "gpt"}]}, "wrong type", "content"),
     "prompt a number": ({"prompt": 1, "completion": "b"}, "wrong type", "prompt is int 1"),
     "completion a number": ({"prompt": "a", "completion": 1}, "wrong type", "completion is int"),
-    "an empty completion": ({"prompt": "a", "completion": " "}, "empty", "nothing to learn"),
+    "an empty completion": ({"prompt": "a", "completion": " "}, "empty", "every assistant"),
     "Alpaca with a number": ({"instruction": 1, "output": "a"}, "wrong type", "instruction is"),
-    "Alpaca without a word": ({"instruction": "a", "output": ""}, "empty", "nothing to learn"),
+    "Alpaca without a word": ({"instruction": "a", "output": ""}, "empty", "every assistant"),
     "system a number": (chat(USER, ANSWER) | {"system": 3}, "wrong type", "content string"),
-    "an id a second time": ({"text": "a", "id": "x"}, "repeated id", "line 1; wanted each once"),
+    "an id a second time": ({"text": "a", "id": "x"}, "repeated id", "line 1; wanted unique ids"),
 }  # fmt: skip
 
 
@@ -95,12 +95,12 @@ def write_between(path, line) -> str:
     return str(path)
 
 
-def test_the_table_is_as_long_as_it_says():
+def test_the_table_has_at_least_60_malformed_rows():
     assert len(LINES) >= 60
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_bad_row_is_an_error_with_file_and_line_or_a_counted_drop(tmp_path, name):
+def test_a_bad_row_is_an_error_with_file_and_line_or_is_dropped_and_counted(tmp_path, name):
     line, kind, message = LINES[name]
     path = write_between(tmp_path / "bad.jsonl", line)
     with pytest.raises(BadRow) as error:
@@ -114,10 +114,11 @@ def test_a_bad_row_is_an_error_with_file_and_line_or_a_counted_drop(tmp_path, na
 
 @pytest.mark.parametrize(
     "start, end",
-    [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n\r\n \t\r\n"), (b"\n", b"\n\n")],
+    [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n\r\n \t\r\n"),
+     (b"\n", b"\n\n")],
     ids=["BOM", "CRLF", "BOM, CRLF and blank lines", "blank lines"],
 )  # fmt: skip
-def test_bom_crlf_and_blank_lines_are_no_faults_and_lines_keep_their_numbers(tmp_path, start, end):
+def test_bom_crlf_and_blank_lines_are_allowed_and_lines_keep_their_numbers(tmp_path, start, end):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + GOOD + end + GOOD + end)
     assert load_rows([{"path": str(path)}], 0) == [{"text": "a good row"}] * 2
@@ -140,13 +141,13 @@ FILES = {
     "utf16.csv": ("text\na\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
     "open.json": (b'[{"text": "a"},\n{"text": "b"', "open.json, line 2: not JSON"),
     "latin.json": (b'[{"text":\n "caf\xe9"}]', "latin.json, line 2: not UTF-8"),
-    "twice.csv": (b"text,text\na,b\n", "wanted a name for each"),
-    "not.parquet": (b"PAR1 and then nothing", "no parquet file"),
+    "twice.csv": (b"text,text\na,b\n", "wanted a unique name for each"),
+    "not.parquet": (b"PAR1 and then nothing", "not a parquet file"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read_is_an_error_whatever_the_recipe_says(tmp_path, name):
+def test_a_file_that_cannot_be_read_is_an_error_even_if_bad_rows_are_dropped(tmp_path, name):
     content, message = FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -156,14 +157,14 @@ def test_a_file_that_cannot_be_read_is_an_error_whatever_the_recipe_says(tmp_pat
 @pytest.mark.parametrize(
     "line, kind, message",
     [
-        (b"a,b,c", "not CSV", "line 2: 3 cells; the header has 2"),
+        (b"a,b,c", "not CSV", "line 2: 3 cells; wanted 2, as in the header"),
         (b"a", "not CSV", "line 2: 1 cells"),
         (b'"a"b,c', "not CSV", "line 2: not CSV"),
         (b"caf\xe9,b", "not UTF-8", "line 2: not UTF-8"),
         (b"a,", "empty", "line 2: every assistant message is empty"),
     ],
 )
-def test_a_bad_line_of_a_csv_file_is_named_or_dropped(tmp_path, line, kind, message):
+def test_a_bad_line_of_a_csv_file_is_reported_or_dropped(tmp_path, line, kind, message):
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,completion\n" + line + b'\n"why,\nso?",because\n')
     with pytest.raises(BadRow, match=message):
@@ -174,7 +175,7 @@ def test_a_bad_line_of_a_csv_file_is_named_or_dropped(tmp_path, line, kind, mess
     assert dropped == {kind: 1} and place.endswith("line 3")
 
 
-def test_bad_items_of_a_json_list_and_rows_of_parquet_are_named(tmp_path):
+def test_bad_items_of_a_json_list_and_of_parquet_are_reported(tmp_path):
     (tmp_path / "a.json").write_text('[\n {"text": "a"},\n\n {"txt": "b"}\n]')
     with pytest.raises(BadRow, match=r"a.json, line 4: fields \['txt'\]"):
         load_rows([{"path": str(tmp_path / "a.json")}], 0)
@@ -187,7 +188,7 @@ def test_bad_items_of_a_json_list_and_rows_of_parquet_are_named(tmp_path):
         load_rows([{"path": str(tmp_path / "b.parquet")}], 0)
 
 
-def test_a_count_is_exact_also_where_drawn_rows_are_dropped(tmp_path):
+def test_a_count_is_exact_even_if_drawn_rows_are_dropped(tmp_path):
     lines = [json.dumps({"text": f"row {i}"}) if i % 3 else "broken" for i in range(60)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))

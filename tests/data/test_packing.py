@@ -1,4 +1,4 @@
-"""Packed documents do not see each other, padding is seen by none, and nothing is lost."""
+"""Packed documents do not see each other or the padding, and no row is lost."""
 
 import random
 
@@ -21,14 +21,14 @@ from kd.data.packing import (
     padding_share,
     side_by_side,
 )
-from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.models.load import check_attention
+from kd.settings.distillation import Objective
 
 
 def document(length: int, start: int = 5) -> EncodedRow:
     ids = [start + (i * 7) % 200 for i in range(length)]
-    return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]])
+    return EncodedRow.from_labels(ids, [IGNORE_INDEX, *ids[1:]])
 
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=60))
@@ -42,7 +42,7 @@ def test_packing_keeps_every_row_and_no_bin_overflows(lengths):
 
 
 def slow_pack(rows: list[EncodedRow], space: int) -> list[list[EncodedRow]]:
-    """Best-fit decreasing by its definition: of all bins with room the fullest, the latest first."""
+    """Best-fit decreasing by its definition: the fullest bin with room, the latest among equals."""
     bins: list[list] = []  # [free, when it was last filled, rows]
     for time, row in enumerate(sorted(rows, key=len, reverse=True)):
         room = [bin_ for bin_ in bins if bin_[0] >= len(row)]
@@ -55,14 +55,14 @@ def slow_pack(rows: list[EncodedRow], space: int) -> list[list[EncodedRow]]:
     return [bin_[2] for bin_ in bins]
 
 
-def test_first_token_of_every_packed_document_is_no_target():
+def test_the_first_token_of_every_packed_document_is_no_target():
     batch = Collator(0)([[document(6), document(7)]])
     assert batch["labels"][0, 0] == IGNORE_INDEX and batch["labels"][0, 6] == IGNORE_INDEX
     assert batch["position_ids"][0, :13].tolist() == [*range(6), *range(7)]
 
 
-def test_positions_go_on_through_padding():
-    """A restart would make a packed row of an unpacked one, and cost it the plain causal kernel."""
+def test_positions_continue_through_padding():
+    """A restart would mark an unpacked row as packed and cost it the plain causal kernel."""
     one, two = (
         Collator(0)([[document(6)]]),
         Collator(0)([[document(6), document(7)], [document(9)]]),
@@ -73,7 +73,7 @@ def test_positions_go_on_through_padding():
     assert wide.tolist() == [[*range(16)], *two["position_ids"].tolist()]
 
 
-def test_padding_share_counts_what_is_thrown_away():
+def test_padding_share_counts_the_padded_positions():
     lengths = [10, 4, 5, 4]  # (4, 4) and (5, 10) side by side
     assert padding_share(lengths, 2, grouped=True) == 1 - 23 / 28
 
@@ -84,9 +84,10 @@ def micro_batches(lengths: list[int], size: int) -> list[dict]:
 
 
 def rows_of(batches: list[dict]) -> list[tuple]:
-    """Ids, labels and positions of every row without its padding, in an order of their own."""
+    """Ids, labels and positions of every row without its padding, sorted."""
+    keys = ("input_ids", "labels", "position_ids")
     return sorted(
-        tuple(tuple(batch[key][i, :length].tolist()) for key in ("input_ids", "labels", "position_ids"))
+        tuple(tuple(batch[key][i, :length].tolist()) for key in keys)
         for batch in batches
         for i, length in enumerate(batch["tokens"].tolist())
     )  # fmt: skip
@@ -94,7 +95,7 @@ def rows_of(batches: list[dict]) -> list[tuple]:
 
 @given(st.lists(st.integers(2, 60), min_size=2, max_size=24), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
-def test_rows_shared_out_by_length_are_the_same_rows_in_fewer_positions(lengths, size):
+def test_rows_redistributed_by_length_are_the_same_rows_in_fewer_positions(lengths, size):
     batches = micro_batches(lengths, size)
     shared = by_length(batches)
     assert rows_of(shared) == rows_of(batches)
@@ -107,7 +108,7 @@ def test_rows_shared_out_by_length_are_the_same_rows_in_fewer_positions(lengths,
         assert batch["labels"].shape[1] < batch["tokens"].max() + 8
 
 
-def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenizer):
+def test_redistribution_by_length_changes_neither_loss_nor_gradient(tokenizer):
     batches = micro_batches([40, 5, 9, 33, 6, 31, 12], 2)
     shared = by_length(batches)
     assert sum(b["input_ids"].numel() for b in shared) < 0.8 * sum(
@@ -130,8 +131,8 @@ def test_rows_shared_out_by_length_give_the_loss_and_gradient_they_gave(tokenize
         assert (gradient - other).norm() <= 1e-6 * other.norm()
 
 
-def test_the_mark_of_the_students_tokens_stays_with_them():
-    """Also where one of the batches had been padded further than the others."""
+def test_the_on_policy_mask_moves_with_its_rows():
+    """Even if one of the batches was padded further than the others."""
     batches = [
         b | {ON_POLICY: b["input_ids"] % 3 == 1} for b in micro_batches([40, 5, 9, 33, 6, 31], 2)
     ]
@@ -145,28 +146,30 @@ def test_the_mark_of_the_students_tokens_stays_with_them():
     ].keys() - {ON_POLICY}
 
 
-def test_batches_with_more_than_rows_stay_as_they_are():
-    """A cache's targets stand in the order of the batch's rows."""
+def test_batches_with_other_keys_are_not_redistributed():
+    """A cache's targets are in the order of the batch's rows."""
     batches = [batch | {"cached": torch.zeros(3)} for batch in micro_batches([40, 5, 9, 33], 2)]
     assert by_length(batches) is batches
 
 
-def test_padding_share_is_that_of_rows_shared_out_within_a_step():
+def test_padding_share_is_that_of_rows_redistributed_within_a_step():
     lengths = [50, 3, 8, 41, 5, 12, 47, 9]
     shuffled = list(lengths)
     random.Random(0).shuffle(shuffled)
-    shared = by_length([Collator(0, 1)([[document(n)] for n in shuffled[i : i + 2]]) for i in range(0, 8, 2)], 1)  # fmt: skip
+    shared = by_length(
+        [Collator(0, 1)([[document(n)] for n in shuffled[i : i + 2]]) for i in range(0, 8, 2)], 1
+    )
     positions = sum(batch["input_ids"].numel() for batch in shared)
     assert padding_share(lengths, 2, accumulation=4) == pytest.approx(1 - sum(lengths) / positions)
     assert padding_share(lengths, 2, accumulation=4) < padding_share(lengths, 2)
 
 
-def test_rows_grouped_by_length_are_all_there_in_an_order_of_seed_and_epoch():
+def test_grouping_by_length_keeps_all_rows_in_an_order_of_seed_and_epoch():
     lengths = [(7 * i) % 101 + 1 for i in range(400)]
 
     def order(seed: int, epoch: int) -> list[int]:
         sampler = GroupedByLength(4, lengths, seed)
-        list(sampler)  # of another epoch, and the global generator moves on
+        list(sampler)  # another epoch; the global generator advances
         torch.rand(3)
         loader = torch.utils.data.DataLoader(range(400), 4, sampler=sampler)
         prepare_data_loader(loader, put_on_device=False).set_epoch(epoch)
@@ -212,12 +215,12 @@ def family_model(kind: str, attention: str):
     "kind, attention",
     [*((kind, "eager") for kind in FAMILIES), *((k, "sdpa") for k in FAMILIES if k != "gemma2")],
 )
-def test_changing_one_document_leaves_the_other_unchanged_to_the_bit(kind, attention):
-    """Both documents of a row, whichever is changed, in a batch of two packed rows."""
+def test_changing_one_document_leaves_the_others_unchanged_to_the_bit(kind, attention):
+    """In a batch of two packed rows, whichever document of a row is changed."""
     model = family_model(kind, attention)
     rows = [[document(9, 5), document(12, 9)], [document(11, 7), document(5, 8), document(6, 3)]]
 
-    @torch.no_grad()  # with a cache Transformers would not look at position_ids
+    @torch.no_grad()  # with a KV cache Transformers ignores position_ids
     def logits(rows) -> torch.Tensor:
         batch = Collator(0)(rows)
         keys = ("input_ids", "position_ids")
@@ -240,15 +243,15 @@ def test_changing_one_document_leaves_the_other_unchanged_to_the_bit(kind, atten
         ("qwen3_next", {}, "layers of linear_attention"),
     ],
 )
-def test_packing_is_refused_where_nothing_keeps_documents_apart(kind, changes, why):
+def test_packing_is_rejected_if_documents_would_see_each_other(kind, changes, why):
     config = CONFIG_MAPPING[kind](**changes)
     with pytest.raises(ValueError, match=f"packing: a/model .*{why}.*group_by_length"):
         check_packing(config, "a/model")
 
 
 @torch.no_grad()
-def test_a_refused_model_does_leak():
-    """So the refusal is not of models that would do."""
+def test_documents_do_see_each_other_in_a_rejected_model():
+    """So check_packing does not reject a model needlessly."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING["bloom"](vocab_size=320, hidden_size=32, n_layer=1, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -257,10 +260,10 @@ def test_a_refused_model_does_leak():
     assert not torch.equal(a[0, 9:16], b[0, 9:16])
 
 
-def test_flash_attention_is_refused_where_there_is_no_kernel(monkeypatch):
+def test_flash_attention_is_rejected_if_the_device_has_no_kernel(monkeypatch):
     check_attention("sdpa")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="runs on GPUs alone; set sdpa"):
+    with pytest.raises(ValueError, match="needs a GPU; set sdpa"):
         check_attention("flash_attention_2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -288,7 +291,9 @@ def loss_and_gradients(tokenizer, way: str) -> tuple[float, dict]:
     return_loss(model)
     total = 0.0
     for batch in batches(tokenizer, way):
-        inputs = LossInputs(batch.pop("labels"), Objective(soft_weight=0.0), len(tokenizer), None, None, None)
+        inputs = LossInputs(
+            batch.pop("labels"), Objective(soft_weight=0.0), len(tokenizer), None, None, None
+        )
         loss = model(**batch, loss_inputs=inputs)["loss"]
         loss.backward()
         total += loss.item()
@@ -296,7 +301,7 @@ def loss_and_gradients(tokenizer, way: str) -> tuple[float, dict]:
 
 
 @pytest.mark.parametrize("way", ["padded", "packed", "flat"])
-def test_padded_packed_flat_and_one_by_one_give_the_same_loss_and_gradients(tokenizer, way):
+def test_padded_packed_flat_and_single_rows_give_the_same_loss_and_gradients(tokenizer, way):
     wanted, gradients = loss_and_gradients(tokenizer, "one by one")
     found, ours = loss_and_gradients(tokenizer, way)
     assert abs(found - wanted) < 1e-6 * wanted
@@ -309,7 +314,7 @@ def test_padded_packed_flat_and_one_by_one_give_the_same_loss_and_gradients(toke
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @torch.no_grad()
 def test_packed_documents_stay_apart_on_a_gpu(tokenizer, attention):
-    """To the bit, by the kernels that are there; and they get what they get alone."""
+    """To the bit; and each document has the logits that it has alone."""
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     model = small_model(tokenizer, hidden=64).to("cuda", torch.bfloat16).eval()

@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk: made once, by whoever comes first, whole or not at all."""
+"""Tokenised rows on disk: prepared once, by the first process, whole or not at all."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def made(source, tmp_path, tokenizer, **changes) -> TokenisedRows:
     return tokenised_rows([source], settings, tokenizer, str(tmp_path / "cache"), progress=False)
 
 
-def test_rows_are_those_of_encode_rows_and_are_made_once(source, tmp_path, tokenizer, monkeypatch):
+def test_rows_equal_those_of_encode_rows_and_are_prepared_once(
+    source, tmp_path, tokenizer, monkeypatch
+):
     rows = made(source, tmp_path, tokenizer)
     wanted, report = encode_rows(load_rows([source], 0), tokenizer, 48, progress=False)
     assert [documents for documents in rows] == [[row] for row in wanted]
@@ -48,7 +51,7 @@ def test_rows_are_those_of_encode_rows_and_are_made_once(source, tmp_path, token
     assert list(made(source, tmp_path, tokenizer)) == list(rows)
 
 
-def test_whatever_decides_the_rows_is_in_the_fingerprint(source, tmp_path):
+def test_the_fingerprint_depends_on_everything_that_determines_the_rows(source, tmp_path):
     def mark(tokenizer=None, source=source, **changes) -> str:
         return fingerprint([source], replace(SETTINGS, **changes), tokenizer or small_tokenizer())
 
@@ -71,14 +74,14 @@ def test_whatever_decides_the_rows_is_in_the_fingerprint(source, tmp_path):
     path.write_bytes(content.replace(b"log", b"dog"))
     marks.append(mark())
     assert len({first, *marks}) == len(marks) + 1
-    path.write_bytes(content)  # another time of change
+    path.write_bytes(content)  # with another modification time
     used = small_tokenizer()
     used(["a", "b c d"], padding=True, truncation=True, max_length=2)
     assert mark(used) == first
 
 
-def test_several_workers_make_the_same_bytes(source, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cache, "CHUNK", 3)
+def test_several_workers_write_the_same_bytes(source, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache, "ENCODE_BATCH", 3)
     folders = []
     for workers in (1, 3):
         rows = tokenised_rows(
@@ -89,7 +92,7 @@ def test_several_workers_make_the_same_bytes(source, tmp_path, tokenizer, monkey
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_a_row_that_the_template_refuses_is_named_by_a_worker_or_dropped(tmp_path, monkeypatch):
+def test_a_row_that_the_template_rejects_is_reported_by_a_worker_or_dropped(tmp_path, monkeypatch):
     tokenizer = small_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}"
@@ -99,8 +102,10 @@ def test_a_row_that_the_template_refuses_is_named_by_a_worker_or_dropped(tmp_pat
     rows[50] = {"messages": [*rows[50]["messages"], {"role": "tool", "content": "x"}]}
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = {"path": str(tmp_path / "rows.jsonl")}
-    monkeypatch.setattr(cache, "CHUNK", 4)
-    with pytest.raises(BadRow, match="rows.jsonl, line 51: the chat template refuses it: no tools"):
+    monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
+    with pytest.raises(
+        BadRow, match="rows.jsonl, line 51: the chat template rejects this row: no tools"
+    ):
         made(source, tmp_path, tokenizer)
     kept = made(source, tmp_path, tokenizer, on_bad_row="drop")
     assert kept.report.dropped == {"refused by the chat template": 1} and len(kept) == 59
@@ -121,19 +126,19 @@ def test_long_rows_are_cut_at_either_end_or_dropped_and_counted(source, tmp_path
         return
     assert rows.report.cut == len(long)
     part = slice(limit) if choice == "cut" else slice(-limit, None)
-    assert [row.input_ids for row in found] == [
-        row.input_ids[part] if len(row) > limit else row.input_ids for row in whole
+    assert [row.input_ids.tolist() for row in found] == [
+        (row.input_ids[part] if len(row) > limit else row.input_ids).tolist() for row in whole
     ]
     last = [[label for label in row.labels if label != IGNORE_INDEX][-1] for row in found]
     ended = [label for label in last if label == tokenizer.eos_token_id]
-    assert (len(ended) == 40) == (choice == "cut_left")  # the end of every target is still there
+    assert (len(ended) == 40) == (choice == "cut_left")  # every row still ends with a target
     lost = sum(row.targets for row in whole) - rows.report.targets
     assert 0 < rows.report.targets_cut <= len(long) and lost >= rows.report.targets_cut
 
 
-def test_a_torn_folder_is_made_anew(source, tmp_path, tokenizer):
+def test_a_truncated_folder_is_prepared_again(source, tmp_path, tokenizer):
     rows = made(source, tmp_path, tokenizer)
-    wanted = list(rows)
+    wanted = deepcopy(list(rows))  # documents are views of the files that are truncated here
     for name in ("ids", "ends", "report.json"):
         with open(rows.folder / name, "r+b") as file:
             file.truncate(5)
@@ -153,7 +158,7 @@ print(len(rows), rows.report.targets)
 
 @pytest.fixture
 def big(tmp_path, models) -> list[str]:
-    """Arguments of PREPARE with rows that take some seconds."""
+    """A command that runs PREPARE on rows that take some seconds."""
     with open(tmp_path / "big.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in small_rows(12_000))
     paths = [tmp_path / "big.jsonl", models / "student", tmp_path / "cache"]
@@ -161,7 +166,7 @@ def big(tmp_path, models) -> list[str]:
 
 
 def alive(process: psutil.Process) -> bool:
-    """Nobody may wait for an orphan that has ended, where the first process of a container does not."""
+    """A container's first process may not reap an orphan, so a zombie counts as ended."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -172,13 +177,13 @@ def wait_for(condition, seconds: float = 300.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_kill_leaves_neither_half_a_cache_nor_a_worker_and_others_go_on(big, tmp_path):
-    """One process prepares, a second waits for it; kill -9 of the first: the second prepares."""
+def test_a_kill_leaves_no_partial_cache_and_no_worker_and_others_continue(big, tmp_path):
+    """One process prepares, a second one waits. After kill -9 of the first, the second prepares."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "cache"
     first = subprocess.Popen(big, cwd=ROOT, env=env)
     wait_for(lambda: any(f.stat().st_size for f in folder.glob("*.tmp-*/ids")))
-    os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second has started
+    os.kill(first.pid, signal.SIGSTOP)  # so that it does not finish before the second has started
     second = subprocess.Popen(big, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert "waiting for the process that prepares" in second.stdout.readline()
     workers = psutil.Process(first.pid).children()
@@ -193,7 +198,7 @@ def test_a_kill_leaves_neither_half_a_cache_nor_a_worker_and_others_go_on(big, t
     assert is_whole(whole)
 
 
-def test_rows_are_shown_with_their_targets_marked(models, tmp_path):
+def test_show_rows_marks_the_targets(models, tmp_path):
     rows = [*small_rows(4), {"messages": [{"role": "user", "content": "no answer"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = {"path": str(tmp_path / "rows.jsonl")}
@@ -203,7 +208,7 @@ def test_rows_are_shown_with_their_targets_marked(models, tmp_path):
         *(tmp_path / "cache", "--output_dir", tmp_path / "out", "--show_rows", "3"),
     ]
     printed = succeed(*command, "--on_bad_row", "drop")
-    assert "rows: 5 read, 4 kept" in printed and "1 dropped no answer" in printed
+    assert "rows: 5 read, 4 kept" in printed and "1 dropped (no answer)" in printed
     answer = rows[0]["messages"][1]["content"]
     assert f"<|im_start|>assistant\n[[{answer}<|im_end|>]]\n" in printed
     assert printed.count("--- row ") == 3 and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Sources to rows: every format, columns by other names, mixtures by count and by weight."""
+"""Sources to rows: every format, mapped columns, mixtures by count and by weight."""
 
 import csv
 import json
@@ -47,27 +47,27 @@ def test_columns_are_mapped_and_a_missing_system_prompt_is_added(tmp_path):
     [
         ({"path": "missing.jsonl"}, "no file missing.jsonl"),
         ({"pth": "a.jsonl"}, "unknown key pth; did you mean path"),
-        ({"count": 3}, "a source without path"),
+        ({"count": 3}, "has no path; wanted a file"),
         ({"path": "a/hub", "count": 0}, "wanted a whole number above 0"),
         ({"path": "a/hub", "count": True}, "wanted a whole number above 0"),
         ({"path": "a/hub", "weight": 0}, "weight 0; wanted a number above 0"),
         ({"path": "a/hub", "weight": 1, "count": 1}, "wanted one of them"),
         ({"path": "a/hub", "columns": {"txt": "a"}}, "unknown key txt; did you mean text"),
         ({"path": "a/hub", "columns": {"text": None}}, "wanted the name of a column"),
-        ({"path": "a/hub", "columns": "text"}, "wanted {name: name}"),
+        ({"path": "a/hub", "columns": "text"}, "wanted a mapping {name: name}"),
         ({"path": "a/hub", "roles": {"bot": "robot"}}, "wanted one of system, user"),
-        ({"path": "a/hub", "sample_by": "page"}, "wanted line, paragraph, document"),
+        ({"path": "a/hub", "sample_by": "page"}, "wanted line, paragraph or document"),
         ({"path": "a/hub", "name": 3}, "name 3; wanted a string"),
         ({"path": "./a/folder"}, "no file ./a/folder"),
         ({"path": "recipes/*.jsonl"}, "no file"),
     ],
 )
-def test_wrong_sources_are_stopped_with_the_reason(source, message):
+def test_a_wrong_source_is_an_error_with_the_reason(source, message):
     with pytest.raises(ValueError, match=message):
         load_rows([source], seed=0)
 
 
-def test_more_rows_than_there_are_is_an_error(tmp_path):
+def test_a_count_of_more_rows_than_the_source_has_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [CHAT])
     with pytest.raises(ValueError, match="count 2, but it has 1 rows"):
         load_rows([{"path": path, "count": 2}], seed=0)
@@ -107,7 +107,7 @@ CHATS = {
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_formats_of_conversations_become_one(tmp_path, name):
+def test_every_format_of_conversations_becomes_messages(tmp_path, name):
     path = write(tmp_path / "a.jsonl", [CHATS[name]])
     (row,) = load_rows([{"path": path}], 0)
     assert [(m["role"], m["content"]) for m in row["messages"]] == [
@@ -141,8 +141,8 @@ def test_tool_calls_tool_turns_and_tools_are_kept(tmp_path):
     assert row["messages"] == [messages[0], messages[1] | {"content": ""}, *messages[2:]]
 
 
-def test_an_arrow_table_gives_no_nones_to_templates(tmp_path):
-    """Arrow fills the keys that other rows have."""
+def test_no_none_of_an_arrow_table_reaches_a_template(tmp_path):
+    """Arrow gives every object the keys of all others, with None as value."""
     rows = [
         {
             "messages": [
@@ -165,7 +165,7 @@ def test_an_arrow_table_gives_no_nones_to_templates(tmp_path):
     assert two["messages"][1] == {"role": "assistant", "content": "b"}
 
 
-def test_other_roles_and_inner_columns_are_mapped(tmp_path):
+def test_roles_and_columns_of_messages_are_mapped(tmp_path):
     row = {"dialogue": [{"who": "Kunde", "says": "a"}, {"who": "Bot", "says": "b"}]}
     source = {
         "path": write(tmp_path / "a.jsonl", [row]),
@@ -176,7 +176,7 @@ def test_other_roles_and_inner_columns_are_mapped(tmp_path):
     assert found["messages"] == [USER, ANSWER]
 
 
-def test_columns_decide_which_of_several_fields_are_read(tmp_path):
+def test_columns_select_the_format_of_a_row_with_several(tmp_path):
     path = write(tmp_path / "a.jsonl", [CHAT | {"article": "long"}])
     assert load_rows([{"path": path, "columns": {"text": "article"}}], 0) == [{"text": "long"}]
     assert load_rows([{"path": path}], 0) == [CHAT]
@@ -217,7 +217,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     assert len(some) == 3 and all(row in wanted for row in some)
 
 
-def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path):
+def test_a_folder_or_pattern_reads_its_files_in_order(tmp_path):
     (tmp_path / "inner").mkdir()
     write(tmp_path / "b.jsonl", [{"text": "2"}, {"text": "3"}])
     write(tmp_path / "a.jsonl", [{"text": "1"}])
@@ -228,7 +228,7 @@ def test_a_folder_and_a_pattern_are_their_files_in_order(tmp_path):
     assert texts(tmp_path / "[ab].jsonl") == ["1", "2", "3"]
     assert texts(tmp_path / "**" / "*.jsonl") == ["1", "2", "3", "4"]
     write_records(tmp_path, "csv")
-    with pytest.raises(ValueError, match="several kinds.*say which"):
+    with pytest.raises(ValueError, match="several kinds.*wanted one kind"):
         texts(tmp_path)
 
 
@@ -248,16 +248,16 @@ def test_text_files_by_line_paragraph_or_document(tmp_path, sample_by, wanted):
     assert list(read_rows([source], 0))[-1][0].endswith("line 1" if len(wanted) == 1 else "line 5")
 
 
-def test_equal_ids_are_no_fault_where_the_recipe_says_so(tmp_path):
+def test_repeated_ids_are_an_error_unless_the_recipe_allows_them(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "a", "id": 1}, {"text": "b", "id": 1}])
     assert len(load_rows([{"path": path, "columns": {"id": None}}], 0)) == 2
-    with pytest.raises(ValueError, match="line 2: id 1 is that of .*line 1"):
+    with pytest.raises(ValueError, match="line 2: id 1 is also the id of .*line 1"):
         load_rows([{"path": path}], 0)
     write(tmp_path / "a.jsonl", [{"text": "a", "id": 0}, {"text": "b", "id": 0}])
-    with pytest.raises(ValueError, match="line 2: id 0 is that of .*line 1"):
+    with pytest.raises(ValueError, match="line 2: id 0 is also the id of .*line 1"):
         load_rows([{"path": path}], 0)
     write(tmp_path / "a.jsonl", [{"text": "a", "id": ""}, {"text": "b", "id": ""}])
-    assert len(load_rows([{"path": path}], 0)) == 2  # no ids
+    assert len(load_rows([{"path": path}], 0)) == 2  # empty ids are none
 
 
 def test_weights_give_exact_shares_and_repeat_no_row(tmp_path):
@@ -272,7 +272,7 @@ def test_weights_give_exact_shares_and_repeat_no_row(tmp_path):
         [row["text"].split()[0] for _, row in read_rows(sources, 0, **k)].count(name)
         for name in ("50", "10", "99")
     ]
-    assert count() == [30, 10, 5]  # the ten rows of the second are the limit
+    assert count() == [30, 10, 5]  # limited by the ten rows of the second source
     assert count(mixture_rows=9) == [6, 2, 1]
     assert count(mixture_rows=9, train_rows=3) == [2, 1, 0]
     with pytest.raises(ValueError, match="count 11, but it has 10 rows"):
@@ -329,7 +329,7 @@ def test_experiment_a_reads_exactly_its_counts(monkeypatch):
     assert sum(map(len, questions)) == 20_000
 
 
-def test_where_takes_the_rows_with_these_values_and_counts_among_them(tmp_path):
+def test_where_filters_rows_and_count_draws_from_the_rest(tmp_path):
     path = tmp_path / "rows.jsonl"
     languages = ["ru", "en", "zh", "ru", "ru"]
     rows = [json.dumps({"text": f"{i}", "language": x}) for i, x in enumerate(languages)]
@@ -346,8 +346,8 @@ def test_where_takes_the_rows_with_these_values_and_counts_among_them(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [None, "a row"])
-def test_what_is_drawn_depends_on_the_seed_and_on_the_source(tmp_path, bad):
-    """Two files of one length: else a student would see the same places of both. Some are replaced."""
+def test_the_drawn_rows_depend_on_seed_and_source(tmp_path, bad):
+    """Files of equal length must not give the same indices; bad rows are replaced."""
     rows = [{"text": f"{i}" if i % 3 or not bad else None} for i in range(300)]
     paths = [write(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
 

@@ -1,4 +1,4 @@
-"""A forked worker either starts or is replaced; nobody waits for one that hangs."""
+"""A forked worker either starts or is replaced; a hanging one does not block the job."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from kd.data.workers import Worker, Workers
 
 
 class HangsAtFirst(Worker):
-    """Stands for a child that never comes out of fork()."""
+    """The first worker hangs, like a child that never returns from fork()."""
 
     def run(self) -> None:
         try:
@@ -26,7 +26,7 @@ class HangingWorkers(Workers):
 
 
 def test_a_worker_that_hangs_in_fork_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "START_TIMEOUT", 0.5)
     monkeypatch.setattr(HangsAtFirst, "mark", str(tmp_path / "hung"), raising=False)
     before = set(psutil.Process().children())
     loader = DataLoader(
@@ -38,8 +38,8 @@ def test_a_worker_that_hangs_in_fork_is_replaced(tmp_path, monkeypatch):
     assert [int(batch) for batch in batches] == list(range(12))
 
 
-def test_a_worker_that_dies_at_once_is_told_and_not_waited_for(monkeypatch):
-    monkeypatch.setattr(workers, "PATIENCE", 60.0)
+def test_a_worker_that_dies_at_once_is_reported_without_a_timeout(monkeypatch):
+    monkeypatch.setattr(workers, "START_TIMEOUT", 60.0)
     monkeypatch.setattr(Worker, "run", lambda self: os._exit(7))
     begin = time.monotonic()
     worker = Workers().Process(target=print)

@@ -1,4 +1,4 @@
-"""The loss between two vocabularies: against float64 autograd, and as the ordinary one where equal."""
+"""The cross-tokenizer loss: against autograd in float64, and equal to the ordinary loss."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -6,25 +6,27 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from losses.oracle import Problem, distance, figures, whole_logits
-from losses.segment_oracle import chunk_by_chunk
+from losses.oracle import Problem, distance, metrics_by_name, whole_logits
+from losses.segment_oracle import segment_by_segment
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.losses import elementwise, fused
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.objective import METRICS, Head, Objective
-from kd.losses.segments import AlignedSignal, Classes
+from kd.losses.head import Head
+from kd.losses.metrics import TOKEN_METRICS
+from kd.losses.segments import AlignedTeacherOutputs, TokenClasses
+from kd.settings.distillation import Objective
 
 DIVERGENCE_NAMES = list(DIVERGENCES)
 
 
-def identity(vocabulary: int) -> Classes:
-    return Classes.of(torch.arange(vocabulary), torch.arange(vocabulary))
+def identity(vocab_size: int) -> TokenClasses:
+    return TokenClasses.of(torch.arange(vocab_size), torch.arange(vocab_size))
 
 
-def one_to_one(problem: Problem, order: Tensor | None = None) -> AlignedSignal:
-    """The problem's own teacher, its ids renamed by `order`: new id i is what order[i] was."""
+def one_to_one(problem: Problem, order: Tensor | None = None) -> AlignedTeacherOutputs:
+    """The problem's own teacher with renamed ids: the new id i is the old id order[i]."""
     count = problem.tokens
     order = torch.arange(problem.real) if order is None else order
     name = torch.empty_like(order)
@@ -33,27 +35,27 @@ def one_to_one(problem: Problem, order: Tensor | None = None) -> AlignedSignal:
     weight = torch.cat([head.weight[: problem.real][order], head.weight[problem.real :]])
     bias = head.bias
     bias = bias if bias is None else torch.cat([bias[: problem.real][order], bias[problem.real :]])
-    return AlignedSignal(
+    return AlignedTeacherOutputs(
         problem.teacher.hidden,
         replace(head, weight=weight, bias=bias),
         name[problem.labels],
         np.arange(count),
         np.arange(count),
         identity(problem.real),
-        Classes.of(order, name),
+        TokenClasses.of(order, name),
     )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
 @pytest.mark.parametrize("permuted", [False, True], ids=["same ids", "other ids"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_with_equal_vocabularies_it_is_the_ordinary_loss(divergence, permuted, dtype):
+def test_equal_vocabularies_give_the_ordinary_loss(divergence, permuted, dtype):
     problem = Problem(bias=True, softcap=5.0).to(dtype)
     objective = Objective(0.7, divergence, 2.0, True)
     order = torch.randperm(problem.real, generator=torch.Generator().manual_seed(1))
-    signal = one_to_one(problem, order if permuted else None)
+    outputs = one_to_one(problem, order if permuted else None)
     wanted, sums = problem.fused(objective)
-    problem.teacher = signal
+    problem.teacher = outputs
     found, ours = problem.fused(objective)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
@@ -63,8 +65,8 @@ def test_with_equal_vocabularies_it_is_the_ordinary_loss(divergence, permuted, d
         assert distance(one, other) < tolerance
 
 
-class NothingWhole(TorchDispatchMode):
-    """Fails where a tensor of more than `most` numbers is made."""
+class TensorSizeLimit(TorchDispatchMode):
+    """Fails if a tensor of more than `most` elements is created."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -79,9 +81,11 @@ class NothingWhole(TorchDispatchMode):
 
 
 class TwoVocabularies(Problem):
-    """Other ids, other numbers of tokens and chunks of every kind, all of it random."""
+    """A random problem: different ids and numbers of tokens, and segments of every kind."""
 
-    def __init__(self, chunks: int = 60, theirs: int = 71, real: int = 53, common: int = 20, **kw):
+    def __init__(
+        self, segments: int = 60, theirs: int = 71, real: int = 53, common: int = 20, **kw
+    ):
         super().__init__(tokens=1, real=real, **kw)
         generator = torch.Generator().manual_seed(self.seed + 1)
         draw = lambda *size, high: torch.randint(0, high, size, generator=generator)  # noqa: E731
@@ -90,32 +94,32 @@ class TwoVocabularies(Problem):
             main = torch.randperm(size, generator=generator)[:common]
             class_of = draw(
                 size, high=common - 3
-            )  # so that some classes have their main token alone
+            )  # so that some classes have only their main token
             class_of[main] = torch.arange(common)
-            sides.append(Classes.of(class_of, main))
-        self.chunk_rows, ours, others = [], [], []
+            sides.append(TokenClasses.of(class_of, main))
+        ours, others = [], []
         names, other_names = [], []
-        for chunk in range(chunks):
-            if chunk % 5 == 4:  # a target in no chunk
+        for segment in range(segments):
+            if segment % 5 == 4:  # a target in no segment
                 ours.append(draw(1, high=real))
                 names.append(-1)
-            kind = chunk % 6
+            kind = segment % 6
             n, m = ((1, 1), (1, 1), (2, 1), (1, 3), (3, 2), (4, 4))[kind]
             a, b = draw(n, high=real), draw(m, high=theirs)
             same = int(draw(1, high=common))
-            if kind == 0 or chunk % 7 == 3:  # the first tokens are a pair
+            if kind == 0 or segment % 7 == 3:  # the first tokens are a pair
                 a[0], b[0] = sides[0].main[same], sides[1].main[same]
             ours.append(a)
             others.append(b)
-            names += [chunk] * n
-            other_names += [chunk] * m
+            names += [segment] * n
+            other_names += [segment] * m
         self.labels, labels = torch.cat(ours), torch.cat(others)
         self.tokens = len(self.labels)
         normal = lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64)  # noqa: E731
         self.hidden = (self.magnitude * normal(self.tokens, self.width)).requires_grad_()
         weight = normal(theirs + self.teacher_padding, self.teacher_width)
         bias = normal(len(weight)) if self.bias else None
-        self.teacher = AlignedSignal(
+        self.teacher = AlignedTeacherOutputs(
             self.magnitude * normal(len(labels), self.teacher_width),
             Head(weight, bias, self.scale, self.softcap),
             labels,
@@ -135,16 +139,16 @@ class TwoVocabularies(Problem):
         return self
 
     def expected(self, objective: Objective) -> tuple[Tensor, float]:
-        signal = self.teacher
+        outputs = self.teacher
         student = whole_logits(self.hidden, self.head)[:, : self.real]
-        teacher = whole_logits(signal.hidden, signal.head)[:, : signal.vocabulary]
-        return chunk_by_chunk(student, self.labels, teacher, signal, objective)
+        teacher = whole_logits(outputs.hidden, outputs.head)[:, : outputs.vocab_size]
+        return segment_by_segment(student, self.labels, teacher, outputs, objective)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
-def test_loss_and_gradient_are_those_of_autograd_in_float64(divergence, temperature, seed):
+def test_loss_and_gradient_equal_those_of_autograd_in_float64(divergence, temperature, seed):
     problem = TwoVocabularies(seed=seed, bias=True, softcap=6.0)
     objective = Objective(0.6, divergence, temperature, True)
     with (
@@ -154,49 +158,49 @@ def test_loss_and_gradient_are_those_of_autograd_in_float64(divergence, temperat
         found, sums = problem.fused(objective)
     wanted, soft = problem.expected(objective)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
-    assert figures(sums)["divergence"] == pytest.approx(soft, rel=1e-9)
-    assert figures(sums)["tokens"] == problem.tokens
+    assert metrics_by_name(sums)["divergence"] == pytest.approx(soft, rel=1e-9)
+    assert metrics_by_name(sums)["tokens"] == problem.tokens
     gradients = [torch.autograd.grad(loss, problem.trained) for loss in (found, wanted)]
     for one, other in zip(*gradients, strict=True):
         assert distance(one, other) < 1e-8
 
 
 def test_no_tensor_is_larger_than_a_tile_of_the_larger_vocabulary():
-    problem, tile = TwoVocabularies(chunks=200), 100
+    problem, tile = TwoVocabularies(segments=200), 100
     assert problem.tokens * problem.real > 3 * tile * 71
-    with patch.object(fused, "tile_tokens", lambda *_: tile), NothingWhole(tile * 71) as seen:
+    with patch.object(fused, "tile_tokens", lambda *_: tile), TensorSizeLimit(tile * 71) as seen:
         loss, _ = problem.fused(Objective(0.5))
         loss.backward()
-    assert seen.largest == tile * 71  # the teacher's logits; hidden states are smaller here
+    assert seen.largest == tile * 71  # the teacher's logits; the hidden states are smaller
 
 
-def test_tiles_hold_whole_chunks_and_every_target_once():
-    signal = TwoVocabularies(chunks=200).teacher
+def test_tiles_hold_whole_segments_and_every_target_once():
+    outputs = TwoVocabularies(segments=200).teacher
     for most in (32, 50, 1000):
-        tiles = list(signal.tiles(most))
-        for side, chunks in ((0, signal.chunks), (1, signal.teacher_chunks)):
+        tiles = list(outputs.tiles(most))
+        for side, segments in ((0, outputs.segments), (1, outputs.teacher_segments)):
             rows = [i for tile in tiles for i in range(tile[side].start, tile[side].stop)]
-            assert rows == list(range(len(chunks)))
+            assert rows == list(range(len(segments)))
             assert max(tile[side].stop - tile[side].start for tile in tiles) <= most
         for ours, theirs in tiles:
-            numbers = signal.chunks[ours]
-            assert set(numbers[numbers >= 0]) == set(signal.teacher_chunks[theirs])
+            numbers = outputs.segments[ours]
+            assert set(numbers[numbers >= 0]) == set(outputs.teacher_segments[theirs])
 
 
 @pytest.mark.parametrize("magnitude", [30.0, 300.0])
 @pytest.mark.parametrize("divergence", DIVERGENCE_NAMES)
-def test_very_sure_models_keep_the_loss_and_its_gradient_finite(divergence, magnitude):
+def test_loss_and_gradient_are_finite_for_very_confident_models(divergence, magnitude):
     problem = TwoVocabularies(magnitude=magnitude).to_float32()
     loss, _ = problem.fused(Objective(0.5, divergence))
     gradients = torch.autograd.grad(loss, problem.trained)
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_a_broken_model_is_not_hidden():
+def test_a_nan_of_either_model_reaches_the_loss():
     for side in ("student", "teacher"):
         problem = TwoVocabularies()
         broken = problem.hidden if side == "student" else problem.teacher.hidden
         broken.detach()[-1, 0] = torch.nan
         for name in DIVERGENCES:
             loss, sums = problem.fused(Objective(1.0, name))
-            assert loss.isnan() and sums[METRICS.index("divergence")].isnan()
+            assert loss.isnan() and sums[TOKEN_METRICS.index("divergence")].isnan()

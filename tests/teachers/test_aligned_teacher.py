@@ -1,19 +1,17 @@
-"""A teacher with another tokenizer, from rows to the loss: the true one, however rows are batched."""
+"""A teacher with another tokenizer, from rows to the loss, compared with float64 references."""
 
-import numpy as np
 import pytest
 import torch
-from losses.segment_oracle import chunk_by_chunk
+from losses.segment_oracle import segment_by_segment
 from small import TEXT, save_small, small_rows, small_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kd.data.alignment import AlignedCollator, AlignedEncoder
-from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder
+from kd.data.encoding import EncodedRow, Encoder
 from kd.data.packing import Collator, pack
 from kd.data.vocabularies import shared_vocabulary
-from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.aligned_teacher import AlignedTeacher, check_alignment
 from kd.teachers.live import LiveTeacher
 
@@ -34,7 +32,7 @@ class Pair:
         encoders = [Encoder(tokenizer, 300) for tokenizer in (self.student, self.teacher)]
         encoder = AlignedEncoder(*encoders, self.vocabulary)
         found = encoder([(str(i), row) for i, row in enumerate(small_rows(8))])
-        self.rows = [row.encoded() for row in found]
+        self.rows = found
 
     def live(self) -> AlignedTeacher:
         settings = TeacherSettings(teacher=str(self.folder / "teacher"), teacher_dtype="float32")
@@ -48,31 +46,33 @@ class Pair:
         collate = AlignedCollator(Collator(pads[0], flat=flat), pads[1])
         made = [collate(rows) for rows in batches]
         total = 0.0
-        for context, batch in zip(self.live().signals(made), made, strict=True):
-            with context as (signal, _):
-                inputs = LossInputs(batch["labels"], OBJECTIVE, len(self.student), signal)
+        for context, batch in zip(self.live().outputs(made), made, strict=True):
+            with context as (outputs, _):
+                inputs = LossInputs(batch["labels"], OBJECTIVE, len(self.student), outputs)
                 out = student(batch["input_ids"], batch["position_ids"], inputs)
                 total = total + torch.cat([out["loss"][None], out["metrics"]])
         total[0].backward()
         return total.detach(), [p.grad for p in student.parameters()]
 
     def truth(self) -> tuple:
-        """The same in float64 from whole logits of one row after the other."""
+        """The same in float64, from whole logits, row by row."""
         names = ("student", "teacher")
         models = [AutoModelForCausalLM.from_pretrained(self.folder / n).double() for n in names]
-        signal, total = self.live(), 0.0
+        outputs, total = self.live(), 0.0
         for row in self.rows:
-            logits, labels, chunks = [], [], []
-            sides = (row, row.chunks), (row.teacher, row.teacher_chunks)
+            logits, labels, segments = [], [], []
+            sides = (row, row.segments), (row.teacher, row.teacher_segments)
             tokenizers = self.student, self.teacher
             for model, (side, numbers), tokenizer in zip(models, sides, tokenizers, strict=True):
-                target = torch.tensor(side.labels) != IGNORE_INDEX
-                whole = model(torch.tensor([side.input_ids])).logits[0, :, : len(tokenizer)]
+                target = torch.from_numpy(side.target_mask.copy())
+                whole = model(torch.tensor(side.input_ids)[None]).logits[0, :, : len(tokenizer)]
                 logits.append(whole[:-1][target[1:]])
                 labels.append(torch.tensor(side.labels)[target])
-                chunks.append(np.array(numbers)[target.numpy()])
-            signal.labels, signal.chunks, signal.teacher_chunks = labels[1], *chunks
-            loss, _ = chunk_by_chunk(logits[0], labels[0], logits[1].detach(), signal, OBJECTIVE)
+                segments.append(numbers[side.target_mask])
+            outputs.labels, outputs.segments, outputs.teacher_segments = labels[1], *segments
+            loss, _ = segment_by_segment(
+                logits[0], labels[0], logits[1].detach(), outputs, OBJECTIVE
+            )
             total = total + loss
         total.backward()
         return total.item(), [p.grad for p in models[0].parameters()]
@@ -88,25 +88,25 @@ def check(found: list, wanted: list, tolerance: float) -> None:
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_loss_and_gradients_of_a_batch_are_those_of_whole_logits_in_float64(pair):
+def test_loss_and_gradients_of_a_batch_equal_those_of_whole_logits_in_float64(pair):
     rows = [[row] for row in pair.rows]
     (loss, *_), gradients = pair.run([rows])
     wanted, true_gradients = pair.truth()
     assert loss.item() == pytest.approx(wanted, rel=1e-6)
-    check(gradients, true_gradients, 2e-6)  # float32 rounding of a whole model against float64
+    check(gradients, true_gradients, 2e-6)  # float32 rounding of a whole model
 
 
-@pytest.mark.parametrize("split", ["one at a time", "packed", "flat", "with rows to fill up"])
-def test_batching_changes_neither_loss_nor_gradients_nor_figures(pair, split):
+@pytest.mark.parametrize("split", ["one at a time", "packed", "flat", "with filler rows"])
+def test_batching_changes_neither_loss_nor_gradients_nor_metrics(pair, split):
     rows = [[row] for row in pair.rows]
     wanted, true_gradients = pair.run([rows])
     batches = {
         "one at a time": [[row] for row in rows],
         "packed": [pack(pair.rows, 400)],
         "flat": [rows[:3], rows[3:]],
-        "with rows to fill up": [
+        "with filler rows": [
             rows[:5],
-            [[EncodedRow(rows[0][0].input_ids, [IGNORE_INDEX] * len(rows[0][0]))]],
+            [[rows[0][0].without_targets()]],
             rows[5:],
         ],
     }[split]
@@ -115,7 +115,7 @@ def test_batching_changes_neither_loss_nor_gradients_nor_figures(pair, split):
     check(gradients, true_gradients, 1e-6)
 
 
-def test_rows_of_which_next_to_nothing_is_aligned_are_refused():
+def test_rows_with_hardly_any_aligned_target_are_refused():
     assert check_alignment(90, 100) is None
     assert "50.0% of the target tokens" in check_alignment(50, 100)
     with pytest.raises(ValueError, match="train on the teacher's text instead"):

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer by the real command line."""
+"""train/distill.py with a teacher that has another tokenizer."""
 
 import json
 import re
@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from cuts import permuted
 from processes import ROOT, start, succeed
 from small import TEXT, save_small, small_rows, small_tokenizer
+from small_tokenizers import permuted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.recipe import as_flags
@@ -35,7 +35,7 @@ def work(models):
 
 
 def run(command: list[str], work, output, **changes) -> tuple[list[list[float]], str]:
-    """(figures of every step, what was printed)."""
+    """Return (the metrics of every step, the printed text)."""
     flags = {
         "student": work / "student",
         "data": json.dumps([{"path": str(work / "aligned.jsonl")}]),
@@ -58,13 +58,13 @@ def run(command: list[str], work, output, **changes) -> tuple[list[list[float]],
     return [[entry[name] for name in NAMES] for entry in steps], job.stdout
 
 
-def test_the_same_tokens_under_other_ids_train_as_the_ordinary_loss_does(work, tmp_path):
+def test_the_same_tokens_under_other_ids_train_as_with_the_ordinary_loss(work, tmp_path):
     wanted, _ = run(["python"], work, tmp_path / "plain", teacher=work / "teacher")
     found, printed = run(
         ["python"], work, tmp_path / "ids", teacher=work / "permuted", align_tokenizers="true"
     )
-    assert "320 tokens map one to one, of 320 of the student and 320 of the teacher" in printed
-    assert "alignment: 100.0% of the targets are one token for the teacher, too" in printed
+    assert "320 tokens map one to one; the student has 320, the teacher 320" in printed
+    assert "alignment: 100.0% of the targets equal one teacher token" in printed
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0][0], wanted[0][0], rtol=1e-6, atol=0)
 
@@ -72,8 +72,8 @@ def test_the_same_tokens_under_other_ids_train_as_the_ordinary_loss_does(work, t
 def test_two_ranks_with_a_sharded_teacher_train_as_one_process_with_a_whole_one(work, tmp_path):
     settings = {"teacher": work / "other", "align_tokenizers": "true"}
     wanted, printed = run(["python"], work, tmp_path / "one", **settings)
-    assert "tokens map one to one, of 320 of the student and" in printed
-    assert "of the targets are one token for the teacher, too" in printed
+    assert "tokens map one to one; the student has 320, the teacher" in printed
+    assert "of the targets equal one teacher token" in printed
     found, printed = run(["launch/cpu.sh"], work, tmp_path / "two", **settings)
     assert "streaming the teacher" in printed and "= 2 processes x 2 rows x 2" in printed
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
@@ -88,6 +88,6 @@ def test_the_small_recipe_runs_as_its_header_says(docstrings):
     recipe = "recipes/small/g_distill.yaml"
     job = start("launch/cpu.sh", "train/distill.py", "--config", recipe)
     assert "saved to runs/small/g_distill" in job.stdout, job.stdout[-6000:]
-    assert "of 2048 of the student and 4096 of the teacher" in job.stdout
-    told = re.search(r"([\d.]+)% are compared with it", job.stdout)
-    assert float(told.group(1)) > 95.0
+    assert "the student has 2048, the teacher 4096" in job.stdout
+    share = re.search(r"([\d.]+)% are compared with the teacher", job.stdout)
+    assert float(share.group(1)) > 95.0
