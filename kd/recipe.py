@@ -1,7 +1,7 @@
-"""Recipe files and command-line flags through one parser, and the checks that settings share.
+"""One parser for recipe files and command-line flags, and the checks that settings share.
 
-Precedence: dataclass default < recipe < launch profile < command line. The recipe is spelt as
-command-line tokens and put in front of the others, so that both have the same validation.
+Precedence: dataclass default < recipe < launch profile < command line. The recipe is converted to
+command-line tokens and placed before the others, so that both have the same validation.
 """
 
 import difflib
@@ -21,12 +21,13 @@ def setting(default: Any, help: str, **options: Any) -> Any:
 
 
 def require_file(key: str, path: str | None) -> None:
+    """Raise ValueError if `path` is given and is not a file."""
     if path is not None and not Path(path).is_file():
         raise ValueError(f"{key}: no file {path}; wanted the path of an existing file")
 
 
 def parse_json_list(key: str, text: str | None) -> list[dict]:
-    """The list of objects that a recipe key holds once it is spelt as a flag."""
+    """Parse a recipe key that holds a list of objects. Raises ValueError for anything else."""
     if not text:
         return []
     try:
@@ -40,7 +41,7 @@ def parse_json_list(key: str, text: str | None) -> list[dict]:
 
 
 def parse_json_object(key: str, text: str | None) -> dict:
-    """The object that a recipe key holds once it is spelt as a flag."""
+    """Parse a recipe key that holds an object. Raises ValueError for anything else."""
     if not text:
         return {}
     try:
@@ -53,13 +54,14 @@ def parse_json_object(key: str, text: str | None) -> dict:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this loader refuses them."""
+    """Refuse duplicate keys; PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key) for key, _ in node.value]
-        double = {key for key in keys if keys.count(key) > 1}
-        if double:
-            raise ValueError(f"line {node.start_mark.line + 1}: key given twice: {sorted(double)}")
+        duplicates = {key for key in keys if keys.count(key) > 1}
+        if duplicates:
+            line = node.start_mark.line + 1
+            raise ValueError(f"line {line}: key given twice: {sorted(duplicates)}")
         return super().construct_mapping(node, deep)
 
 
@@ -69,7 +71,10 @@ class _Parser(HfArgumentParser):
 
 
 def recipe_tokens(file: str) -> list[str]:
-    """A recipe file as command-line tokens."""
+    """Convert a recipe file to command-line tokens.
+
+    Raises ValueError for a missing file, invalid YAML, duplicate keys and empty values.
+    """
     require_file("config", file)
     try:
         recipe = yaml.load(Path(file).read_text(), _UniqueKeys)
@@ -84,7 +89,7 @@ def recipe_tokens(file: str) -> list[str]:
 
 
 def as_flags(recipe: dict[str, Any]) -> list[str]:
-    """Keys and values as they are spelt on a command line."""
+    """Convert keys and values to command-line tokens."""
     tokens = []
     for key, value in recipe.items():
         tokens.append(f"--{key}")
@@ -98,13 +103,14 @@ def as_flags(recipe: dict[str, Any]) -> list[str]:
 
 
 def parse(*dataclasses: type, argv: list[str] | None = None, description: str = "") -> tuple:
-    """One instance of every dataclass from `--config FILE` and flags; later tokens win.
+    """Parse `--config FILE` and flags into one instance of every dataclass; later tokens win.
 
-    Raises ValueError on unknown keys (with the nearest right one), wrong choices and types.
+    Raises ValueError for unknown keys (naming the nearest known one), wrong choices and wrong
+    types.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclasses, allow_abbrev=False, description=description)
-    parser.add_argument("--config", help="recipe: a YAML file of the keys below")
+    parser.add_argument("--config", help="Recipe: a YAML file with the keys below.")
     position = argv.index("--config") if "--config" in argv else None
     if position is not None:
         if position + 1 >= len(argv):
@@ -117,10 +123,11 @@ def parse(*dataclasses: type, argv: list[str] | None = None, description: str = 
         if name.startswith("--") and name not in known:
             raise ValueError(unknown_key(name[2:], [key[2:] for key in known]))
     parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    return parsed[: len(dataclasses)]  # the rest is the name space of --config
+    return parsed[: len(dataclasses)]  # the rest is the namespace of --config
 
 
 def unknown_key(name: str, known: list[str]) -> str:
+    """The error message for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; --help lists the keys"
     return f"unknown key {name}{hint}"

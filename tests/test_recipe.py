@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from kd.losses.objective import Objective
 from kd.recipe import parse, setting
 from kd.settings.distillation import (
     DataSettings,
     ModelSettings,
+    Objective,
     OnPolicySettings,
     StudentSettings,
     TeacherSettings,

@@ -3,33 +3,33 @@
 launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 """
 
-from kd.losses.objective import Objective
-from kd.recipe import parse
-from kd.run.exit import run
-from kd.settings.distillation import (
-    DataSettings,
-    ModelSettings,
-    OnPolicySettings,
-    StudentSettings,
-    TeacherSettings,
-)
-from kd.settings.training import TrainingSettings
-from kd.training.run_training import train
+from kd.run.exit import run as run_script
+from kd.settings.training_recipe import parse_distillation
+from kd.training.out_of_memory import explain_out_of_memory
+from kd.training.recipe_checks import check_recipe
+from kd.training.resume import find_resume_point, is_finished
+from kd.training.run_plan import plan_run
+from kd.training.run_training import finish, load_student, make_trainer, set_up_teacher, train
+from kd.training.tokenizers import load_tokenizers
+from kd.training.training_rows import load_rows
 
 
 def main() -> None:
-    student, teacher, objective, on_policy, model, data, training = parse(
-        StudentSettings,
-        TeacherSettings,
-        Objective,
-        OnPolicySettings,
-        ModelSettings,
-        DataSettings,
-        TrainingSettings,
-        description=__doc__,
-    )
-    train(student.student, model, data, training, teacher, objective, on_policy)
+    recipe = parse_distillation(description=__doc__)
+    if is_finished(recipe):
+        return
+    check_recipe(recipe)
+    tokenizers = load_tokenizers(recipe)
+    resume = find_resume_point(recipe)
+    rows = load_rows(recipe, tokenizers, resume)
+    run = plan_run(recipe, tokenizers, rows, resume)
+    with explain_out_of_memory(recipe):
+        student = load_student(run)
+        teacher = set_up_teacher(run, student)
+        trainer = make_trainer(run, student, teacher)
+        metrics = train(trainer, run)
+    finish(trainer, run, metrics)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,37 +1,37 @@
 """Fine-tune a model on text and chat: full weights, LoRA or QLoRA.
 
-launch/cpu.sh train/sft.py --config recipes/tiny/sft.yaml
+launch/cpu.sh train/sft.py --config recipes/small/a_teacher.yaml
 """
 
-from dataclasses import dataclass
-
-from kd.recipe import parse, setting
-from kd.run.exit import run
-from kd.settings.distillation import DataSettings, ModelSettings
-from kd.settings.training import TrainingSettings
-from kd.training.preparation import show_rows
-from kd.training.run_training import train
-
-
-@dataclass
-class SftSettings:
-    model: str = setting("", "hub name or folder of the model to train")
-    show_rows: int = setting(0, "print so many rows with their targets marked, and train nothing")
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: not given; wanted a hub name or a folder")
+from kd.run.exit import run as run_script
+from kd.settings.training_recipe import parse_sft
+from kd.training.out_of_memory import explain_out_of_memory
+from kd.training.recipe_checks import check_recipe
+from kd.training.resume import find_resume_point, is_finished
+from kd.training.run_plan import plan_run
+from kd.training.run_training import finish, load_student, make_trainer, train
+from kd.training.tokenizers import load_tokenizers
+from kd.training.training_rows import load_rows, print_rows
 
 
 def main() -> None:
-    sft, model, data, training = parse(
-        SftSettings, ModelSettings, DataSettings, TrainingSettings, description=__doc__
-    )
-    if sft.show_rows:
-        show_rows(sft.show_rows, sft.model, model, data, training)
+    recipe, rows_to_print = parse_sft(description=__doc__)
+    if rows_to_print:
+        print_rows(recipe, rows_to_print)
         return
-    train(sft.model, model, data, training)
+    if is_finished(recipe):
+        return
+    check_recipe(recipe)
+    tokenizers = load_tokenizers(recipe)
+    resume = find_resume_point(recipe)
+    rows = load_rows(recipe, tokenizers, resume)
+    run = plan_run(recipe, tokenizers, rows, resume)
+    with explain_out_of_memory(recipe):
+        student = load_student(run)
+        trainer = make_trainer(run, student)
+        metrics = train(trainer, run)
+    finish(trainer, run, metrics)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,0 +1,1 @@
+"""What users set: dataclasses of recipe keys with defaults, help texts and validation."""

@@ -1,11 +1,27 @@
-"""What a recipe sets of models, data, objective and teacher; of training: kd/settings/training.py."""
+"""Recipe keys of the models, the data, the objective and the teacher.
+
+The keys of the optimization are in kd/settings/training.py; all of them together are a `Recipe`
+(kd/settings/training_recipe.py).
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from kd.recipe import parse_json_list, parse_json_object, require_file, setting
 
-OWN_BASE = "self"  # the teacher that is the student with its adapters off
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "soft_cross_entropy",
+]
+
+OWN_BASE = "self"  # value of `teacher`: the student's frozen base, with its adapters off
 
 
 @dataclass
@@ -13,43 +29,48 @@ class ModelSettings:
     """How the trained model is loaded and which of its weights are trained."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "type of the weights; auto: that of bf16 / fp16, where no float32 copy is needed"
+        "auto",
+        "Type of the weights. auto: the precision of bf16 / fp16; float32 if every weight is "
+        "trained without DeepSpeed.",
     )
     quantization: Literal["none", "nf4"] = setting(
-        "none", "nf4: the frozen base in 4 bits (QLoRA); needs lora_rank"
+        "none", "Quantization of the frozen base: nf4 is 4 bits (QLoRA) and needs lora_rank."
     )
-    lora_rank: int = setting(0, "rank of the LoRA adapters; 0 trains every weight")
-    lora_alpha: float = setting(16.0, "scale of the adapters' product, divided by lora_rank")
-    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_rank: int = setting(0, "Rank of the LoRA adapters; 0 trains every weight.")
+    lora_alpha: float = setting(16.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank.")
+    lora_dropout: float = setting(0.0, "Dropout probability at the input of each LoRA adapter.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "modules with adapters; all-linear: every Linear but the head"},
+        metadata={
+            "help": "Modules with LoRA adapters. all-linear: every linear layer except the LM head."
+        },
     )
     train_template_tokens: bool = setting(
-        False, "with LoRA, also train the embeddings of the chat template's special tokens"
+        False, "With LoRA, also train the embeddings of the chat template's special tokens."
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
-        "sdpa", "attention of student and teacher"
+        "sdpa", "Attention implementation of student and teacher."
     )
     chat_template: str | None = setting(
-        None, "file with a Jinja chat template, in place of the tokenizer's own"
+        None, "File with a Jinja chat template that replaces the tokenizer's own."
     )
     template_arguments: str | None = setting(
-        None, "variables of the template, such as {enable_thinking: false}; saved with the model"
+        None,
+        "Variables of the chat template, such as {enable_thinking: false}; saved with the model.",
     )
 
     def __post_init__(self) -> None:
         if self.quantization != "none" and not self.lora_rank:
             raise ValueError(
-                f"quantization: {self.quantization} with lora_rank: 0. Four-bit weights cannot be "
-                "trained: set lora_rank (16, say), or quantization: none"
+                f"quantization: {self.quantization} with lora_rank: 0: 4-bit weights cannot be "
+                "trained; set lora_rank (for example 16), or quantization: none"
             )
         if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: {self.lora_rank}; wanted 0 (train all) or more")
+            raise ValueError(f"lora_rank: {self.lora_rank}; wanted 0 (train all weights) or more")
         if self.train_template_tokens and not self.lora_rank:
             raise ValueError(
-                "train_template_tokens: true with lora_rank: 0. Full training trains every "
-                "embedding already: remove the key, or set lora_rank"
+                "train_template_tokens: true with lora_rank: 0: full training already trains every "
+                "embedding; remove the key, or set lora_rank"
             )
         require_file("chat_template", self.chat_template)
         parse_json_object("template_arguments", self.template_arguments)
@@ -57,29 +78,46 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    """What is trained on; see `kd.data.sources` for the keys of one source."""
+    """Training and held-out rows; `kd.data.sources` lists the keys of one source."""
 
-    data: str = setting("", "JSON list of sources: [{path, split, count, columns, ...}, ...]")
-    eval_data: str | None = setting(None, "the same for the held-out rows")
-    max_length: int = setting(1024, "tokens a row at most")
+    data: str = setting(
+        "", "JSON list of training sources: [{path, split, count, columns, ...}, ...]."
+    )
+    eval_data: str | None = setting(
+        None, "JSON list of held-out sources, in the same format as data."
+    )
+    max_length: int = setting(1024, "Maximum number of tokens per row.")
     on_long_row: Literal["cut", "cut_left", "drop"] = setting(
-        "cut", "a longer row keeps its first tokens, or its last, or is dropped; all are counted"
+        "cut",
+        "What to do with rows longer than max_length. cut: keep the first tokens; cut_left: keep "
+        "the last tokens; drop: drop the row. The report counts these rows.",
     )
     on_bad_row: Literal["error", "drop"] = setting(
-        "error", "a row that cannot be read: stop with its file and line, or drop and count it"
+        "error",
+        "What to do with unreadable rows. error: stop and name file and line; drop: drop and "
+        "count them.",
     )
-    packing: bool = setting(False, "several documents a row, no attention between them")
+    packing: bool = setting(
+        False, "Pack several documents into one row; attention never crosses documents."
+    )
     mixture_seed: int = setting(
-        0, "draws the rows of every source; apart from `seed`, so that seeds share their rows"
+        0,
+        "Seed that draws the rows of the mixture. It is separate from seed, so that runs with "
+        "different seeds can use the same rows.",
     )
     mixture_rows: int | None = setting(
-        None, "rows of all sources with a weight together; without: as many as never repeat one"
+        None,
+        "Total number of rows drawn from sources with a weight. Default: as many as possible "
+        "without repeating a row.",
     )
     train_rows: int | None = setting(
-        None, "so many rows of the mixture, of each source its share (a trial run)"
+        None,
+        "Use only this many rows of the mixture, in proportion from every source (trial runs).",
     )
-    data_cache: str = setting("runs/cache", "folder of tokenised rows, which all runs may share")
-    data_workers: int = setting(0, "processes that tokenise; 0: one for each core")
+    data_cache: str = setting(
+        "runs/cache", "Folder with the cache of tokenized rows; runs can share it."
+    )
+    data_workers: int = setting(0, "Number of tokenizing processes; 0: one per core.")
 
     def __post_init__(self) -> None:
         self.sources = parse_json_list("data", self.data)
@@ -95,31 +133,132 @@ class DataSettings:
             raise ValueError(f"data_workers: {self.data_workers}; wanted 0 (all cores) or more")
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The training loss, per target token, as a recipe sets it and as the loss reads it.
+
+    loss = soft_weight * divergence(temperature) + (1 - soft_weight) * cross-entropy, plus
+    hidden_weight * hidden-state loss. Supervised fine-tuning is `Objective(soft_weight=0.0)`.
+    Raises ValueError if a weight or a temperature is out of range.
+    """
+
+    soft_weight: float = setting(
+        1.0, "Weight of the divergence; cross-entropy has the rest. 1: divergence only, 0: SFT."
+    )
+    divergence: Divergence = setting(
+        "forward_kl", "Divergence between the teacher's and the student's next-token distributions."
+    )
+    temperature: float = setting(
+        1.0, "Softmax temperature of teacher and student in the divergence."
+    )
+    temperature_squared: bool = setting(
+        False, "Multiply the divergence and its gradient by temperature^2 (Hinton et al. 2015)."
+    )
+    jensen_shannon_weight: float = setting(
+        0.5, "Weight of the teacher in the mixture of jensen_shannon; 0.5 is symmetric."
+    )
+    skew: float = setting(
+        0.1, "Mixture weight of the first distribution in skew_forward_kl and skew_reverse_kl."
+    )
+    loss_workspace_mb: int = setting(
+        512, "Memory for logits in the loss, in MiB per device; tokens are processed in tiles."
+    )
+    hidden_weight: float = setting(
+        0.0, "Weight of the loss between hidden states; 0 disables it.", repr=False
+    )
+    hidden_loss: Literal["cosine", "mse"] = setting(
+        "cosine", "Loss between hidden states of student and teacher.", repr=False
+    )
+    hidden_layers: list[str] | None = setting(
+        None,
+        "Layers of the hidden-state loss as student:teacher pairs; 0 is the embedding output. "
+        "Default: the origin of each inherited block, otherwise evenly spaced teacher blocks.",
+        repr=False,
+        hash=False,
+    )
+
+    def __post_init__(self) -> None:
+        if self.hidden_weight < 0.0:
+            raise ValueError(f"hidden_weight: {self.hidden_weight}; wanted 0 or more")
+        if not 0.0 <= self.soft_weight <= 1.0:
+            raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature: {self.temperature}; wanted more than 0")
+        for key in ("jensen_shannon_weight", "skew"):
+            if not 0.0 < getattr(self, key) < 1.0:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)}; wanted more than 0 and less than 1 "
+                    "(for the limits, set divergence: forward_kl or reverse_kl)"
+                )
+        if self.loss_workspace_mb < 128:
+            raise ValueError(f"loss_workspace_mb: {self.loss_workspace_mb}; wanted 128 or more")
+
+    @property
+    def divergence_scale(self) -> float:
+        """The factor of the divergence: temperature^2 with `temperature_squared`, otherwise 1."""
+        return self.temperature**2 if self.temperature_squared else 1.0
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """The mixture argument of `kd.losses.divergences`; empty for divergences without one."""
+        if self.divergence == "jensen_shannon":
+            return {"weight": self.jensen_shannon_weight}
+        return {"skew": self.skew} if self.divergence.startswith("skew_") else {}
+
+    def total(self, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
+        """Combine the two terms, each of any one shape; `divergence` includes its scale.
+
+        A term of weight 0 is left out: multiplied by 0, an infinite one would make the loss NaN.
+        """
+        weight = self.soft_weight
+        if weight == 0.0:
+            return cross_entropy
+        return divergence if weight == 1.0 else weight * divergence + (1 - weight) * cross_entropy
+
+
 @dataclass
 class OnPolicySettings:
-    """Rows of a step that the student answers itself; kd/training/on_policy.py says how they count."""
+    """Student-generated answers in training batches; see kd/training/on_policy.py."""
 
     student_fraction: float = setting(
-        0.0, "share of a step's rows that the student answers itself; on these the divergence alone"
+        0.0,
+        "Fraction of rows whose answers the student generates (on-policy distillation). Their loss "
+        "is the divergence only.",
     )
-    max_new_tokens: int = setting(256, "of such an answer at most; a row keeps to max_length, too")
-    generation_temperature: float = setting(1.0, "of its sampling; 0: always the likeliest token")
-    top_p: float = setting(1.0, "it samples among the likeliest tokens of this probability")
-    top_k: int = setting(0, "it samples among so many likeliest tokens; 0: all")
+    max_new_tokens: int = setting(
+        256,
+        "Maximum number of tokens per student-generated answer; prompt + answer is capped at "
+        "max_length.",
+    )
+    generation_temperature: float = setting(
+        1.0, "Sampling temperature of student-generated answers; 0 is greedy decoding."
+    )
+    top_p: float = setting(
+        1.0,
+        "Nucleus sampling of student-generated answers: sample only from the most likely tokens "
+        "with this total probability; 1 disables the limit.",
+    )
+    top_k: int = setting(
+        0,
+        "Sampling of student-generated answers: sample only from the k most likely tokens; 0 "
+        "disables the limit.",
+    )
     generation_workspace_mb: int = setting(
-        2048, "MiB of a device for its keys and values; as many rows are written at once as fit"
+        2048,
+        "Memory for the keys and values of student-generated answers, in MiB per device; it sets "
+        "how many answers are generated at once.",
     )
     generation_engine: Literal["generate", "continuous"] = setting(
         "generate",
-        "of Transformers: generate, in batches that last as long as their longest row; or continuous "
-        "batching, where a row that ends makes room for the next (best with flash_attention_2)",
+        "Generation engine of Transformers. generate: static batches; continuous: continuous "
+        "batching, where a finished row makes room for the next (best with flash_attention_2).",
     )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.student_fraction <= 1.0:
             raise ValueError(f"student_fraction: {self.student_fraction}; wanted 0 to 1")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: {self.top_p}; wanted more than 0, and 1 at most")
+            raise ValueError(f"top_p: {self.top_p}; wanted more than 0 and at most 1")
         for key, least in (
             ("max_new_tokens", 1),
             ("generation_temperature", 0),
@@ -131,8 +270,24 @@ class OnPolicySettings:
 
 
 @dataclass
+class SftSettings:
+    """The model of train/sft.py."""
+
+    model: str = setting("", "Hub name or folder of the model to train.")
+    show_rows: int = setting(
+        0, "Print this many rows with their target tokens marked, then exit without training."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model: not given; wanted a hub name or a folder")
+
+
+@dataclass
 class StudentSettings:
-    student: str = setting("", "hub name or folder of the model to train")
+    """The student of train/distill.py."""
+
+    student: str = setting("", "Hub name or folder of the student, the model to train.")
 
     def __post_init__(self) -> None:
         if not self.student:
@@ -141,38 +296,53 @@ class StudentSettings:
 
 @dataclass
 class TeacherSettings:
-    """The model that is learnt from."""
+    """The teacher: a live model, or the cache of its outputs."""
 
     teacher: str = setting(
-        "", "hub name or folder, also of a LoRA adapter; self: the student without its adapters"
+        "",
+        "Hub name or folder of the teacher: a full model or a LoRA adapter. self: the student "
+        "with its adapters off.",
     )
     align_tokenizers: bool = setting(
         False,
-        "a teacher with another tokenizer: texts are aligned by bytes, and distributions compared "
-        "over common classes of tokens",
+        "Allow a teacher with another tokenizer: align the two tokenizations by bytes and compare "
+        "distributions over classes of tokens that both vocabularies share.",
     )
     teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "auto: the type the checkpoint has"
+        "auto", "Type of the teacher's weights; auto: the type of its checkpoint."
     )
     teacher_deepspeed: str | None = setting(
-        None, "a ZeRO-3 JSON: the teacher is sharded over all processes; without: whole on each"
+        None,
+        "DeepSpeed ZeRO-3 JSON that shards the teacher over all processes. Default: every process "
+        "holds the whole teacher.",
     )
     teacher_workspace_mb: int = setting(
         1024,
-        "MiB of a device for the states of a sharded teacher; it runs over as many micro-batches "
-        "of a step at once as fit, and its head stays gathered where there is room",
+        "Memory for the hidden states of a sharded teacher, in MiB per device. One forward pass "
+        "covers as many micro-batches of a step as fit; 0: one micro-batch per pass.",
     )
     teacher_cache: str | None = setting(
-        None, "folder that train/cache_teacher.py filled with this recipe: no teacher is loaded"
+        None,
+        "Folder of teacher outputs, written by train/cache_teacher.py with the same recipe; "
+        "training then loads no teacher.",
     )
-    cache_top_k: int = setting(64, "likeliest ids that a cache keeps of a token; 0: all of them")
+    cache_top_k: int = setting(
+        64, "Number of most likely token ids that the teacher cache keeps per token; 0 keeps all."
+    )
     cache_dtype: Literal["float16", "float32"] = setting(
-        "float16", "of a cache's log-probabilities; float32 with cache_top_k 0 loses nothing"
+        "float16",
+        "Type of log-probabilities in the teacher cache; float32 with cache_top_k: 0 is lossless.",
     )
     cache_check_tokens: int = setting(
-        256, "target tokens on which a new cache is held against the live teacher; 0: none"
+        256,
+        "Number of target tokens on which a new cache is compared with the live teacher; 0 skips "
+        "the comparison.",
     )
-    cache_shard_mb: int = setting(256, "of one file of a cache; a kill costs at most that")
+    cache_shard_mb: int = setting(
+        256,
+        "Size of one shard of the teacher cache in MiB; an interrupted run loses at most one "
+        "shard per process.",
+    )
 
     def __post_init__(self) -> None:
         if not self.teacher and not self.teacher_cache:
@@ -182,9 +352,9 @@ class TeacherSettings:
                 raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
         require_file("teacher_deepspeed", self.teacher_deepspeed)
         if self.teacher == OWN_BASE:
-            self.teacher_deepspeed = None  # a launch profile gives it to every teacher
+            self.teacher_deepspeed = None  # a launch profile sets it for every teacher
         if self.teacher_workspace_mb < 0:
             raise ValueError(
-                f"teacher_workspace_mb: {self.teacher_workspace_mb}; wanted 0 (one micro-batch at "
-                "a time) or more"
+                f"teacher_workspace_mb: {self.teacher_workspace_mb}; wanted 0 (one micro-batch per "
+                "pass) or more"
             )

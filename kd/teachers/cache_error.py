@@ -1,4 +1,4 @@
-"""What training from a cache changes: loss and gradient of the student beside the live ones.
+"""The error of a teacher cache: the student's loss and gradient, against those of the live teacher.
 
 N target tokens, H hidden.
 """
@@ -12,35 +12,39 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
+from kd.distributed import rank
 from kd.losses.fused import linear_distillation_loss
-from kd.losses.objective import Objective
-from kd.losses.sparse import SparseSignal
+from kd.losses.sparse import SparseTeacherOutputs
 from kd.models.heads import backbone_only, head_of, target_positions
 from kd.models.load import load_trained
 from kd.models.sharding import without_zero_init
-from kd.settings.distillation import ModelSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.training_recipe import Recipe
+from kd.teachers.cache_files import TeacherCache
+from kd.teachers.cached import outputs_of
 
 
 @dataclass
 class CacheError:
-    """Means over target tokens; the gradients are those of the student's last hidden states."""
+    """Means over target tokens; gradients are those of the student's last hidden states."""
 
     divergence: str
     tokens: int = 0
     cached: float = 0.0
     live: float = 0.0
-    gradient: float = 0.0  # norm of the difference, as a share of the live gradient's norm
+    gradient: float = 0.0  # norm of the difference / norm of the live gradient
 
     def __str__(self) -> str:
         return (
             f"error against the live teacher, {self.tokens} tokens of the untrained student: "
             f"{self.divergence} {self.cached:.6f} from the cache, {self.live:.6f} live "
-            f"({self.cached / self.live - 1:+.3%}); gradients differ by {self.gradient:.3%} (by norm)"
+            f"({self.cached / self.live - 1:+.3%}); "
+            f"gradients differ by {self.gradient:.3%} (by norm)"
         )
 
 
 class UntrainedStudent:
-    """The student of a recipe as it is before the first step."""
+    """The student of a recipe before its first training step."""
 
     def __init__(
         self,
@@ -58,11 +62,11 @@ class UntrainedStudent:
         self.head = head_of(self.model)
         backbone_only(self.model)
         self.collator, self.device = Collator(tokenizer.pad_token_id), device
-        self.vocabulary = len(tokenizer)
+        self.vocab_size = len(tokenizer)
 
     @torch.no_grad()
     def states(self, row: EncodedRow) -> tuple[Tensor, Tensor]:
-        """((N, H) states that predict the targets of a document, (N,) the targets)."""
+        """The last hidden states, (N, H), at the targets of a document, and the targets, (N,)."""
         batch = {name: tensor.to(self.device) for name, tensor in self.collator([[row]]).items()}
         hidden = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
         positions, labels = target_positions(batch["labels"])
@@ -71,31 +75,47 @@ class UntrainedStudent:
     def error(
         self,
         objective: Objective,
-        signals: Iterable[tuple[EncodedRow, SparseSignal, SparseSignal]],
+        outputs: Iterable[tuple[EncodedRow, SparseTeacherOutputs, SparseTeacherOutputs]],
     ) -> CacheError:
-        """Of documents, each with what a cache knows of it and with every id of the teacher."""
+        """The error over documents, each with the cached and the full outputs of the teacher."""
         soft = replace(objective, soft_weight=1.0)
         error, gap, norm = CacheError(objective.divergence), 0.0, 0.0
-        for row, known, whole in signals:
+        for row, cached_outputs, full_outputs in outputs:
             states, labels = self.states(row)
-            cached, gradient = self.loss_and_gradient(states, labels, soft, known)
-            live, wanted = self.loss_and_gradient(states, labels, soft, whole)
+            cached, gradient = self.loss_and_gradient(states, labels, soft, cached_outputs)
+            live, expected = self.loss_and_gradient(states, labels, soft, full_outputs)
             error.tokens += len(labels)
             error.cached, error.live = error.cached + cached, error.live + live
-            gap += (gradient - wanted).square().sum().item()
-            norm += wanted.square().sum().item()
+            gap += (gradient - expected).square().sum().item()
+            norm += expected.square().sum().item()
         error.cached, error.live = error.cached / error.tokens, error.live / error.tokens
         error.gradient = (gap / norm) ** 0.5
         return error
 
     def loss_and_gradient(
-        self, states: Tensor, labels: Tensor, objective: Objective, signal: SparseSignal
+        self, states: Tensor, labels: Tensor, objective: Objective, outputs: SparseTeacherOutputs
     ) -> tuple[float, Tensor]:
-        """The loss summed over tokens, and its gradient at the states in float32."""
+        """The loss summed over N targets, and its gradient at `states`, (N, H) in float32."""
         states = states.float().requires_grad_()
-        signal = signal.to(states.device)
+        outputs = outputs.to(states.device)
         loss, _ = linear_distillation_loss(
-            states, labels, self.head, objective, self.vocabulary, signal
+            states, labels, self.head, objective, self.vocab_size, outputs
         )
         (gradient,) = torch.autograd.grad(loss, states)
         return loss.item(), gradient
+
+
+def print_cache_error(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: TeacherCache,
+    references: list[tuple[EncodedRow, SparseTeacherOutputs]],
+) -> None:
+    """On rank 0, print the error of the cache on the documents of `references`."""
+    if rank() or not references:
+        return
+    student = UntrainedStudent(recipe.model_name, recipe.model, tokenizer, recipe.training.device)
+    compared = (
+        (row, outputs_of(cache.records([row]), cache.manifest), full) for row, full in references
+    )
+    print(student.error(recipe.objective, compared))

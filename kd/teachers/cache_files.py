@@ -1,9 +1,11 @@
-"""A teacher's distributions on disk: k likeliest ids of every target token, and the mass of the rest.
+"""Teacher outputs on disk: the k most likely ids of every target token, and the tail mass.
 
-Documents are found by a hash of their ids and targets, so that shuffling, packing, accumulation and
-another number of processes give the same targets to the same text. A shard is two NumPy files that
-are read through a memory map: records (one a target token) and, renamed into place last, the index
-of its documents; what has no index does not count. N target tokens, k ids.
+A document is found by a hash of its ids and targets, so the same text gets the same teacher outputs
+however rows are shuffled, packed, accumulated or spread over processes. A shard is two NumPy files:
+the records, one per target token, read through a memory map, and the index of its documents. The
+index is renamed into place last; records without an index do not count.
+
+N target tokens, k ids.
 """
 
 import hashlib
@@ -14,27 +16,27 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data.encoding import IGNORE_INDEX, EncodedRow
+from kd.data.encoding import EncodedRow
+from kd.run.atomic import atomic_path, write_text
 
 FORMAT = 1
 MANIFEST = "cache.json"
 KEY_BYTES = 16
 SCALARS = ("log_tail", "label_log_probability", "entropy")  # the last two at temperature 1
-LEAST = -60_000.0  # float16 ends at -65 504
+LOWEST = -60_000.0  # lowest log-probability that is stored; float16 ends at -65,504
 INDEX = np.dtype([("key", f"V{KEY_BYTES}"), ("start", "<i8"), ("count", "<i4")])
 
 
 def document_key(row: EncodedRow) -> bytes:
-    """A hash of what the teacher saw and of which tokens are targets."""
-    ids = np.asarray(row.input_ids, dtype="<i4")
-    targets = np.asarray(row.labels) != IGNORE_INDEX
+    """A hash of the token ids and of which of them are targets."""
+    ids = row.input_ids.astype("<i4")
     content = hashlib.blake2b(ids.tobytes(), digest_size=KEY_BYTES)
-    content.update(np.packbits(targets).tobytes())
+    content.update(np.packbits(row.target_mask).tobytes())
     return content.digest()
 
 
 def record_type(manifest: dict) -> np.dtype:
-    """One target token: ids as 16 low bits and a few high ones, log-probabilities, three scalars."""
+    """One target token: ids as 16 low and a few high bits, log-probabilities, three scalars."""
     k, number = manifest["top_k"], {"float16": "<f2", "float32": "<f4"}[manifest["dtype"]]
     return np.dtype(
         [
@@ -46,16 +48,16 @@ def record_type(manifest: dict) -> np.dtype:
     )
 
 
-def high_bits(vocabulary: int) -> int:
-    """Bits of an id beyond 16: 0, 1, 2 (up to 262 144 ids), 4 or 8."""
-    more = max(0, (vocabulary - 1).bit_length() - 16)
+def high_bits(vocab_size: int) -> int:
+    """Number of bits per id beyond the low 16: 0, 1, 2 (up to 262,144 ids), 4 or 8."""
+    more = max(0, (vocab_size - 1).bit_length() - 16)
     return next(bits for bits in (0, 1, 2, 4, 8) if bits >= more)
 
 
-def pack_ids(ids: np.ndarray, records: np.ndarray, vocabulary: int) -> None:
-    """(N, k) ids into the records' fields low and high."""
+def pack_ids(ids: np.ndarray, records: np.ndarray, vocab_size: int) -> None:
+    """Write ids, (N, k), into the fields `low` and `high` of the records, (N,)."""
     records["low"] = ids & 0xFFFF
-    bits = high_bits(vocabulary)
+    bits = high_bits(vocab_size)
     if bits:
         per_byte = 8 // bits
         high = (ids >> 16).astype(np.uint8)
@@ -64,10 +66,10 @@ def pack_ids(ids: np.ndarray, records: np.ndarray, vocabulary: int) -> None:
         records["high"] = np.bitwise_or.reduce(high, -1)
 
 
-def unpack_ids(records: np.ndarray, vocabulary: int) -> np.ndarray:
-    """The (N, k) ids of records, int32."""
+def unpack_ids(records: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids, (N, k) int32, of the records, (N,)."""
     ids = records["low"].astype(np.int32)
-    bits = high_bits(vocabulary)
+    bits = high_bits(vocab_size)
     if bits:
         shifts = bits * np.arange(8 // bits, dtype=np.uint8)
         high = (records["high"][:, :, None] >> shifts) & (2**bits - 1)
@@ -76,7 +78,7 @@ def unpack_ids(records: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 class CacheWriter:
-    """Appends documents of one process; a shard is there once it is full, or at `close`."""
+    """Collects the documents of one process and writes them as shards."""
 
     def __init__(self, folder: str, manifest: dict, rank: int, shard_bytes: int) -> None:
         self.folder, self.rank, self.shard_bytes = Path(folder), rank, shard_bytes
@@ -85,16 +87,18 @@ class CacheWriter:
         self.records: list[np.ndarray] = []
 
     def add(self, key: bytes, records: np.ndarray) -> None:
+        """Add the records, (N,), of one document."""
         assert records.dtype == self.type
         self.keys.append(key)
         self.records.append(records)
 
     def flush_if_full(self) -> None:
+        """Write a shard if the collected documents fill one."""
         if sum(map(len, self.records)) * self.type.itemsize >= self.shard_bytes:
             self.close()
 
     def close(self) -> None:
-        """Write what is held as one shard: records first, the index last, each renamed whole."""
+        """Write the collected documents as one shard: the records first, the index last."""
         if not self.keys:
             return
         taken = {path.name for path in self.folder.glob(f"{self.rank:03d}-*.records.npy")}
@@ -107,16 +111,18 @@ class CacheWriter:
         index["count"], index["start"] = counts, np.cumsum([0, *counts[:-1]])
         stem = self.folder / f"{self.rank:03d}-{number:06d}"
         for name, array in (("records", np.concatenate(self.records)), ("index", index)):
-            with open(f"{stem}.{name}.tmp", "wb") as file:
+            with (
+                atomic_path(Path(f"{stem}.{name}.npy"), Path(f"{stem}.{name}.tmp")) as temporary,
+                open(temporary, "wb") as file,
+            ):
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(f"{stem}.{name}.tmp", f"{stem}.{name}.npy")
         self.keys, self.records = [], []
 
 
 def remove_torn_shards(folder: str) -> int:
-    """Remove what a kill left without an index. Returns the number of files."""
+    """Remove unfinished files of an interrupted run and return their number."""
     torn = list(Path(folder).glob("*.tmp"))
     for path in Path(folder).glob("*.records.npy"):
         if not path.with_name(path.name.replace("records", "index")).is_file():
@@ -127,34 +133,35 @@ def remove_torn_shards(folder: str) -> int:
 
 
 def write_manifest(folder: str, manifest: dict) -> None:
-    """Raises ValueError, naming what differs, where the folder is another teacher's cache."""
+    """Write the manifest of a new cache, or check that of an existing one.
+
+    Raises ValueError, naming the difference, if the cache was made with other settings.
+    """
     path = Path(folder) / MANIFEST
     if path.is_file():
-        wanted = {key: value for key, value in manifest.items() if key != "teacher_name"}
-        check_manifest(
-            folder, json.loads(path.read_text()), wanted
-        )  # weights tell, not their place
+        # The teacher is identified by its weights; its folder may have moved.
+        expected = {key: value for key, value in manifest.items() if key != "teacher_name"}
+        check_manifest(folder, json.loads(path.read_text()), expected)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{MANIFEST}.tmp")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    temporary.rename(path)
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
 
 
-def check_manifest(folder: str, found: dict, wanted: dict) -> None:
-    for key, value in wanted.items():
+def check_manifest(folder: str, found: dict, expected: dict) -> None:
+    """Raise ValueError, naming the first difference, if a cache was made with other settings."""
+    for key, value in expected.items():
         if found.get(key) != value:
             shown = [str(x)[:60] for x in (found.get(key), value)]
             raise ValueError(
-                f"teacher_cache: {folder} was made with another {key}: {shown[0]}, and this run "
-                f"has {shown[1]}; take the recipe that it was made with, or another folder"
+                f"teacher_cache: {folder} was made with a different {key}: {shown[0]}, but this "
+                f"run has {shown[1]}. Use the recipe of the cache, or another folder"
             )
 
 
 class TeacherCache:
     """All shards of a folder, read through memory maps.
 
-    Raises ValueError where there is no cache, another format, or a file that is not whole.
+    Raises ValueError for a missing cache, another format, or a damaged file.
     """
 
     def __init__(self, folder: str) -> None:
@@ -162,7 +169,7 @@ class TeacherCache:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise ValueError(
-                f"teacher_cache: no {path}; make it first: train/cache_teacher.py with this recipe"
+                f"teacher_cache: no file {path}; run train/cache_teacher.py with this recipe first"
             )
         self.manifest: dict = json.loads(path.read_text())
         check_manifest(folder, self.manifest, {"format": FORMAT})
@@ -176,7 +183,7 @@ class TeacherCache:
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"teacher_cache: {records_file}: {error}. Remove it and {index_file.name}, "
-                    "and run train/cache_teacher.py again: it scores what is missing"
+                    "and run train/cache_teacher.py again to score the missing documents"
                 ) from error
             assert records.dtype == self.type and index["count"].sum() == len(records)
             for key, start, count in index.tolist():
@@ -188,14 +195,16 @@ class TeacherCache:
 
     @property
     def tokens(self) -> int:
+        """Number of target tokens in all shards."""
         return sum(map(len, self.shards))
 
     @property
     def bytes(self) -> int:
+        """Size of all files of the cache in bytes."""
         return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
 
     def records(self, documents: Iterable[EncodedRow]) -> np.ndarray:
-        """The records of all targets of `documents`, one after the other."""
+        """The records, (N,), of the targets of all `documents`, in order."""
         parts = [np.empty(0, self.type)]
         for document in documents:
             if document.targets:
@@ -206,16 +215,16 @@ class TeacherCache:
     def check(
         self, documents: Sequence[EncodedRow], what: str, show: Callable[[list[int]], str]
     ) -> None:
-        """Raise ValueError naming the first of `documents` that is missing; `show` decodes ids."""
+        """Raise ValueError if the cache lacks any of `documents`; `show` decodes ids to text."""
         missing = [
             i
             for i, document in enumerate(documents)
             if document.targets and document_key(document) not in self
         ]
         if missing:
-            first = show(documents[missing[0]].input_ids)[:100]
+            first = show(documents[missing[0]].input_ids.tolist())[:100]
             raise ValueError(
                 f"teacher_cache: {self.folder} lacks {len(missing)} of {len(documents)} {what}; "
                 f"the first is number {missing[0] + 1}: {first!r}. Run train/cache_teacher.py with "
-                "this recipe: it scores what is missing"
+                "this recipe to score the missing documents"
             )

@@ -1,4 +1,7 @@
-"""A teacher that was scored beforehand: its targets travel in the batch, and no model is loaded."""
+"""A teacher that is read from a cache: its outputs travel in the batch, and no model is loaded.
+
+N target tokens, k ids.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -12,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.row_cache import TokenisedRows
-from kd.losses.objective import Objective
-from kd.losses.sparse import SparseSignal
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.losses.sparse import SparseTeacherOutputs
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids
 from kd.teachers.fingerprint import NO_HIDDEN_STATES, rows_manifest, teacher_manifest
 
-PREFIX = "teacher_"  # of a batch's keys
+PREFIX = "teacher_"  # of the batch keys that hold teacher outputs
 
 
 def open_cache(
@@ -27,24 +29,24 @@ def open_cache(
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TeacherCache:
-    """The cache of a training run; a student without a chat template gets that of the cache.
+    """Open the cache of a training run; a student without a chat template takes the cache's.
 
-    Raises ValueError where it was made from something else than this run has.
+    Raises ValueError if the cache was made with other settings, and for a hidden-state loss.
     """
     if objective.hidden_weight:
         raise ValueError(NO_HIDDEN_STATES)
     cache = TeacherCache(settings.teacher_cache)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = cache.manifest["chat_template"]
-    wanted = rows_manifest(objective, model, tokenizer)
+    expected = rows_manifest(objective, model, tokenizer)
     if settings.teacher:
-        wanted |= teacher_manifest(settings.teacher)
-    check_manifest(settings.teacher_cache, cache.manifest, wanted)
+        expected |= teacher_manifest(settings.teacher)
+    check_manifest(settings.teacher_cache, cache.manifest, expected)
     return cache
 
 
 class Documents(Sequence):
-    """All documents of prepared rows, each read from the disk as it is asked for."""
+    """All documents of tokenized rows; each is read from the disk when it is accessed."""
 
     def __init__(self, rows: list[TokenisedRows]) -> None:
         self.rows = rows
@@ -62,7 +64,7 @@ class Documents(Sequence):
 
 
 def tensors_of(records: np.ndarray, manifest: dict) -> dict[str, Tensor]:
-    """The fields of a SparseSignal; the tail's is there also where there is none."""
+    """The fields of SparseTeacherOutputs; `log_tail` is present even if the tail is empty."""
     arrays = {
         "ids": unpack_ids(records, manifest["vocabulary"]),  # (N, k)
         "log_probabilities": records["log_probabilities"],  # (N, k)
@@ -70,19 +72,20 @@ def tensors_of(records: np.ndarray, manifest: dict) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
-def signal_of(records: np.ndarray, manifest: dict) -> SparseSignal:
-    return without_empty_tail(SparseSignal(**tensors_of(records, manifest)), manifest)
+def outputs_of(records: np.ndarray, manifest: dict) -> SparseTeacherOutputs:
+    """The teacher outputs of records, (N,): ids and log-probabilities (N, k), scalars (N,)."""
+    return _without_empty_tail(SparseTeacherOutputs(**tensors_of(records, manifest)), manifest)
 
 
-def without_empty_tail(signal: SparseSignal, manifest: dict) -> SparseSignal:
+def _without_empty_tail(outputs: SparseTeacherOutputs, manifest: dict) -> SparseTeacherOutputs:
     whole = manifest["top_k"] == manifest["vocabulary"]
-    return replace(signal, log_tail=None) if whole else signal
+    return replace(outputs, log_tail=None) if whole else outputs
 
 
 class CachedCollator:
-    """Adds the cached targets of its documents to a collator's batch, in the order of targets.
+    """Adds the cached teacher outputs to the batches of another collator, in the order of targets.
 
-    Here, and not in the step, so that DataLoader workers read ahead.
+    The cache is read here, not in the step, so that DataLoader workers read ahead.
     """
 
     def __init__(self, collator: Collator, cache: TeacherCache) -> None:
@@ -96,22 +99,24 @@ class CachedCollator:
 
 
 class CachedTeacher:
-    """Gives a batch of CachedCollator as the loss takes it. Hidden states it has none."""
+    """Turns the batches of CachedCollator into teacher outputs; it has no hidden states."""
 
     def __init__(self, cache: TeacherCache, device: torch.device) -> None:
         self.manifest, self.device = cache.manifest, device
 
-    def signals(
+    def outputs(
         self, batches: list[dict[str, Tensor]], layers: list[int] | None = None
-    ) -> Iterator[contextlib.AbstractContextManager[tuple[SparseSignal, list[Tensor]]]]:
-        """One context for each batch, as LiveTeacher has them."""
-        return (self.signal(batch, layers) for batch in batches)
+    ) -> Iterator[contextlib.AbstractContextManager[tuple[SparseTeacherOutputs, list[Tensor]]]]:
+        """One context per batch, as of a LiveTeacher: (teacher outputs, no hidden states)."""
+        return (self.batch_outputs(batch, layers) for batch in batches)
 
     @contextlib.contextmanager
-    def signal(
+    def batch_outputs(
         self, batch: dict[str, Tensor], layers: list[int] | None = None
-    ) -> Iterator[tuple[SparseSignal, list[Tensor]]]:
+    ) -> Iterator[tuple[SparseTeacherOutputs, list[Tensor]]]:
+        """The context of one batch."""
         assert not layers
-        names = [field.name for field in fields(SparseSignal)]
-        signal = SparseSignal(**{name: batch[PREFIX + name].to(self.device) for name in names})
-        yield without_empty_tail(signal, self.manifest), []
+        names = [field.name for field in fields(SparseTeacherOutputs)]
+        tensors = {name: batch[PREFIX + name].to(self.device) for name in names}
+        outputs = SparseTeacherOutputs(**tensors)
+        yield _without_empty_tail(outputs, self.manifest), []

@@ -1,4 +1,4 @@
-"""What a cache was made from: a teacher's checkpoint, a tokenizer, a chat template."""
+"""The manifest of a teacher cache: the checkpoint, tokenizer and chat template that made it."""
 
 import hashlib
 import json
@@ -7,15 +7,14 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from kd.losses.objective import Objective
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import FORMAT
 
 NO_HIDDEN_STATES = (
-    "hidden_weight: a cache has distributions and no hidden states; remove the key, or "
-    "teacher_cache (the teacher then runs in the step)"
+    "hidden_weight with teacher_cache: a cache has distributions but no hidden states; remove "
+    "hidden_weight, or remove teacher_cache so that the teacher runs in every step"
 )
-BLOCK, BLOCKS = 4096, 64  # bytes that are read of a file of weights, evenly spaced
+BLOCK, BLOCKS = 4096, 64  # bytes per block, evenly spaced blocks per weight file that are read
 
 
 def manifest_of(
@@ -24,7 +23,7 @@ def manifest_of(
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
-    """What a cache is made from, and in which form."""
+    """The manifest of a new cache: what it is made from, and its format."""
     return {
         **rows_manifest(objective, model, tokenizer),
         "teacher_name": settings.teacher,
@@ -37,10 +36,10 @@ def manifest_of(
 def rows_manifest(
     objective: Objective, model: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> dict:
-    """What a training run must share with its cache, and knows with no teacher.
+    """The part of the manifest that a training run knows without a teacher.
 
-    The template is the one before its arguments. The temperature is that of the log-probabilities:
-    of a tail one cannot be made from another.
+    The chat template is recorded before its arguments are set. The temperature is part of it
+    because the tail mass at another temperature cannot be computed from the cache.
     """
     return {
         "format": FORMAT,
@@ -53,17 +52,17 @@ def rows_manifest(
 
 
 def teacher_manifest(name: str) -> dict:
-    """The teacher as a training run knows it: by its files where they are here, else by its name."""
+    """The teacher by its weights if `name` is a local folder, otherwise by its name."""
     if Path(name).is_dir():
         return {"teacher": teacher_fingerprint(name)}
     return {"teacher_name": name}
 
 
 def teacher_fingerprint(name: str) -> str:
-    """A hash of configuration and weights.
+    """A hash of the configuration and the weights of a checkpoint.
 
-    Of weights: names, sizes and 64 blocks of every file. A fine-tuned checkpoint differs in all of
-    them, and 60 GB need not be read.
+    Of every weight file it covers the name, the size and 64 blocks: fine-tuning changes all of
+    them, and a 60 GB checkpoint need not be read in full.
     """
     patterns = ["*.safetensors", "config.json", "adapter_config.json"]
     local = Path(name).is_dir()
@@ -81,5 +80,5 @@ def teacher_fingerprint(name: str) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of which id means which token; rows themselves are known by their ids."""
+    """A hash of the vocabulary: which id means which token."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

@@ -1,7 +1,9 @@
 """A teacher that runs in the training step: sharded over all processes, or whole on each of them.
 
-A sharded teacher gathers all its layers at every forward, whatever the tokens, so it runs over as
-many micro-batches of a step at once as its workspace holds, and keeps their hidden states.
+Every forward of a sharded teacher gathers all of its layers, however few tokens it processes. It
+therefore runs over as many micro-batches of a step at once as its workspace holds, and keeps their
+hidden states.
+
 B batch, T tokens, N target tokens, H hidden.
 """
 
@@ -14,18 +16,18 @@ from peft import PeftModel
 from torch import Tensor
 
 from kd.data.packing import side_by_side
-from kd.losses.fused import TeacherSignal
-from kd.models.blocks import in_pieces, layer_states
-from kd.models.frozen import base_of_student, load_whole
+from kd.losses.head import TeacherOutputs
+from kd.models.blocks import blocks_in_parts, layer_states
+from kd.models.frozen import load_teacher, student_base_forward
 from kd.models.heads import causal_lm, head_reader, target_positions
 from kd.models.sharding import load_sharded
 from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 
-Signal = tuple[TeacherSignal, list[Tensor]]  # and the (N, H) states of every layer asked for
+Outputs = tuple[TeacherOutputs, list[Tensor]]  # and the states, (N, H), of each requested layer
 
 
 class LiveTeacher:
-    """Gives the hidden states at target positions, and the head that reads them."""
+    """Computes hidden states at the target positions, and provides the head that reads them."""
 
     def __init__(
         self,
@@ -34,17 +36,21 @@ class LiveTeacher:
         device: torch.device,
         student: PeftModel | None = None,
     ):
-        """`student` is looked at only where the teacher is its own base."""
+        """Load the teacher; `student` is needed only for `teacher: self`.
+
+        Raises ValueError for `teacher: self` without a student, and for an adapter that replaces
+        the head.
+        """
         self.device = device
         self.workspace = settings.teacher_workspace_mb * 2**20
         self.sharded = settings.teacher_deepspeed is not None
         if settings.teacher == OWN_BASE:
             if student is None:
                 raise ValueError(
-                    "teacher: self is the student of a training run, and there is none; give the "
-                    "base's name"
+                    "teacher: self needs the student of a training run, and there is none; give the "
+                    "name of the student's base"
                 )
-            self.call, self.module = base_of_student(student), causal_lm(student)
+            self.call, self.module = student_base_forward(student), causal_lm(student)
         elif self.sharded:
             self.call, self.module = load_sharded(
                 settings.teacher,
@@ -53,51 +59,52 @@ class LiveTeacher:
                 settings.teacher_dtype,
             )
         else:
-            self.module = load_whole(settings, model, device)
+            self.module = load_teacher(settings, model, device)
             self.call = self.module
         self.read_head = head_reader(self.module, adapters=settings.teacher != OWN_BASE)
 
     @property
     def width(self) -> int:
+        """The hidden size H."""
         return self.module.config.get_text_config().hidden_size
 
-    def signals(
+    def outputs(
         self, batches: list[dict[str, Tensor]], layers: list[int] | None = None
-    ) -> Iterator[contextlib.AbstractContextManager[Signal]]:
-        """One context for each of `batches`, in turn; inside it the head is gathered.
+    ) -> Iterator[contextlib.AbstractContextManager[Outputs]]:
+        """One context per batch, in order: (teacher outputs, states (N, H) of each of `layers`).
 
-        Every rank must have equally many batches and enter all contexts, also those of batches with
-        no target token: a sharded teacher gathers its layers from all of them.
+        Inside a context the head is gathered. Collective for a sharded teacher: all ranks need
+        equally many batches and must enter every context, even for batches without targets.
         """
         layers = layers or []
         for start, end, keep_head in self.passes(batches, len(layers)):
             kept = self.states(batches[start:end], layers)
             with contextlib.ExitStack() as head:
                 for i in range(end - start):
-                    # Popped, so that states are freed as soon as their micro-batch is done with.
-                    yield self.signal_of(
+                    # Popped, so that the states of a finished micro-batch are freed.
+                    yield self.outputs_of(
                         *kept.pop(0),
                         head,
                         opens=i == 0 or not keep_head,
                         closes=i == end - start - 1 or not keep_head,
                     )
 
-    def signal(
+    def batch_outputs(
         self, batch: dict[str, Tensor], layers: list[int] | None = None
-    ) -> contextlib.AbstractContextManager[Signal]:
-        """The context of one batch alone."""
-        return next(self.signals([batch], layers))
+    ) -> contextlib.AbstractContextManager[Outputs]:
+        """The context of a single batch."""
+        return next(self.outputs([batch], layers))
 
     def passes(self, batches: list[dict[str, Tensor]], layers: int) -> list[tuple[int, int, bool]]:
-        """(start, end, whether the head can stay gathered) of the batches of each forward.
+        """Collective: (start, end, whether the head can stay gathered) of each forward.
 
-        The same on every rank, whose micro-batches differ in length: what counts is the longest.
+        The longest micro-batch of all ranks decides, so the result is the same on every rank.
         """
         if not self.sharded or not batches:
             return [(i, i + 1, False) for i in range(len(batches))]
         shapes = torch.tensor([batch["input_ids"].shape for batch in batches], device=self.device)
         dist.all_reduce(shapes, dist.ReduceOp.MAX)
-        # The states of all positions while the teacher runs, then those of targets beside them.
+        # Bytes per position: all states while the teacher runs, then those at the targets.
         position = (2 + layers) * self.width * self.module.dtype.itemsize
         head = self.module.get_output_embeddings().weight
         head_bytes = head.ds_numel * head.dtype.itemsize
@@ -108,10 +115,10 @@ class LiveTeacher:
 
     @torch.no_grad()
     def states(self, batches: list[dict[str, Tensor]], layers: list[int]) -> list[tuple]:
-        """[((N, H) last states, [(N, H) of each of `layers`])] of every batch, by one forward.
+        """Per batch, from one forward: (last states (N, H), [states (N, H) of each of `layers`]).
 
-        They are what each batch gives alone, to the last bit; where only some are packed, attention
-        may take another kernel for the others.
+        The result is bit-identical to separate forwards, unless only some of the batches are
+        packed: attention may then use another kernel for the others.
         """
         wide = side_by_side([{k: v.to(self.device) for k, v in b.items()} for b in batches])
         pieces = [tuple(batch["input_ids"].shape) for batch in batches]
@@ -122,7 +129,9 @@ class LiveTeacher:
             parts = state.split([rows for rows, _ in pieces])
             return [part[index] for part, index in zip(parts, indices, strict=True)]
 
-        apart = in_pieces(self.module, pieces) if len(pieces) > 1 else contextlib.nullcontext()
+        apart = (
+            blocks_in_parts(self.module, pieces) if len(pieces) > 1 else contextlib.nullcontext()
+        )
         with apart, layer_states(self.module, layers, select) as found:
             hidden = self.call(input_ids=wide["input_ids"], position_ids=wide["position_ids"])
         last = select(hidden)
@@ -130,30 +139,31 @@ class LiveTeacher:
         return [(state, [layer[i] for layer in chosen]) for i, state in enumerate(last)]
 
     @contextlib.contextmanager
-    def signal_of(
+    def outputs_of(
         self,
         hidden: Tensor,
         states: list[Tensor],
         head: contextlib.ExitStack,
         opens: bool,
         closes: bool,
-    ) -> Iterator[Signal]:
+    ) -> Iterator[Outputs]:
+        """The context of one batch; `opens` gathers the head, `closes` releases it."""
         if opens and self.sharded:
             import deepspeed
 
             parameters = list(self.module.get_output_embeddings().parameters())
             head.enter_context(deepspeed.zero.GatheredParameters(parameters))
         try:
-            yield TeacherSignal(hidden, self.read_head()), states
+            yield TeacherOutputs(hidden, self.read_head()), states
         finally:
             if closes:
                 head.close()
 
 
 def groups(shapes: list[list[int]], most: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, positions) of runs of (B, T) shapes, each of at most `most` positions or alone.
+    """Split (B, T) shapes into runs: (start, end, positions), at most `most` positions per run.
 
-    Positions are those of all rows padded to the longest.
+    Positions count all rows of a run, padded to its longest. A larger shape is a run by itself.
     """
     start = rows = longest = 0
     for i, (count, length) in enumerate(shapes):

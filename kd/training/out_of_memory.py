@@ -1,75 +1,65 @@
-"""What can be changed where a training run does not fit: only what this run has not done yet."""
+"""Remedies for a run that is out of memory: only changes that it has not made yet."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
 
-from kd.losses.objective import Objective
-from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_recipe import Recipe
 
-SMALL_WORKSPACE = 128
+SMALL_WORKSPACE = 128  # MiB, the smallest loss_workspace_mb
 
 
 @contextlib.contextmanager
-def names_what_to_change(
-    training: TrainingSettings,
-    model: ModelSettings,
-    max_length: int,
-    teacher: TeacherSettings | None = None,
-    objective: Objective | None = None,
-) -> Iterator[None]:
-    """Turn an allocator's error into a ValueError with the remedies, cheapest first."""
+def explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """Turn an allocator's error into a ValueError that lists remedies, cheapest first."""
     try:
         yield
     except RuntimeError as error:
         on_device = isinstance(error, torch.OutOfMemoryError)
         if not on_device and "can't allocate memory" not in str(error):
             raise
-        changes = remedies(training, model, max_length, teacher, objective)
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"out of memory on {training.device}: {first}\nWhat makes it smaller, cheapest first:\n"
-            + "\n".join(f"  {change}" for change in changes)
+            f"out of memory on {recipe.training.device}: {first}\n"
+            "Changes that save memory, cheapest first:\n"
+            + "\n".join(f"  {change}" for change in remedies(recipe))
         ) from error
 
 
-def remedies(
-    training: TrainingSettings,
-    model: ModelSettings,
-    max_length: int,
-    teacher: TeacherSettings | None,
-    objective: Objective | None,
-) -> list[str]:
+def remedies(recipe: Recipe) -> list[str]:
+    """The changes that save memory in this run, cheapest first."""
+    training, model, teacher = recipe.training, recipe.model, recipe.live_teacher
     micro, found = training.per_device_train_batch_size, []
     if micro > 1:
-        half = micro // 2
         found.append(
-            f"--max_per_device_train_batch_size {half} (now {micro}): the same steps, more slowly"
+            f"--max_per_device_train_batch_size {micro // 2} (now {micro}): same result, slower"
         )
     if not training.gradient_checkpointing:
-        found.append("--gradient_checkpointing true: a third more time, far fewer activations")
-    if objective and objective.loss_workspace_mb > SMALL_WORKSPACE:
         found.append(
-            f"--loss_workspace_mb {SMALL_WORKSPACE} (now {objective.loss_workspace_mb}): smaller tiles"
+            "--gradient_checkpointing true: far less memory for activations, about a third slower"
         )
+    workspace = recipe.objective.loss_workspace_mb
+    if recipe.teacher and workspace > SMALL_WORKSPACE:
+        found.append(f"--loss_workspace_mb {SMALL_WORKSPACE} (now {workspace}): smaller tiles")
     if teacher and teacher.teacher_deepspeed and teacher.teacher_workspace_mb:
         found.append(
-            f"--teacher_workspace_mb 0 (now {teacher.teacher_workspace_mb}): the teacher over one "
-            "micro-batch at a time"
+            f"--teacher_workspace_mb 0 (now {teacher.teacher_workspace_mb}): the teacher processes "
+            "one micro-batch at a time"
         )
-    if teacher and teacher.teacher == OWN_BASE:
-        pass  # it takes no memory of its own
-    elif teacher and not teacher.teacher_deepspeed and training.world_size > 1:
-        found.append("--teacher_deepspeed ds_configs/teacher_zero3.json: the teacher over all GPUs")
-    elif teacher and teacher.teacher_deepspeed and "offload" not in teacher.teacher_deepspeed:
-        found.append(
-            "--teacher_deepspeed ds_configs/teacher_zero3_offload.json: its shards in host memory"
-        )
+    if separate := recipe.separate_teacher:
+        if not separate.teacher_deepspeed and training.world_size > 1:
+            found.append(
+                "--teacher_deepspeed ds_configs/teacher_zero3.json: shard the teacher over all GPUs"
+            )
+        elif separate.teacher_deepspeed and "offload" not in separate.teacher_deepspeed:
+            found.append(
+                "--teacher_deepspeed ds_configs/teacher_zero3_offload.json: keep the teacher's "
+                "shards in host memory"
+            )
     if not model.lora_rank:
-        found.append("lora_rank: 16: adapters are trained in place of every weight (another run)")
+        found.append("lora_rank: 16: train adapters instead of every weight (another result)")
     elif model.quantization == "none":
-        found.append("quantization: nf4: the frozen base in four bits (another run)")
-    found.append(f"max_length: less than {max_length} (another run: long rows are cut)")
+        found.append("quantization: nf4: keep the frozen base in 4 bits (another result)")
+    found.append(f"max_length: less than {recipe.data.max_length}: cut long rows (another result)")
     return found

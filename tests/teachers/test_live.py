@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, side_by_side
-from kd.models.blocks import in_pieces
+from kd.models.blocks import blocks_in_parts
 from kd.models.load import load_trained
 from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher, groups
@@ -34,7 +34,7 @@ SIZES = {
 def micro_batches(tokenizer, packed: bool = False) -> list[dict[str, torch.Tensor]]:
     """Four of different rows and lengths, one of them without a target token."""
     rows, _ = encode_rows(small_rows(12), tokenizer, 512, progress=False)
-    blank = EncodedRow(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
+    blank = EncodedRow.from_labels(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
     collate = Collator(tokenizer.pad_token_id)
     if packed:
         short, long = (
@@ -93,7 +93,7 @@ def test_blocks_see_one_micro_batch_at_a_time_and_are_as_before_afterwards(tmp_p
     for layer in (teacher.module.model.layers[1].mlp, teacher.module.model.norm):
         forward = layer.forward
         layer.forward = lambda x, forward=forward: shapes.append(tuple(x.shape[:2])) or forward(x)
-    with torch.no_grad(), in_pieces(teacher.module, pieces):
+    with torch.no_grad(), blocks_in_parts(teacher.module, pieces):
         teacher.call(input_ids=wide["input_ids"], position_ids=wide["position_ids"])
     assert shapes == [*pieces, *pieces]
     del teacher.module.model.layers[1].mlp.forward
@@ -104,10 +104,10 @@ def test_states_are_freed_with_their_micro_batch(models, tokenizer):
     teacher = load(models / "teacher")
     teacher.passes = lambda batches, layers: [(0, len(batches), False)]
     kept = []
-    for context in teacher.signals(micro_batches(tokenizer), [1]):
-        with context as (signal, states):
-            kept.append([weakref.ref(signal.hidden), weakref.ref(states[0])])
-        del signal, states
+    for context in teacher.outputs(micro_batches(tokenizer), [1]):
+        with context as (outputs, states):
+            kept.append([weakref.ref(outputs.hidden), weakref.ref(states[0])])
+        del outputs, states
         assert all(ref() is None for refs in kept for ref in refs)
     assert len(kept) == 4
 
@@ -140,8 +140,8 @@ def test_an_adapter_beside_its_base_gives_the_logits_of_peft(tmp_path, models, t
     batch = micro_batches(tokenizer)[0]
     inputs = {k: batch[k] for k in ("input_ids", "position_ids")}
     positions = batch["labels"][:, 1:] != IGNORE_INDEX
-    with torch.no_grad(), teacher.signal(batch) as (signal, _):
-        found = signal.head.logits(signal.hidden, len(tokenizer))
+    with torch.no_grad(), teacher.batch_outputs(batch) as (outputs, _):
+        found = outputs.head.logits(outputs.hidden, len(tokenizer))
         wanted, without = (
             m(**inputs).logits[:, :-1, : len(tokenizer)][positions] for m in (peft, plain)
         )
@@ -155,7 +155,7 @@ def test_the_students_own_base_is_read_without_adapters_dropout_or_a_second_copy
     save_small(tmp_path, tokenizer, attention_dropout=0.3)
     plain = load(tmp_path)
     batch = micro_batches(tokenizer)[0]
-    with plain.signal(batch, [0, 1, 2]) as (wanted, wanted_layers):
+    with plain.batch_outputs(batch, [0, 1, 2]) as (wanted, wanted_layers):
         pass
     settings = ModelSettings(
         dtype="float32", lora_rank=4, lora_dropout=0.5, train_template_tokens=True
@@ -171,7 +171,7 @@ def test_the_students_own_base_is_read_without_adapters_dropout_or_a_second_copy
     assert {id(p) for p in own.module.parameters()} <= {id(p) for p in student.parameters()}
     random = torch.get_rng_state()
     for _ in range(2):
-        with own.signal(batch, [0, 1, 2]) as (found, layers):
+        with own.batch_outputs(batch, [0, 1, 2]) as (found, layers):
             assert torch.equal(found.hidden, wanted.hidden)
             assert torch.equal(found.head.weight, wanted.head.weight)
             assert all(torch.equal(a, b) for a, b in zip(layers, wanted_layers, strict=True))

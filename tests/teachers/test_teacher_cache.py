@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import Collator, pack_lengths
-from kd.losses.objective import Head, TeacherSignal
+from kd.losses.head import Head, TeacherOutputs
 from kd.models.heads import target_positions
 from kd.teachers.cache_files import (
     CacheWriter,
@@ -28,24 +28,24 @@ MANIFEST = {"format": 1, "vocabulary": 300, "top_k": 8, "dtype": "float32", "tem
 
 
 @given(
-    vocabulary=st.sampled_from([5, 65_536, 65_537, 131_072, 131_073, 151_936, 262_144, 2**20]),
+    vocab_size=st.sampled_from([5, 65_536, 65_537, 131_072, 131_073, 151_936, 262_144, 2**20]),
     k=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None)
-def test_packed_ids_come_back(vocabulary, k, seed):
-    ids = np.random.default_rng(seed).integers(0, vocabulary, (7, k))
-    ids[0], ids[1] = vocabulary - 1, 0
-    manifest = MANIFEST | {"vocabulary": vocabulary, "top_k": k}
+def test_packed_ids_come_back(vocab_size, k, seed):
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (7, k))
+    ids[0], ids[1] = vocab_size - 1, 0
+    manifest = MANIFEST | {"vocabulary": vocab_size, "top_k": k}
     records = np.empty(7, record_type(manifest))
-    pack_ids(ids, records, vocabulary)
-    assert (unpack_ids(records, vocabulary) == ids).all()
+    pack_ids(ids, records, vocab_size)
+    assert (unpack_ids(records, vocab_size) == ids).all()
 
 
-@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("vocab_size", [32_000, 128_256, 151_936, 262_144])
 @pytest.mark.parametrize("k", [8, 64, 256])
-def test_an_entry_has_at_most_five_bytes_all_that_belongs_to_a_token_counted(vocabulary, k):
-    manifest = MANIFEST | {"vocabulary": vocabulary, "top_k": k, "dtype": "float16"}
+def test_an_entry_has_at_most_five_bytes_all_that_belongs_to_a_token_counted(vocab_size, k):
+    manifest = MANIFEST | {"vocabulary": vocab_size, "top_k": k, "dtype": "float16"}
     assert record_type(manifest).itemsize <= 5 * k
 
 
@@ -53,23 +53,23 @@ def document(seed: int, length: int = 12) -> EncodedRow:
     random = np.random.default_rng(seed)
     ids = random.integers(0, 300, length).tolist()
     labels = [i if random.random() < 0.5 else IGNORE_INDEX for i in ids]
-    return EncodedRow(ids, [IGNORE_INDEX, *labels[1:-1], ids[-1]])
+    return EncodedRow.from_labels(ids, [IGNORE_INDEX, *labels[1:-1], ids[-1]])
 
 
 def test_a_key_tells_ids_and_targets_apart():
     row = document(0)
-    other = EncodedRow(row.input_ids, [IGNORE_INDEX] * 11 + [row.input_ids[-1]])
-    assert document_key(row) == document_key(EncodedRow(list(row.input_ids), list(row.labels)))
+    other = EncodedRow.from_labels(row.input_ids, [IGNORE_INDEX] * 11 + [int(row.input_ids[-1])])
+    assert document_key(row) == document_key(EncodedRow.from_labels(list(row.input_ids), list(row.labels)))
     assert len({document_key(r) for r in (row, other, document(1))}) == 3
 
 
 def scored(row: EncodedRow, manifest: dict = MANIFEST) -> np.ndarray:
     """The records of a made-up teacher that knows a document by its ids."""
-    generator = torch.Generator().manual_seed(sum(row.input_ids))
+    generator = torch.Generator().manual_seed(int(row.input_ids.sum()))
     hidden = torch.randn(row.targets, 6, generator=generator)
     weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([label for label in row.labels if label != IGNORE_INDEX])
-    return score(TeacherSignal(hidden, Head(weight)), labels, manifest)
+    return score(TeacherOutputs(hidden, Head(weight)), labels, manifest)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
     manifest = MANIFEST | {"temperature": 2.0}
     row = document(3)
     records = scored(row, manifest)
-    generator = torch.Generator().manual_seed(sum(row.input_ids))
+    generator = torch.Generator().manual_seed(int(row.input_ids.sum()))
     hidden = torch.randn(row.targets, 6, generator=generator).double()
     weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0)).double()
     logits = (hidden @ weight.T)[:, :300]  # the last ten ids are none of the tokenizer's
@@ -110,14 +110,14 @@ def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
     np.testing.assert_allclose(entropy, -(p * p.log()).sum(-1), **close)
 
 
-def by_position(batch: dict, signal) -> dict:
+def by_position(batch: dict, outputs) -> dict:
     """{(ids up to a target of its document, the target): the teacher's classes there}."""
     positions, labels = target_positions(batch["labels"])
     found = {}
     for n, (row, place) in enumerate(positions.nonzero().tolist()):
         start = place - batch["position_ids"][row, place].item()
         seen = tuple(batch["input_ids"][row, start : place + 1].tolist())
-        found[seen, labels[n].item()] = (signal.ids[n].tolist(), signal.classes[n].tolist())
+        found[seen, labels[n].item()] = (outputs.ids[n].tolist(), outputs.classes[n].tolist())
     return found
 
 
@@ -126,14 +126,14 @@ def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, 
     cache = TeacherCache(folder)
     rows = documents()
     teacher = CachedTeacher(cache, torch.device("cpu"))
-    blank = EncodedRow(
+    blank = EncodedRow.from_labels(
         rows[0].input_ids, [IGNORE_INDEX] * len(rows[0])
     )  # fills up a held-out batch
     wanted: dict = {}
     for row in rows:
         batch = CachedCollator(Collator(0), cache)([[row]])
-        with teacher.signal(batch) as (signal, _):
-            wanted |= by_position(batch, signal)
+        with teacher.batch_outputs(batch) as (outputs, _):
+            wanted |= by_position(batch, outputs)
     assert len(wanted) == sum(row.targets for row in rows)
     packed = [[rows[i] for i in bin_] for bin_ in pack_lengths([len(r) for r in rows], 40)]
     assert max(map(len, packed)) > 1
@@ -141,17 +141,17 @@ def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, 
     found: dict = {}
     for micro in (shuffled[:2], [*shuffled[2:], [blank]]):
         batch = CachedCollator(Collator(0, flat=flat), cache)(micro)
-        with teacher.signal(batch) as (signal, _):
-            found |= by_position(batch, signal)
+        with teacher.batch_outputs(batch) as (outputs, _):
+            found |= by_position(batch, outputs)
     assert found == wanted
 
 
 def test_a_batch_without_targets_has_none(folder):
     cache = TeacherCache(folder)
-    blank = EncodedRow([1, 2, 3], [IGNORE_INDEX] * 3)
+    blank = EncodedRow.from_labels([1, 2, 3], [IGNORE_INDEX] * 3)
     batch = CachedCollator(Collator(0), cache)([[blank]])
-    with CachedTeacher(cache, torch.device("cpu")).signal(batch) as (signal, _):
-        assert signal.ids.shape == (0, 8) and signal.classes.shape == (0, 9)
+    with CachedTeacher(cache, torch.device("cpu")).batch_outputs(batch) as (outputs, _):
+        assert outputs.ids.shape == (0, 8) and outputs.classes.shape == (0, 9)
 
 
 def test_the_first_missing_document_is_named(folder):
@@ -160,7 +160,7 @@ def test_the_first_missing_document_is_named(folder):
     strangers = [document(77), document(78)]
     with pytest.raises(ValueError, match="lacks 2 of 14 training documents.*number 3") as error:
         cache.check([*rows[:2], *strangers, *rows[2:]], "training documents", str)
-    assert str(strangers[0].input_ids[:5])[:-1] in str(error.value)
+    assert str(strangers[0].input_ids[:5].tolist())[:-1] in str(error.value)
 
 
 @pytest.mark.parametrize("torn", ["records without index", "half a temporary file"])
@@ -187,9 +187,9 @@ def test_a_damaged_shard_is_named(folder):
 def test_another_manifest_is_refused_by_the_name_of_what_differs(folder, tmp_path):
     write_manifest(folder, MANIFEST)
     for key, value in {"top_k": 9, "temperature": 2.0, "format": 2, "teacher": "other"}.items():
-        with pytest.raises(ValueError, match=f"another {key}"):
+        with pytest.raises(ValueError, match=f"a different {key}"):
             write_manifest(folder, MANIFEST | {key: value})
-    with pytest.raises(ValueError, match="another vocabulary: 300, and this run has 301"):
+    with pytest.raises(ValueError, match="a different vocabulary: 300, but this run has 301"):
         check_manifest("cache", MANIFEST, {"vocabulary": 301})
-    with pytest.raises(ValueError, match="make it first"):
+    with pytest.raises(ValueError, match="run train/cache_teacher.py"):
         TeacherCache(tmp_path / "nowhere")

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from small import save_small, small_tokenizer
 
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
 from kd.recipe import as_flags
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import open_cache
 
@@ -170,7 +169,7 @@ def test_killed_and_finished_by_two_processes_a_cache_has_the_same_bits(models, 
     done = start("launch/cpu.sh", "train/cache_teacher.py", *spelt)
     assert f"saved to {folder}" in done.stdout, done.stdout[-6000:]
     assert f"{len(survived)} scored already" in done.stdout
-    assert "removed 2 files that a kill left unfinished" in done.stdout
+    assert "removed 2 unfinished files of an interrupted run" in done.stdout
     assert all_records(folder) == wanted
 
 
@@ -185,18 +184,18 @@ def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_pat
             open_cache(settings, objective, model, tokenizer)
         return str(error.value)
 
-    assert "another temperature: 1.0" in refused(objective=Objective(temperature=2.0))
+    assert "a different temperature: 1.0" in refused(objective=Objective(temperature=2.0))
     assert "no hidden states" in refused(objective=Objective(hidden_weight=1.0))
-    assert "another vocabulary" in refused(tokenizer=small_tokenizer(330))
+    assert "a different vocabulary" in refused(tokenizer=small_tokenizer(330))
     other = save_small(tmp_path / "teacher", hidden=48, seed=2, tie_word_embeddings=False)
     moved = TeacherSettings(teacher=str(other), teacher_cache=str(whole_cache[0]))
-    assert "another teacher" in refused(settings=moved)
-    assert "another template_arguments" in refused(
+    assert "a different teacher" in refused(settings=moved)
+    assert "a different template_arguments" in refused(
         model=ModelSettings(template_arguments='{"a": 1}')
     )
     changed = load_tokenizer(str(models / "student"))
     changed.chat_template += " "
-    assert "another chat_template" in refused(tokenizer=changed)
+    assert "a different chat_template" in refused(tokenizer=changed)
     changed.chat_template = None  # a base model: it takes the cache's
     open_cache(settings, objective, model, changed)
     assert changed.chat_template == tokenizer.chat_template

@@ -48,13 +48,13 @@ MISTAKES = {
     ),
     "aligned on-policy": (
         ["--align_tokenizers", "true", "--student_fraction", "0.5"],
-        "with align_tokenizers: text that is not yet written",
+        "with align_tokenizers: generated text cannot be aligned in advance",
     ),
     "aligned to itself": (
         ["--align_tokenizers", "true", "--teacher", "self", "--lora_rank", "2"],
         "align_tokenizers: true with teacher: self",
     ),
-    "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows a process"),
+    "batch": (["--per_device_train_batch_size", "3"], "3 does not divide the 8 rows per process"),
     "no launcher": (["--teacher_deepspeed", "ds_configs/teacher_zero3.json"], "without a launcher"),
     "teacher's format": (["--teacher", "WORK/packed"], "AWQ with {'bits': 8"),
     "layer": (["--hidden_weight", "1", "--hidden_layers", "2:9"], "the teacher 0 to 2"),
@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "own answers, cached teacher": (
         ["--student_fraction", "0.5", "--teacher_cache", "WORK"],
-        "leave teacher_cache out, so that the teacher runs in the step",
+        "remove teacher_cache, so that the teacher runs in every step",
     ),
     "half weights": (["--dtype", "bfloat16"], "set dtype: float32"),
 }

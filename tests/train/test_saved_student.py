@@ -22,7 +22,7 @@ def student(models, tmp_path_factory):
         *("--learning_rate", "1e-2", "--num_train_epochs", "4", "--output_dir", output / "run"),
         *("--save_strategy", "no"),
     )
-    assert "parameters: " in printed and "rows a step: 8 = 1 processes x 8 rows x 1" in printed
+    assert "parameters: " in printed and "rows per step: 8 = 1 processes x 8 rows x 1" in printed
     return output / "run"
 
 

@@ -1,4 +1,4 @@
-"""A run that goes wrong says so: what, which rows, which rank, which machine."""
+"""A failing run reports what failed, on which rows, rank and machine."""
 
 import json
 import math
@@ -24,14 +24,14 @@ from kd.settings.training_recipe import Recipe
 from kd.training.out_of_memory import explain_out_of_memory
 from kd.training.stragglers import straggler
 
-BAD = "Zebra quartz"  # in one row only, and its tokens have no finite embedding
+BAD = "Zebra quartz"  # in one row only; one of its tokens has a NaN embedding
 ROWS = DataSettings(data='[{"path": "rows.jsonl"}]')  # max_length 1024
 
 
 @pytest.fixture(scope="module")
 def work(models, tmp_path_factory):
-    """Rows of which one ruins its loss: the student's embedding of a token that only it has."""
-    folder = tmp_path_factory.mktemp("health")
+    """A student with a NaN embedding of a token that occurs in only one row."""
+    folder = tmp_path_factory.mktemp("non_finite")
     tokenizer = load_tokenizer(str(models / "student"))
     rows = [{"text": row["text"]} for row in small_rows(60) if "text" in row]
     known = {i for row in rows for i in tokenizer(row["text"])["input_ids"]}
@@ -67,7 +67,7 @@ def flags(models, work, output, **changes) -> list[str]:
     return as_flags(settings)
 
 
-def test_a_step_without_a_finite_loss_is_named_and_left_out(models, work, tmp_path):
+def test_a_step_without_a_finite_loss_is_reported_and_skipped(models, work, tmp_path):
     command = flags(models, work, tmp_path / "run")
     job = start("python", "train/distill.py", *command)
     assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
@@ -76,13 +76,13 @@ def test_a_step_without_a_finite_loss_is_named_and_left_out(models, work, tmp_pa
     assert f"step {named.group(1)} is skipped (1 of 3 in a row)" in job.stdout
     curve = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in curve if "loss" in entry]
-    assert [math.isfinite(loss) for loss in losses].count(False) == 1  # and the next are good
+    assert [math.isfinite(loss) for loss in losses].count(
+        False
+    ) == 1  # the following steps are good
 
 
-def test_too_many_of_them_end_the_run_with_the_rank_the_rows_and_the_message_last(
-    models, work, tmp_path
-):
-    """Two ranks, DeepSpeed: the launcher's last words are the first failure's."""
+def test_too_many_such_steps_end_the_run_with_rank_rows_and_a_final_message(models, work, tmp_path):
+    """Two ranks, DeepSpeed: the launcher prints the first failure last."""
     command = flags(models, work, tmp_path / "run", max_skipped_steps=0)
     job = start("launch/cpu.sh", "--torchrun", "train/distill.py", *command)
     assert job.returncode != 0 and not (tmp_path / "run" / "done.json").exists()
@@ -93,10 +93,10 @@ def test_too_many_of_them_end_the_run_with_the_rank_the_rows_and_the_message_las
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_named_and_a_silent_one_ends_the_run(models, work, tmp_path):
-    """Rank 1 is stopped nine tenths of the time, then for good.
+def test_a_slow_rank_is_reported_and_a_silent_one_ends_the_run(models, work, tmp_path):
+    """Rank 1 is suspended nine tenths of the time, then for good.
 
-    A forward of 128 rows takes many of these cycles: a short one could fall between two stops each time.
+    A forward of 128 rows lasts many such cycles; a short one could always fall between two stops.
     """
     rows = (work / "good.jsonl").read_text().split("\n")
     (tmp_path / "rows.jsonl").write_text("\n".join(rows * (512 // len(rows))))
@@ -138,7 +138,7 @@ def await_text(condition, job, printed) -> None:
         time.sleep(0.1)
 
 
-def test_check_over_fits_eight_rows_and_leaves_the_run_untouched(models, work, tmp_path):
+def test_check_overfits_eight_rows_and_leaves_the_run_untouched(models, work, tmp_path):
     data = json.dumps([{"path": str(work / "good.jsonl")}])
     command = flags(models, work, tmp_path / "run", data=data, learning_rate=1e-2)
     job = start("launch/cpu.sh", "--torchrun", "train/distill.py", *command, "--check")
@@ -148,14 +148,14 @@ def test_check_over_fits_eight_rows_and_leaves_the_run_untouched(models, work, t
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["check"]
 
 
-def test_check_refuses_what_does_not_learn(models, work, tmp_path):
+def test_check_fails_if_the_loss_does_not_fall(models, work, tmp_path):
     data = json.dumps([{"path": str(work / "good.jsonl")}])
     command = flags(models, work, tmp_path / "run", data=data, learning_rate=0.0)
     job = start("python", "train/distill.py", *command, "--check")
     assert job.returncode == 2 and "wanted a fall of 10% or more" in job.stdout, job.stdout[-2000:]
 
 
-def test_out_of_memory_names_what_this_run_has_not_tried(tmp_path):
+def test_out_of_memory_lists_remedies_that_this_run_has_not_tried(tmp_path):
     training = TrainingSettings(
         output_dir=str(tmp_path), global_batch_size=8, use_cpu=True, report_to=["none"]
     )
@@ -166,7 +166,7 @@ def test_out_of_memory_names_what_this_run_has_not_tried(tmp_path):
             Recipe("s", ModelSettings(lora_rank=8), ROWS, training, teacher, Objective())
         ),
     ):
-        torch.empty(1 << 60, dtype=torch.uint8)  # the CPU's allocator refuses it
+        torch.empty(1 << 60, dtype=torch.uint8)  # the CPU's allocator rejects it
     message = str(caught.value)
     for change in ("--max_per_device_train_batch_size 4 (now 8)", "teacher_zero3_offload.json"):
         assert change in message
@@ -196,7 +196,7 @@ def test_out_of_memory_of_a_gpu_is_explained(tmp_path):
         torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
 
 
-def test_a_straggler_is_the_rank_whose_lead_would_save_the_most():
+def test_the_straggler_is_the_slowest_rank_with_its_share_of_lost_time():
     ranks = [(0.001, 1000, "a"), (0.004, 1000, "b"), (0.001, 1000, "b"), (0.0012, 1000, "a")]
-    assert straggler(ranks, passed=10.0) == ((1, "b"), 4.0, pytest.approx(0.3))
-    assert straggler(ranks[:1], passed=10.0)[2] == 0.0
+    assert straggler(ranks, elapsed=10.0) == ((1, "b"), 4.0, pytest.approx(0.3))
+    assert straggler(ranks[:1], elapsed=10.0)[2] == 0.0

@@ -1,0 +1,117 @@
+"""All settings of one training run as one object, parsed from a recipe file and flags."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kd.recipe import parse
+from kd.settings.distillation import (
+    OWN_BASE,
+    DataSettings,
+    ModelSettings,
+    Objective,
+    OnPolicySettings,
+    SftSettings,
+    StudentSettings,
+    TeacherSettings,
+)
+from kd.settings.training import TrainingSettings
+
+SFT = Objective(soft_weight=0.0)
+
+
+@dataclass
+class Recipe:
+    """The settings of one training run; supervised fine-tuning has no teacher.
+
+    Raises ValueError if weight updates would be lost to rounding, see `resolve_dtype`.
+    """
+
+    model_name: str  # hub name or folder of the trained model
+    model: ModelSettings  # with `dtype: auto` resolved
+    data: DataSettings
+    training: TrainingSettings
+    teacher: TeacherSettings | None = None
+    objective: Objective = SFT
+    on_policy: OnPolicySettings | None = None
+    deepspeed: bool | None = None  # default: as this process was launched
+
+    def __post_init__(self) -> None:
+        if self.deepspeed is None:
+            self.deepspeed = getattr(self.training, "deepspeed_plugin", None) is not None
+        self.model = resolve_dtype(self.model, self.training, self.deepspeed)
+
+    @property
+    def cached_teacher(self) -> bool:
+        """Whether the teacher's outputs come from a cache, so that no teacher is loaded."""
+        return bool(self.teacher and self.teacher.teacher_cache)
+
+    @property
+    def live_teacher(self) -> TeacherSettings | None:
+        """The teacher that runs in the training step, if there is one."""
+        return None if self.cached_teacher else self.teacher
+
+    @property
+    def separate_teacher(self) -> TeacherSettings | None:
+        """The live teacher if it has weights of its own; the student's frozen base has none."""
+        live = self.live_teacher
+        return live if live and live.teacher != OWN_BASE else None
+
+    @property
+    def generates_answers(self) -> bool:
+        """Whether the student generates some of the answers that it is trained on."""
+        return bool(self.on_policy and self.on_policy.student_fraction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every recipe key with its value, as run.json and the checkpoints record it."""
+        values = {"student" if self.teacher else "model": self.model_name}
+        values |= asdict(self.model) | asdict(self.data) | self.training.to_dict()
+        if self.teacher:
+            values |= asdict(self.teacher) | asdict(self.objective)
+        return values | (asdict(self.on_policy) if self.on_policy else {})
+
+
+def resolve_dtype(
+    model: ModelSettings, training: TrainingSettings, deepspeed: bool
+) -> ModelSettings:
+    """Replace `dtype: auto` by the precision of bf16 / fp16, where a float32 copy is kept.
+
+    DeepSpeed keeps float32 copies of trained weights, DDP does not. Raises ValueError if trained
+    weights would have half precision and no float32 copy.
+    """
+    no_copy = not model.lora_rank and not deepspeed
+    dtype = model.dtype
+    if dtype == "auto":
+        half = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
+        dtype = "float32" if no_copy else half
+    if no_copy and dtype != "float32":
+        raise ValueError(
+            f"dtype: {dtype} with every weight trained and no DeepSpeed: small updates are lost to "
+            "rounding, because there is no float32 copy of the weights; set dtype: float32 (bf16: "
+            "true still computes in bfloat16), or set lora_rank"
+        )
+    return replace(model, dtype=dtype)
+
+
+def parse_sft(description: str = "", argv: list[str] | None = None) -> tuple[Recipe, int]:
+    """The recipe of train/sft.py, and the number of rows to print instead of training (0: train).
+
+    Raises ValueError for every mistake in the recipe or the flags.
+    """
+    kinds = (SftSettings, ModelSettings, DataSettings, TrainingSettings)
+    sft, *settings = parse(*kinds, argv=argv, description=description)
+    return Recipe(sft.model, *settings), sft.show_rows
+
+
+def parse_distillation(
+    description: str = "", argv: list[str] | None = None, on_policy: bool = True
+) -> Recipe:
+    """The recipe of train/distill.py; without the on-policy keys, that of train/cache_teacher.py.
+
+    Raises ValueError for every mistake in the recipe or the flags.
+    """
+    kinds = (StudentSettings, TeacherSettings, Objective, ModelSettings, DataSettings)
+    kinds += (TrainingSettings, OnPolicySettings) if on_policy else (TrainingSettings,)
+    student, teacher, objective, model, data, training, *rest = parse(
+        *kinds, argv=argv, description=description
+    )
+    return Recipe(student.student, model, data, training, teacher, objective, *rest)

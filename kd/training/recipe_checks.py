@@ -1,0 +1,54 @@
+"""Find mistakes in a recipe from its settings and the models' configurations alone."""
+
+from transformers import AutoConfig
+
+from kd.data.packing import check_packing
+from kd.data.sources import check_sources
+from kd.models.frozen import check_teacher, teacher_base
+from kd.models.layer_pairs import hidden_objective
+from kd.models.load import check_attention
+from kd.settings.distillation import OWN_BASE
+from kd.settings.training_recipe import Recipe
+from kd.teachers.aligned_teacher import check_alignable
+from kd.teachers.fingerprint import NO_HIDDEN_STATES
+from kd.training.on_policy import check_on_policy
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError for settings of a training run that cannot work."""
+    check_sources(recipe.data.sources)
+    check_sources(recipe.data.eval_sources)
+    check_attention(recipe.model.attn_implementation)
+    if recipe.on_policy:
+        check_on_policy(recipe.on_policy, recipe.teacher, recipe.data)
+    if recipe.teacher and recipe.teacher.align_tokenizers:
+        check_alignable(recipe.teacher, recipe.objective)
+    names, live = [recipe.model_name], recipe.live_teacher
+    if live:
+        check_teacher(live, recipe.model)
+        hidden_objective(recipe)
+        names.append(teacher_base(live, recipe.model_name))
+    if recipe.data.packing:
+        for name in names:
+            check_packing(AutoConfig.from_pretrained(name), name)
+
+
+def check_scoring(recipe: Recipe) -> None:
+    """Raise ValueError for settings of a teacher cache that cannot work."""
+    check_sources(recipe.data.sources)
+    check_sources(recipe.data.eval_sources)
+    teacher = recipe.teacher
+    for key in ("teacher", "teacher_cache"):
+        if not getattr(teacher, key):
+            raise ValueError(
+                f"{key}: not given; wanted the teacher, and the folder of its outputs (teacher, "
+                "teacher_cache)"
+            )
+    if teacher.align_tokenizers:
+        check_alignable(teacher, recipe.objective)
+    if teacher.teacher == OWN_BASE:
+        raise ValueError(
+            "teacher: self; wanted a model to score with: give the name of the student's base"
+        )
+    if recipe.objective.hidden_weight:
+        raise ValueError(NO_HIDDEN_STATES)

@@ -1,0 +1,90 @@
+"""Plan the memory of a run, settle its micro-batch, and write its record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kd.data.show import write_summary
+from kd.distributed import print_rank0, rank
+from kd.planning.activations import CannotTrace
+from kd.planning.fitting import fit, fit_scoring, layout_of
+from kd.planning.layout import Plan
+from kd.planning.machine import present_machine
+from kd.planning.throughput import matrix_work
+from kd.run.run_record import earlier_plan, write_record
+from kd.settings.training_recipe import Recipe
+from kd.teachers.cached import Documents
+from kd.training.resume import ResumePoint
+from kd.training.tokenizers import Tokenizers
+from kd.training.training_rows import TrainingRows
+
+
+@dataclass
+class Run:
+    """A training run that is ready to load its models."""
+
+    recipe: Recipe
+    tokenizers: Tokenizers
+    rows: TrainingRows
+    resume: ResumePoint
+    plan: Plan | None  # None if the model cannot be traced
+    work: tuple[float, float, float] | None  # `StepMetrics` explains the three numbers
+
+
+def plan_run(
+    recipe: Recipe, tokenizers: Tokenizers, rows: TrainingRows, resume: ResumePoint
+) -> Run:
+    """Collective: choose the micro-batch that fits in memory, and write run.json.
+
+    A resumed run keeps its micro-batch, whatever memory is free now. Raises ValueError with
+    remedies if no micro-batch fits.
+    """
+    training = recipe.training
+    longest = rows.train.longest
+    if recipe.generates_answers:  # an answer can be longer than the one that it replaces
+        longest = min(longest + recipe.on_policy.max_new_tokens, recipe.data.max_length)
+    layout = layout_of(recipe, longest, present_machine(training))
+    given = training.micro_batch_given
+    earlier = earlier_plan(training.output_dir) if resume.checkpoint else None
+    if earlier:
+        batch = {"micro": earlier["rows"], "accumulation": earlier["accumulation"]}
+        layout, given = replace(layout, **batch), True
+    plan = plan_or_none(fit, layout, given)
+    if plan:
+        training.use_batch(plan.layout.micro, plan.layout.accumulation)
+        print_rank0(plan)
+    if rank() == 0:
+        write_record(training.output_dir, [recipe], plan=plan and plan.record())
+        write_summary(training.output_dir, rows.train, rows.heldout)
+    work = matrix_work(plan.layout, training.device) if plan else None
+    return Run(recipe, tokenizers, rows, resume, plan, work)
+
+
+def plan_scoring(recipe: Recipe, documents: Documents) -> None:
+    """Collective: print the memory plan of filling a teacher cache.
+
+    Raises ValueError with remedies if the teacher does not fit.
+    """
+    training = recipe.training
+    live = replace(recipe, teacher=replace(recipe.teacher, teacher_cache=None))
+    layout = layout_of(live, int(documents.lengths.max()), present_machine(training))
+    layout = replace(layout, micro=training.max_per_device_train_batch_size)
+    plan = plan_or_none(fit_scoring, layout)
+    if plan:
+        print_rank0(plan)
+
+
+def plan_or_none(make_plan: Callable[..., Plan], *arguments: Any) -> Plan | None:
+    """Call `make_plan`; return None, with a note, for a model that cannot be traced.
+
+    Raises ValueError if the run does not fit; only rank 0 gives the details.
+    """
+    try:
+        return make_plan(*arguments)
+    except CannotTrace as error:
+        print_rank0(f"no memory plan: {error}")
+        return None
+    except ValueError:
+        if rank():
+            raise ValueError("the run does not fit in memory; rank 0 gives the details") from None
+        raise

@@ -1,0 +1,98 @@
+"""The tokenized training rows and held-out rows of a run."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
+from kd.data.show import shown_rows
+from kd.distributed import print_rank0
+from kd.settings.training_recipe import Recipe
+from kd.teachers.aligned_teacher import check_alignment
+from kd.teachers.cached import Documents
+from kd.training.overfit_check import check_rows
+from kd.training.resume import ResumePoint
+from kd.training.tokenizers import Tokenizers, load_tokenizers
+
+
+@dataclass
+class TrainingRows:
+    """Rows to train on and rows to evaluate on; a packed row holds several documents."""
+
+    train: TokenisedRows
+    heldout: TokenisedRows | None
+
+
+def load_rows(recipe: Recipe, tokenizers: Tokenizers, resume: ResumePoint) -> TrainingRows:
+    """Tokenize the rows, or read them from the cache of tokenized rows.
+
+    Raises ValueError for unreadable rows, for documents that the teacher cache lacks, and if the
+    run resumes from a checkpoint that was trained on other rows.
+    """
+    rows = tokenize(recipe, tokenizers.student, tokenizers.teacher)
+    if tokenizers.cache:
+        for part, kind in ((rows.train, "training"), (rows.heldout, "held-out")):
+            if part:
+                decode = tokenizers.student.decode
+                tokenizers.cache.check(Documents([part]), f"{kind} documents", decode)
+    resume.add_rows(rows.train.folder.name)  # a hash of the files, the settings and the tokenizer
+    if recipe.training.check:
+        longest = check_rows(rows.train.lengths, recipe.training.global_batch_size)
+        rows.train = rows.train.subset(longest)
+    return rows
+
+
+def tokenize(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TrainingRows:
+    """Tokenize all sources of a recipe; with a `teacher_tokenizer`, align the two tokenizations.
+
+    Raises ValueError for unreadable rows, and if the two tokenizations align on too few tokens.
+    """
+    data = recipe.data
+
+    def prepare(sources: list[dict], **sizes: int | None) -> TokenisedRows:
+        settings = RowSettings(
+            data.max_length, data.mixture_seed, data.on_bad_row, data.on_long_row, **sizes
+        )
+        progress = not recipe.training.disable_tqdm
+        rows = tokenised_rows(
+            sources,
+            settings,
+            tokenizer,
+            data.data_cache,
+            data.data_workers,
+            progress,
+            teacher_tokenizer,
+        )
+        print_rank0(f"{rows.report}\ntokenized rows: {rows.folder}")
+        if teacher_tokenizer:
+            note = check_alignment(rows.report.aligned, rows.report.targets)
+            if note:
+                print_rank0(note)
+        return rows
+
+    train = prepare(data.sources, mixture_rows=data.mixture_rows, train_rows=data.train_rows)
+    if data.packing:
+        train = train.packed(data.max_length)
+    return TrainingRows(train, prepare(data.eval_sources) if data.eval_sources else None)
+
+
+def load_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """All documents that training asks a teacher cache for, held-out ones included.
+
+    Raises ValueError for unreadable rows.
+    """
+    rows = tokenize(recipe, tokenizer)
+    return Documents([part for part in (rows.train, rows.heldout) if part])
+
+
+def print_rows(recipe: Recipe, count: int) -> None:
+    """Print the first rows as training reads them, with their target tokens marked.
+
+    Raises ValueError for unreadable rows.
+    """
+    tokenizer = load_tokenizers(recipe).student
+    print_rank0(shown_rows(tokenize(recipe, tokenizer).train, tokenizer, count))
