@@ -1,4 +1,4 @@
-"""Fixtures that several folders use."""
+"""Fixtures shared by several folders."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A folder with a small student (tied head) and a wider teacher (head of its own)."""
+    """A folder with a small student (tied head) and a wider teacher (untied head)."""
     folder = tmp_path_factory.mktemp("models")
     save_small(folder / "student")
     save_small(folder / "teacher", hidden=48, seed=1, tie_word_embeddings=False)
@@ -29,7 +29,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def docstrings() -> Path:
-    """The quickstart's text, which small recipes read."""
+    """The text of the quickstart, which the small recipes read."""
     folder = ROOT / "runs/quickstart/data"
     if not (folder / "chat_heldout.jsonl").exists():
         succeed("python", "data/quickstart/docstrings.py", "--out_dir", folder)

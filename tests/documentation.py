@@ -1,6 +1,7 @@
 """Find the commands of the documentation: pages, script docstrings, shell files and recipes."""
 
 import ast
+import functools
 import re
 import shlex
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ HEADERS = sorted(
 )
 # How a line begins that is a command and not a sentence.
 BEGINNING = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:python3?|bash|source|pip|accelerate|torchrun|sbatch|export|git|vllm|ollama"
-    r"|llama-server|tensorboard|pytest|launch/\S+\.sh|recipes/\S+\.sh|tests/run\.sh)(?: \S|$)"
+    r"(?:[A-Z_]+=\S+ )*(?:python3?|bash|source|pip|accelerate|torchrun|sbatch|export|git"
+    r"|vllm|ollama|llama-server|tensorboard|pytest|launch/\S+\.sh|recipes/\S+\.sh"
+    r"|tests/run\.sh)(?: \S|$)"
     r"|(?:train|eval|data|benchmarks)/\S+\.(?:py|sh)(?: --|$)"
 )
 # What nobody writes but in a command.
@@ -69,17 +71,22 @@ def in_page(text: str) -> list[str]:
     rest = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     blocks = [line for block in fenced(text, "bash") for line in block.splitlines()]
     indented = re.findall(r"^    (\S.*)$", rest, flags=re.M)
-    inline = [span for span in re.findall(r"`([^`\n]+)`", rest) if " " in span]
-    lines = [*indented, *inline]
+    lines = [*indented, *in_sentences(rest)]
     return [line for line in blocks if line] + [x for x in lines if BEGINNING.match(x)]
+
+
+def in_sentences(text: str) -> list[str]:
+    """Code between backticks that calls something; a program's name alone does not."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    return [span for span in spans if re.search(r" \S*[/.-]", span)]
 
 
 def in_docstring(text: str) -> list[str]:
     """Lines of a script's docstring that are commands, and code in its sentences."""
     documentation = joined(ast.get_docstring(ast.parse(text)) or "")
     lines = [" ".join(line.split()) for line in documentation.splitlines()]
-    inline = [span for span in re.findall(r"`([^`]+)`", documentation) if " " in span]
-    return [line for line in [*lines, *inline] if BEGINNING.match(line) and " " in line]
+    lines = [*lines, *in_sentences(documentation)]
+    return [line for line in lines if BEGINNING.match(line) and " " in line]
 
 
 def in_header(text: str) -> list[str]:
@@ -88,6 +95,7 @@ def in_header(text: str) -> list[str]:
     return [line for line in lines if BEGINNING.match(line)]
 
 
+@functools.cache
 def sources() -> dict[str, tuple[str, list[str]]]:
     """{file: (its prose, its commands)}."""
     found = {}
@@ -117,7 +125,9 @@ def snippets() -> list[str]:
 
 def local_paths(text: str) -> set[str]:
     """Files of the repository that a text names."""
-    folders = "train|eval|launch|recipes|ds_configs|accelerate_configs|tests|kd|docs|benchmarks|data"
+    folders = (
+        "train|eval|launch|recipes|ds_configs|accelerate_configs|tests|kd|docs|benchmarks|data"
+    )
     return set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./+-]*\.\w+", text))
 
 

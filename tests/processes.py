@@ -1,4 +1,4 @@
-"""The one way in which tests start processes: the real command lines, from the root."""
+"""Start processes as users do: real command lines, from the root of the repository."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(*command, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
-    """Run a command from the repository's root to its end; stdout and stderr as one text.
+    """Run a command from the repository's root; stdout and stderr are one text.
 
-    `timeout` is for what hangs; the command ends then with all that it has started.
+    After `timeout` seconds the command and everything that it has started are killed.
     """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
@@ -29,10 +29,10 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        said = (error.output or b"").decode(errors="replace")[-6000:]
-        raise AssertionError(f"no end after {timeout} s of {process.args}: {said}") from None
+        output = (error.output or b"").decode(errors="replace")[-6000:]
+        raise AssertionError(f"{process.args} did not end within {timeout} s: {output}") from None
     finally:
-        if process.poll() is None:  # its children would hold the pipe for ever
+        if process.poll() is None:  # its children would keep the pipe open
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
@@ -41,7 +41,7 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
 
 
 def succeed(*command, **options) -> str:
-    """The output of a command that must end well."""
+    """The output of a command that must succeed."""
     done = start(*command, **options)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout

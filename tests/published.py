@@ -1,10 +1,10 @@
-"""Configurations of the hub models that recipes name, by their published figures; no weights."""
+"""Configurations of the hub models that the recipes name, by their published shapes. No weights."""
 
 from pathlib import Path
 
 from transformers import Qwen2Config
 
-SHAPES = {  # hidden, blocks, heads, key-value heads, intermediate, vocabulary, tied head
+SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, tied head
     "Qwen/Qwen2.5-0.5B": (896, 24, 14, 2, 4864, 151_936, True),
     "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151_936, True),
     "Qwen/Qwen1.5-14B": (5120, 40, 40, 40, 13_696, 152_064, False),
@@ -21,16 +21,16 @@ AWQ = {
 
 
 def save_config(folder: Path, name: str) -> Path:
-    """config.json of a hub model in `folder`."""
-    hidden, blocks, heads, kv, intermediate, vocabulary, tied = SHAPES[name]
+    """Write the config.json of a hub model into `folder`."""
+    hidden, layers, heads, kv, intermediate, vocab_size, tied = SHAPES[name]
     awq = {"quantization_config": AWQ} if name.endswith("AWQ") else {}
     Qwen2Config(
         hidden_size=hidden,
-        num_hidden_layers=blocks,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
         intermediate_size=intermediate,
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         tie_word_embeddings=tied,
         dtype="float16" if awq else "bfloat16",
         **awq,

@@ -1,4 +1,4 @@
-"""Small real models, a tokenizer and rows for the tests; everything is made here, nothing loaded."""
+"""Small real models, a tokenizer and rows for the tests. Nothing is downloaded."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def small_tokenizer(
     eos_token: str = "<|im_end|>",
     all_bytes: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template; without `all_bytes` it knows few."""
+    """A byte-level BPE tokenizer with a ChatML template; with `all_bytes` it knows every byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,19 +63,19 @@ def small_config(vocab_size: int, hidden: int = 32, **changes) -> Qwen2Config:
 
 
 def small_model(tokenizer, hidden: int = 32, seed: int = 0, **changes) -> Qwen2ForCausalLM:
-    """A random Qwen2 model; its vocabulary is padded beyond the tokenizer's, as real ones are."""
+    """A random Qwen2 model. Its vocabulary is padded beyond the tokenizer's, as in real models."""
     torch.manual_seed(seed)
-    usual = {
+    defaults = {
         "vocab_size": len(tokenizer) + 7,
         "tie_word_embeddings": True,
         "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.2,  # far from uniform, so that mistakes show in the numbers
+        "initializer_range": 0.2,  # far from uniform, so that mistakes change the numbers
     }
-    return Qwen2ForCausalLM(small_config(hidden=hidden, **usual | changes))
+    return Qwen2ForCausalLM(small_config(hidden=hidden, **defaults | changes))
 
 
 def save_small(folder: Path, tokenizer=None, **model) -> Path:
-    """A model and its tokenizer in a folder, as a hub repository has them."""
+    """Save a model and its tokenizer in a folder, laid out like a hub repository."""
     tokenizer = tokenizer or small_tokenizer()
     small_model(tokenizer, **model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -83,7 +83,7 @@ def save_small(folder: Path, tokenizer=None, **model) -> Path:
 
 
 def small_rows(count: int) -> list[dict]:
-    """Chat and plain-text rows of very different lengths, in turn."""
+    """Plain-text and chat rows of very different lengths, alternating."""
     rows = []
     for i in range(count):
         text = " ".join(TEXT[j % len(TEXT)] for j in range(i, i + 1 + i % 3))
@@ -96,7 +96,7 @@ def small_rows(count: int) -> list[dict]:
 
 
 def save_reward_model(folder: Path, tokenizer, labels: int = 1) -> Path:
-    """A random classifier of conversations; one output is a reward."""
+    """Save a random sequence classifier; with one output it is a reward model."""
     torch.manual_seed(3)
     config = small_config(
         len(tokenizer),

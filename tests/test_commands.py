@@ -5,7 +5,6 @@ default commands are dry-run: launch files print what they would start, and each
 reads its flags and recipe. With --all, the commands that need neither a GPU nor the hub are run.
 """
 
-import argparse
 import functools
 import os
 import re
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from command_lines import parse_only
 from documentation import GUIDES, SURE, Command, commands, fenced, in_page, sources
 from processes import ROOT, succeed
-from transformers import HfArgumentParser
+from torch.distributed.run import get_args_parser
 
 COMMANDS = commands()
 TEXTS = sorted({command.text for command in COMMANDS})
@@ -27,6 +28,7 @@ ACTIVATE = next(line for line in SETUP if line.startswith("source "))
 PROFILES = [f"launch/{name}.sh" for name in ("cpu", "2xt4", "2xa100", "h100")]
 # Programs of others, which are not installed here, and ours whose options are checked as text.
 ELSEWHERE = ("vllm", "llama-server", "ollama", "git")
+PLACEHOLDER = re.compile(r"\.\.\.|[<>]|^[A-Z][A-Z_]+$|/[A-Z_]+\.sh")
 SETTING_UP = ("bash launch/setup.sh", ACTIVATE, "pip install -r requirements.txt")
 
 
@@ -85,92 +87,52 @@ def users_shell(command: str, cwd: Path = ROOT, timeout: float = 600, **environm
     return done.stdout
 
 
-class Parsed(Exception):
-    """A script's parser has accepted its command line."""
+def check_start(words: list[str]) -> None:
+    """Check a started command: the launcher's parser accepts it, and the script's own parser."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[at]).is_file(), f"no script {words[at]}"
+    if words[0] == "accelerate":
+        launch_command_parser().parse_args(words[2 : at + 1])
+    elif words[0] == "torchrun":
+        get_args_parser().parse_args(words[1 : at + 1])
+    parse_only(words[at], words[at + 1 :])
 
 
 @functools.cache
-def definitions(script: str) -> dict:
-    """The names that a script defines, without running it."""
-    names: dict = {"__name__": "parsed", "__file__": str(ROOT / script)}
-    exec(compile((ROOT / script).read_text(), script, "exec"), names)
-    return names
+def dry_run(start: str, variables: str) -> list[str]:
+    """What a launch file prints for a script without flags; equal starts are run once."""
+    return shlex.split(users_shell(f"{variables} {start}").splitlines()[-1])
 
 
-@pytest.fixture
-def accepts(monkeypatch):
-    """A function that lets a script's own parser read flags and recipe, and stops it there."""
-    original = argparse.ArgumentParser.parse_args
+def check_profile(words: list[str], variables: dict[str, str]) -> None:
+    """Dry-run a launch file, and let the script that it would start read the flags.
 
-    def parse(self, args=None, namespace=None):
-        original(self, args, namespace)
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(
-        HfArgumentParser, "parse_args_into_dataclasses", lambda self, args=None, **_: parse(self, args)
-    )
-    monkeypatch.chdir(ROOT)
-
-    def accepts(script: str, flags: list[str]) -> None:
-        assert (ROOT / script).is_file(), f"no script {script}"
-        monkeypatch.syspath_prepend(str((ROOT / script).parent))
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        with pytest.raises(Parsed):
-            definitions(script)["main"]()
-
-    return accepts
-
-
-@pytest.fixture
-def starts(accepts):
-    """A function that checks what a launch file has printed, or a shell file has called."""
-
-    def starts(words: list[str]) -> None:
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        if words[0] == "accelerate":
-            from accelerate.commands.launch import launch_command_parser
-
-            parser = launch_command_parser()
-            with pytest.raises(Parsed):
-                parser.parse_args(words[2 : at + 1])
-        elif words[0] == "torchrun":
-            from torch.distributed.run import get_args_parser
-
-            with pytest.raises(Parsed):
-                get_args_parser().parse_args(words[1 : at + 1])
-        accepts(words[at], words[at + 1 :])
-
-    return starts
-
-
-def dry_run(profile: str, options: list[str], rest: list[str], **variables: str) -> list[str]:
-    options = [option for option in options if option != "--dry-run"]
-    command = shlex.join([profile, *options, "--dry-run", *rest])
-    return shlex.split(users_shell(command, **variables).splitlines()[-1])
-
-
-def check_profile(words: list[str], variables: dict[str, str], starts) -> None:
-    """Dry-run a launch file, and let the script that it would start read the flags."""
+    Launch files put the flags of the command line last, as they are.
+    """
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    starts(dry_run(words[0], words[1:at], words[at:], **variables))
+    options = [option for option in words[1:at] if option != "--dry-run"]
+    start = shlex.join([words[0], *options, "--dry-run", words[at]])
+    assignments = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    check_start([*dry_run(start, assignments), *words[at + 1 :]])
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:120])
-def test_command_is_accepted_by_what_it_calls(text, starts, recorded):
+def test_command_is_accepted_by_what_it_calls(text, recorded):
     variables, words = split(text)
     kind = kind_of(words)
     for word in words:
-        assert not re.search(r"\.\.\.|[<>]|^[A-Z][A-Z_]+$|/[A-Z_]+\.sh", word), f"placeholder {word}"
+        assert not re.search(r"\.\.\.|[<>]|^[A-Z][A-Z_]+$|/[A-Z_]+\.sh", word), (
+            f"placeholder {word}"
+        )
     if kind == "profile":
-        check_profile(words, variables, starts)
+        check_profile(words, variables)
     elif kind in ("script", "accelerate"):
-        starts(words)
+        check_start(words)
     elif kind == "sbatch":
         script = words.index("launch/slurm/train.sbatch") + 1
         assert all(word.startswith("--") for word in words[1 : script - 1])
         profile = f"launch/{variables.get('PROFILE', 'h100')}.sh"
-        starts(dry_run(profile, ["--torchrun"], words[script:]))
+        check_profile([profile, "--torchrun", *words[script:]], {})
     elif kind in ("launch/quickstart.sh", "tests/run.sh"):
         options = [word for word in words[1:] if word.startswith("--")]
         assert all(option in (ROOT / words[0]).read_text() for option in options)
@@ -181,7 +143,7 @@ def test_command_is_accepted_by_what_it_calls(text, starts, recorded):
         for call in called:
             if call[0] in ("sbatch", "tensorboard"):
                 continue
-            starts(call)
+            check_start(call)
 
 
 STUB = """#!/bin/bash

@@ -1,13 +1,12 @@
-"""Real text that every machine has: the docstrings of the installed Python packages.
+"""Write the data of the quickstart: docstrings of the installed Python packages.
 
-    python data/quickstart/docstrings.py --out_dir runs/quickstart/data
+python data/quickstart/docstrings.py --out_dir runs/quickstart/data
 
-Writes text_train.jsonl and text_heldout.jsonl ("text"), chat_train.jsonl and chat_heldout.jsonl
-("messages": what does X do? -> the first paragraph of its docstring), and prompts_train.jsonl, the
-questions of chat_train.jsonl alone.
-Whole modules are held out, by a hash of their name, so that another version of a package splits
-alike; what nearly repeats an earlier row (MinHash) is dropped, held-out rows last, so that no
-held-out row has a near-duplicate in training.
+text_train.jsonl and text_heldout.jsonl hold plain text. chat_train.jsonl and chat_heldout.jsonl
+hold questions ("What does X do?") that the first paragraph of a docstring answers.
+prompts_train.jsonl holds the questions of chat_train.jsonl. Whole modules are held out, by a hash
+of their names, so other versions of a package give the same split. Near-duplicates of earlier rows
+(MinHash) are dropped, held-out rows last, so no held-out row has a near-duplicate in training.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from tqdm import tqdm
 from kd.data.near_duplicates import NearDuplicates
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "datasets",
-            "accelerate", "peft", "deepspeed", "bitsandbytes", "pyarrow", "fsspec", "huggingface_hub",
-            "sympy", "networkx", "jinja2", "aiohttp", "tensorboard", "safetensors")  # fmt: skip
+            "accelerate", "peft", "deepspeed", "bitsandbytes", "pyarrow", "fsspec",
+            "huggingface_hub", "sympy", "networkx", "jinja2", "aiohttp", "tensorboard", "safetensors")  # fmt: skip
 HELDOUT_SHARE = 0.05
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word trigrams
 ONE_SENTENCE, IN_FULL = "Answer in one sentence.", "Answer in full."
@@ -48,12 +47,12 @@ class Docstring:
 
 
 def fraction(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
 def source_files() -> list[tuple[str, Path]]:
-    """(dotted module, file) of the standard library and of PACKAGES where they are installed."""
+    """(dotted module, file) of the standard library and of the installed PACKAGES."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     site = Path(sysconfig.get_paths()["purelib"])
     roots = [(stdlib, stdlib), *((site, site / package) for package in PACKAGES)]
@@ -71,7 +70,7 @@ def source_files() -> list[tuple[str, Path]]:
 
 
 def read_docstrings(source: tuple[str, Path]) -> list[Docstring]:
-    """All docstrings of one file; none where it is not valid Python for this interpreter."""
+    """All docstrings of one file; none if this interpreter cannot parse it."""
     module, file = source
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -93,7 +92,7 @@ def read_docstrings(source: tuple[str, Path]) -> list[Docstring]:
 
 
 def first_paragraph(text: str) -> str | None:
-    """The first paragraph as sentences on one line, or None where it is no prose."""
+    """The first paragraph on one line, or None if it is not prose."""
     paragraph = re.sub(r"\s+", " ", text.split("\n\n")[0]).strip()
     prose = len(paragraph.split()) >= 5 and paragraph[0].isupper() and paragraph.endswith(".")
     marks = re.search(r"[`{}<>=|\\]|>>>|--|::|\*\*", paragraph)
@@ -105,7 +104,7 @@ def first_sentence(paragraph: str) -> str:
 
 
 def chat_row(doc: Docstring) -> dict | None:
-    """A question on one object; a third of the rows each: no system prompt, ONE_SENTENCE, IN_FULL."""
+    """A question about one object, a third each without system prompt, ONE_SENTENCE and IN_FULL."""
     answer = first_paragraph(doc.text)
     if answer is None or doc.name.rsplit(".", 1)[-1].startswith("_"):
         return None
@@ -126,7 +125,7 @@ def text_row(doc: Docstring) -> dict | None:
 
 
 def rows(docs: list[Docstring]) -> Iterator[tuple[str, dict]]:
-    """(file stem, row), training rows first; near-duplicates left out."""
+    """(file stem, row) without near-duplicates, training rows first."""
     texts, answers = (NearDuplicates(NEAR_DUPLICATE, permutations=32) for _ in range(2))
     ordered = sorted(docs, key=lambda doc: doc.heldout)
     for doc in tqdm(ordered, desc="dropping near-duplicates", unit="docstring"):
@@ -141,7 +140,7 @@ def rows(docs: list[Docstring]) -> Iterator[tuple[str, dict]]:
 
 
 def write_rows(out_dir: Path) -> dict[str, int]:
-    """Write the files; returns the number of rows of each."""
+    """Write the files and return the number of rows in each."""
     files = source_files()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(read_docstrings, files, chunksize=32)
@@ -152,7 +151,7 @@ def write_rows(out_dir: Path) -> dict[str, int]:
         out.setdefault(stem, []).append(json.dumps(row))
     out_dir.mkdir(parents=True, exist_ok=True)
     for stem, lines in out.items():
-        # Modules come in alphabetical order: a fixed shuffle, so that any first n rows are a sample.
+        # Modules are in alphabetical order; after this fixed shuffle any first n rows are a sample.
         lines.sort(key=fraction)
         temporary = out_dir / f"{stem}.jsonl.tmp"
         temporary.write_text("\n".join(lines) + "\n")
@@ -160,8 +159,12 @@ def write_rows(out_dir: Path) -> dict[str, int]:
     return {stem: len(lines) for stem, lines in out.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out_dir", type=Path, required=True)
     for stem, count in sorted(write_rows(parser.parse_args().out_dir).items()):
         print(f"{stem}.jsonl: {count} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,11 @@
-"""Make the small base models of the quickstart, teacher and student, from docstrings alone.
+"""Pretrain the two small models of the quickstart, teacher and student, on docstrings.
 
-    python data/quickstart/docstrings.py --out_dir runs/quickstart/data
-    python data/quickstart/pretrain.py --data_dir runs/quickstart/data --out_dir data/quickstart
+python data/quickstart/docstrings.py --out_dir runs/quickstart/data
+python data/quickstart/pretrain.py --data_dir runs/quickstart/data --out_dir data/quickstart
 
-A byte-level BPE tokenizer, then two Qwen2 models from random weights: the teacher on text and chat,
-the student on text alone and much less of it, so that it is a base model with something to learn.
+First a byte-level BPE tokenizer, then two Qwen2 models from random weights. The teacher is trained
+on text and chat. The student is trained on less text and no chat, so that it is a base model with
+something to learn.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-VOCABULARY, BLOCK = 4096, 256
+VOCAB_SIZE, BLOCK = 4096, 256
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -40,7 +41,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -57,7 +58,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -71,7 +72,7 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Texts, each ended by <|endoftext|>, as rows of BLOCK ids."""
+    """Texts, each followed by <|endoftext|>, as rows of BLOCK ids: (rows, BLOCK)."""
     ids = []
     for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         ids += [*encoded[:1024], tokenizer.pad_token_id]
@@ -79,7 +80,7 @@ def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor
 
 
 def pretrain(model: Qwen2ForCausalLM, rows: torch.Tensor, steps: int, batch: int, lr: float):
-    """AdamW, cosine decay after a short warm-up, every token a target."""
+    """Train with AdamW and cosine decay after a short warm-up. Every token is a target."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

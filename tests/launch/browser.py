@@ -1,4 +1,4 @@
-"""A real headless Chromium, and all text of a page, which TensorBoard hides in shadow trees."""
+"""A headless Chromium, and the text of a page including the shadow trees that TensorBoard uses."""
 
 import contextlib
 import shutil
@@ -13,7 +13,7 @@ from selenium.webdriver.chrome.service import Service
 ALL_TEXT = """
 const parts = [];
 (function walk(node) {
-  if (!node) return;  // a page that is being loaded has no body yet
+  if (!node) return;  // a page that is still loading has no body
   if (node.nodeType === Node.TEXT_NODE) parts.push(node.nodeValue);
   if (node.tagName === 'STYLE' || node.tagName === 'SCRIPT') return;
   if (node.shadowRoot) walk(node.shadowRoot);
@@ -25,7 +25,7 @@ return parts.join(' ').replace(/\\s+/g, ' ');
 FLAGS = [
     "--headless",
     "--no-sandbox",
-    "--disable-dev-shm-usage",  # 64 MB in a container
+    "--disable-dev-shm-usage",  # /dev/shm has 64 MB in a container
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -50,7 +50,7 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
 
 
 def text_with(driver: webdriver.Chrome, *wanted: str, seconds: float = 240) -> str:
-    """The page's text once all of `wanted` is in it."""
+    """The text of the page as soon as it contains all of `wanted`."""
     until = time.monotonic() + seconds
     while True:
         text = driver.execute_script(ALL_TEXT)

@@ -1,7 +1,7 @@
-"""A real SLURM of two nodes on this machine: its own munged, slurmctld and two slurmd, in one folder.
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd in one folder.
 
-Both nodes share the host and its network; they are called 127.0.0.1 and 127.0.0.2, so that the names
-which `scontrol show hostnames` prints can be reached. Eight GPUs a node are pretended.
+Both nodes share the host and its network. They are called 127.0.0.1 and 127.0.0.2, so that the
+names printed by `scontrol show hostnames` can be reached. Each node has eight simulated GPUs.
 """
 
 import contextlib
@@ -65,12 +65,12 @@ NodeName=127.0.0.[1-2] NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[1]},{p
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF State=UP
 PartitionName=spot Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
-"""
+"""  # noqa: E501
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 
 
 def install() -> str | None:
-    """Install what is missing of SLURM; the reason where that cannot be done."""
+    """Install what SLURM lacks; return the reason if that is impossible."""
     wanted = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
     missing = [name for name in wanted if not shutil.which(name, path=search_path())]
     if not missing:
@@ -90,7 +90,7 @@ def search_path() -> str:
 
 class Cluster:
     def __init__(self) -> None:
-        # Short, for it holds UNIX sockets; open, for munged wants that.
+        # Short, because it holds UNIX sockets; world-readable, as munged requires.
         self.base = Path(tempfile.mkdtemp(prefix="kdslurm", dir="/tmp"))
         self.base.chmod(0o755)
         for name in ("munge", "state", "dev"):
@@ -108,9 +108,9 @@ class Cluster:
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         host = socket.gethostname().split(".")[0]
         values = {"host": host, "user": user, "base": self.base, "ports": free_ports(3)}
-        values["first_job"] = random.randint(1000, 10**6)  # logs and ports bear the job's number
+        values["first_job"] = random.randint(1000, 10**6)  # logs and ports contain the job's number
         self.conf.write_text(CONF.format(**values))
-        for i in range(8):  # a GPU's file must be a character device, and any user may link to one
+        for i in range(8):  # a GPU's file must be a character device; any user may link to one
             (self.base / "dev" / f"nvidia{i}").symlink_to("/dev/null")
         gpus = f"AutoDetect=off\nName=gpu File={self.base}/dev/nvidia[0-7]\n"
         (self.base / "gres.conf").write_text(gpus)
@@ -139,7 +139,7 @@ class Cluster:
     def daemon(self, *command: str, name: str = "") -> None:
         out = open(self.base / f"{name or command[0]}.out", "a")  # noqa: SIM115
         self.daemons[name or command[0]] = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", *command],  # none outlives a killed test run
+            ["setpriv", "--pdeathsig", "TERM", *command],  # no daemon outlives a killed test run
             env=self.environment,
             stdout=out,
             stderr=out,
@@ -157,7 +157,7 @@ class Cluster:
         return done.stdout + done.stderr
 
     def submit(self, *arguments, **environment: str) -> str:
-        """Submit launch/slurm/train.sbatch; the id of the job."""
+        """Submit launch/slurm/train.sbatch and return the job's id."""
         done = subprocess.run(
             ["sbatch", "--parsable", *(str(part) for part in arguments)],
             cwd=ROOT,
@@ -169,8 +169,8 @@ class Cluster:
         return done.stdout.strip()
 
     def field(self, job: str, name: str) -> list[str]:
-        """A field of scontrol's record, for every element of an array."""
-        for _ in range(5):  # on a busy machine the controller may be late, and scontrol gives up
+        """A field of scontrol's record, for each element of an array."""
+        for _ in range(5):  # on a busy machine the controller may be slow, and scontrol gives up
             text = self.run("scontrol", "-o", "show", "job", job)
             found = re.findall(rf"(?:^| ){name}=(\S+)", text, re.MULTILINE)
             if found:
@@ -178,13 +178,13 @@ class Cluster:
         raise AssertionError(text)
 
     def wait(self, job: str, seconds: float) -> list[str]:
-        """The end states of a job, once all of its elements have one."""
+        """Wait for the final states of all elements of a job."""
         ended = wait_for(lambda: set(self.field(job, "JobState")) <= ENDED, seconds)
         assert ended, self.run("scontrol", "show", "job", job)
         return self.field(job, "JobState")
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of any job of this cluster."""
+        """All living processes of the jobs of this cluster."""
         found = []
         for process in psutil.process_iter():
             own = environment(process)
@@ -193,7 +193,7 @@ class Cluster:
         return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def crash(self, node: str) -> None:
-        """Power loss: everything that runs on a node is killed at once; start_node brings it back."""
+        """Simulate a power loss: kill everything on a node at once; start_node brings it back."""
         own = [p for p in self.processes() if environment(p).get("SLURMD_NODENAME") == node]
         parents = [parent for p in own if (parent := parent_of(p))]
         steps = {p for p in parents if p.name() == "slurmstepd"}
@@ -217,7 +217,7 @@ class Cluster:
 
 
 def environment(process: psutil.Process) -> dict[str, str]:
-    """Of a process that may just have ended."""
+    """The environment of a process that may have ended already."""
     try:
         return process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -232,7 +232,7 @@ def parent_of(process: psutil.Process) -> psutil.Process | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives to outgoing connections, above those where ranks meet."""
+    """Free ports below the kernel's ephemeral range and above those of the ranks' rendezvous."""
     found: list[socket.socket] = []
     while len(found) < count:
         trial = socket.socket()

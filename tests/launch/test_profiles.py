@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_lines import parse_only
 from processes import ROOT, start, succeed
 from transformers import TrainingArguments
 
-from kd.recipe import parse
 from kd.settings.training import TrainingSettings
 
 PROFILES = ("cpu", "2xt4", "2xa100", "h100")
@@ -25,13 +25,6 @@ def dry_run(profile: str, *arguments) -> list[str]:
     return shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", *arguments))
 
 
-def settings_of(script: str) -> list[type]:
-    """The dataclasses that a script parses."""
-    names: dict = {"__name__": "parsed"}
-    exec(compile((ROOT / script).read_text(), script, "exec"), names)  # defines main, runs nothing
-    return [v for k, v in names.items() if k.endswith("Settings") and isinstance(v, type)]
-
-
 @pytest.mark.usefixtures("docstrings")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -40,11 +33,10 @@ def test_every_recipe_parses_on_every_profile(recipe, profile, monkeypatch):
     command = dry_run(profile, script, "--config", recipe)
     config = yaml.safe_load((ROOT / command[command.index("--config_file") + 1]).read_text())
     assert (ROOT / config["deepspeed_config"]["deepspeed_config_file"]).is_file()
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", str(config["num_processes"]))
     # Transformers would ask for the profile's GPUs and for a process group.
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
-    parsed = parse(*settings_of(script), argv=command[command.index(script) + 1 :])
+    parsed = parse_only(script, command[command.index(script) + 1 :], settings=True)
     training = [part for part in parsed if isinstance(part, TrainingSettings)]
     wanted = yaml.safe_load((ROOT / recipe).read_text()).get("global_batch_size")
     assert [part.global_batch_size for part in training] == [wanted] * len(training)
@@ -60,7 +52,11 @@ def test_only_distillation_gets_the_teachers_flags():
     assert "--teacher_deepspeed" in dry_run("2xa100", "train/distill.py")
     assert "--teacher_deepspeed" not in dry_run("2xa100", "train/sft.py")
     assert dry_run("2xa100", "train/generate.py")[-1] == "train/generate.py"
-    assert dry_run("2xt4", "train/generate.py")[-2:] == ["--dtype", "float16"]  # a T4 has no bfloat16
+    # A T4 has no bfloat16.
+    assert dry_run("2xt4", "train/generate.py")[-2:] == [
+        "--dtype",
+        "float16",
+    ]
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -1,4 +1,4 @@
-"""launch/slurm/ on a real cluster of two nodes: stopped in every way, and nothing is lost that was saved."""
+"""launch/slurm/ on a real cluster of two nodes. However a job is stopped, no saved step is lost."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def cluster():
     if reason:
         pytest.skip(reason)
     cluster = Cluster()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # then too the jobs end
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs then, too
     try:
         cluster.start()
         yield cluster
@@ -37,7 +37,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def no_orphans(cluster, time_limited):
-    """After every test nothing of its jobs is left."""
+    """No process of a test's jobs outlives the test."""
     yield
     own = lambda: [p for p in cluster.processes() if job_of(p) != time_limited.job]  # noqa: E731
     assert wait_for(lambda: not own(), 45), own()
@@ -48,7 +48,7 @@ def job_of(process) -> str:
 
 
 class Run:
-    """One submitted job, its output_dir and what its first node has printed."""
+    """One submitted job, its output_dir and the output of its first node."""
 
     def __init__(self, cluster, output: Path, job: str, name: str):
         self.cluster, self.output, self.job, self.name = cluster, output, job, name
@@ -85,7 +85,7 @@ class Run:
 def distill(
     cluster, models: Path, output: Path, *sbatch, name: str, profile="cpu", **changes
 ) -> Run:
-    """The student on two nodes, under ZeRO-2, its teacher sharded over both by ZeRO-3."""
+    """Submit a distillation on two nodes: ZeRO-2 student, teacher sharded over both by ZeRO-3."""
     (models / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(64))))
     flags = {
         "student": models / "student",
@@ -108,17 +108,17 @@ def distill(
 
 @pytest.fixture(scope="module")
 def time_limited(cluster, models, tmp_path_factory):
-    """Runs beside all other tests: a real time limit takes its minutes."""
+    """A job with a real time limit, which runs for minutes next to the other tests."""
     limit = ("--time=00:03:00", "--signal=B:USR1@60")
     output = tmp_path_factory.mktemp("limit") / "run"
     rates = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
     return distill(cluster, models, output, *limit, name="limit", **rates)
 
 
-def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster, models, tmp_path):
-    """scancel --batch --signal=USR1 is what SLURM does before a time limit, without the wait.
+def test_warned_job_requeues_itself_during_imports_and_after_a_step(cluster, models, tmp_path):
+    """Send the warning that SLURM sends before a time limit: scancel --batch --signal=USR1.
 
-    Without --batch the signal comes to the launchers and ranks alone, here before they handle it.
+    Without --batch the signal reaches only the launchers and ranks, here before they handle it.
     """
     run = distill(cluster, models, tmp_path / "run", name="warned", max_steps=80, save_steps=1000)
     assert wait_for(lambda: len(run.ranks()) == 2, 120), run.batch_log()
@@ -131,9 +131,9 @@ def test_a_warning_is_requeued_while_it_imports_and_at_the_end_of_a_step(cluster
     assert run.restarts() == 2 and (run.output / "done.json").exists()
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 80", run.printed()).group(1)
     assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
-    assert run.steps() == 80  # each of them once
-    assert run.printed().count("rows a step: 8 = 2 processes") == 2  # one run, not one a node
-    assert (LOGS / f"warned-{run.job}-node1.out").exists()  # a log for every node
+    assert run.steps() == 80  # each step once
+    assert run.printed().count("rows per step: 8 = 2 processes") == 2  # one run, not one per node
+    assert (LOGS / f"warned-{run.job}-node1.out").exists()  # one log per node
 
 
 def test_preemption_loses_no_step(cluster, models, tmp_path):
@@ -156,8 +156,8 @@ def examples() -> list[str]:
 
 
 @pytest.mark.parametrize("example", examples(), ids=lambda line: " ".join(line.split()[-3:]))
-def test_every_example_of_the_page_is_accepted_and_starts_only_when_let(cluster, example):
-    """Held back, since the models of these recipes are on a hub."""
+def test_every_example_of_the_guide_is_accepted_by_slurm(cluster, example):
+    """Jobs are held, because the models of these recipes are on a hub."""
     held = (
         f"{example} --hold"
         if "pipeline" in example
@@ -171,22 +171,22 @@ def test_every_example_of_the_page_is_accepted_and_starts_only_when_let(cluster,
     assert states == {("PENDING",)}
 
 
-def test_a_mistake_is_not_requeued(cluster, models, tmp_path):
+def test_job_with_a_mistake_is_not_requeued(cluster, models, tmp_path):
     run = distill(cluster, models, tmp_path / "run", name="mistake", max_steps=4, soft_weight=2)
     assert run.end() == "FAILED" and run.restarts() == 0
     assert "soft_weight: 2.0; wanted 0 to 1" in run.batch_log()
 
 
 def profile(folder: Path, lines: str) -> str:
-    """PROFILE for launch/slurm/train.sbatch: a shell script in place of one of launch/."""
+    """PROFILE for launch/slurm/train.sbatch: a shell script instead of a launch file."""
     file = folder / "profile.sh"
     file.write_text(f"#!/usr/bin/env bash\n{lines}\n")
     file.chmod(0o755)
     return os.path.relpath(file.with_suffix(""), ROOT / "launch")
 
 
-def test_a_failure_is_told_from_a_signal_and_the_node_that_failed_speaks(cluster, models, tmp_path):
-    """Node 1 fails by itself; node 0 is then ended by a signal, as SLURM ends a step."""
+def test_failure_differs_from_a_signal_and_the_failed_nodes_log_is_shown(cluster, models, tmp_path):
+    """Node 1 fails by itself; then SLURM ends node 0 by a signal."""
     failing = '[[ $NODE_RANK == 0 ]] || { sleep 2; echo "device 3 fell off the bus"; exit 1; }'
     other = profile(tmp_path, f"{failing}\nsleep 300")
     run = distill(cluster, models, tmp_path / "run", name="failure", profile=other)
@@ -195,15 +195,15 @@ def test_a_failure_is_told_from_a_signal_and_the_node_that_failed_speaks(cluster
     assert (LOGS / f"failure-{run.job}.ended").read_text() == "failure 1\nsignal 0\n"
 
 
-def test_three_starts_in_a_row_that_come_to_nothing_are_enough(cluster, models, tmp_path):
-    """As with a time limit that is shorter than the models take to load."""
-    early = profile(tmp_path, "kill -TERM $PPID; exit 1")  # to the shell beside the launcher
+def test_job_gives_up_after_three_starts_without_a_checkpoint(cluster, models, tmp_path):
+    """This happens when the time limit is shorter than the loading of the models."""
+    early = profile(tmp_path, "kill -TERM $PPID; exit 1")  # to the shell next to the launcher
     run = distill(cluster, models, tmp_path / "run", name="early", profile=early)
     assert run.end() == "FAILED" and run.restarts() == 2
     assert "three starts without a checkpoint" in run.batch_log()
 
 
-def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_limited):
+def test_time_limit_loses_no_step_and_a_cancelled_job_stays_cancelled(cluster, time_limited):
     run = time_limited
     assert wait_for(lambda: "resuming from" in run.printed(), 900), run.told()
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
@@ -212,13 +212,13 @@ def test_a_time_limit_loses_no_step_and_a_cancelled_job_stays_so(cluster, time_l
     assert first.count("'grad_norm'") == stopped
     cluster.run("scancel", run.job)
     assert run.end() == "CANCELLED"
-    time.sleep(8)  # longer than a requeued job waits here
+    time.sleep(8)  # longer than a requeued job waits
     assert run.end() == "CANCELLED"
     assert wait_for(lambda: not cluster.processes(), 45)
 
 
 def write_recipes(models: Path, work: Path) -> Path:
-    """A teacher that learns short answers, for only what it ends itself becomes a row."""
+    """Recipes of a teacher that learns short answers, because only finished answers become rows."""
     folder = work / "recipes"
     folder.mkdir(parents=True)
     words = ["lists", "keys", "files", "trees", "heaps", "loops", "rows", "names", "bytes"]
@@ -239,7 +239,8 @@ def write_recipes(models: Path, work: Path) -> Path:
         "2_answers": f"model: {work}/runs/merged\nprompts:\n  - {{path: {work}/prompts.jsonl}}\n"
         f"max_new_tokens: 24\noutput_dir: {work}/runs/answers\n",
         "3_a_sft": f"model: {student}max_steps: 3\noutput_dir: {work}/runs/sft\n",
-        "3_b_distill": f"student: {student}{teacher}max_steps: 300\noutput_dir: {work}/runs/distill\n",
+        "3_b_distill": f"student: {student}{teacher}max_steps: 300\n"
+        f"output_dir: {work}/runs/distill\n",
     }
     for name, text in recipes.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -253,7 +254,7 @@ def pipeline(cluster, recipes: Path, work: Path) -> dict[str, str]:
     return dict(line.split() for line in text.strip().splitlines())
 
 
-def test_pipeline_runs_to_its_report_and_the_last_of_an_array_requeues_itself_alone(
+def test_pipeline_ends_with_a_report_and_the_last_array_element_requeues_only_itself(
     cluster, models, tmp_path
 ):
     jobs = pipeline(cluster, write_recipes(models, tmp_path), tmp_path)
@@ -266,7 +267,7 @@ def test_pipeline_runs_to_its_report_and_the_last_of_an_array_requeues_itself_al
     states = {name: cluster.field(job, "JobState") for name, job in jobs.items()}
     assert begun() and set(states["report"]) == {"PENDING"}, states
     master = cluster.field(f"{students}_2", "JobId")
-    assert master == [students]  # the last element has the id of the whole array
+    assert master == [students]  # the last element has the id of the array
     cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
     states = {name: cluster.wait(job, 600) for name, job in jobs.items()}
     assert states == {n: ["COMPLETED"] * (2 if n == "students" else 1) for n in steps}
@@ -289,8 +290,8 @@ def test_pipeline_stops_where_a_step_fails(cluster, models, tmp_path):
         assert set(cluster.wait(jobs[name], 60)) == {"CANCELLED"}, name
 
 
-def test_a_lost_node_loses_at_most_one_save_interval(cluster, models, tmp_path):
-    """The last test: it would take the node from the job beside the others too."""
+def test_lost_node_costs_at_most_one_save_interval(cluster, models, tmp_path):
+    """Must be the last test: it also takes the node from the job with the time limit."""
     run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=40, save_steps=4)
     run.await_steps(10)
     cluster.crash("127.0.0.2")

@@ -1,4 +1,4 @@
-"""What a person sees of a real run that was killed once: curves, texts, hparams, in a browser."""
+"""What a user sees in the browser after a run that was killed once: curves, texts, hparams."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def browser_installed() -> None:
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> Path:
-    """One distillation of two processes, killed after step 6 and long before the last one."""
+    """A distillation with two processes, killed after step 6 of 16 and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rows in (("rows", small_rows(64)), ("heldout", small_rows(6))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,4 +1,4 @@
-"""The small variants of the experiments through the real command line, and every profile's rehearsal."""
+"""The small variants of the experiments and the rehearsals run by their real command lines."""
 
 import json
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("docstrings")
 
 
 def run(profile: str, script: str, recipe: str, *flags) -> str:
-    """Standard output and error of a small recipe that must end with its done marker."""
+    """The output of a small recipe, which must finish."""
     job = start(f"launch/{profile}.sh", f"train/{script}.py", "--config", recipe, *flags)
     assert f"saved to runs/small/{recipe.split('/')[-1][:-5]}" in job.stdout, job.stdout[-6000:]
     return job.stdout
@@ -29,7 +29,7 @@ def losses(printed: str) -> list[float]:
     return [float(value) for value in re.findall(r"'loss': '([^']+)'", printed)]
 
 
-def test_experiment_a_teacher_then_answers_then_student():
+def test_experiment_a_trains_a_teacher_and_a_student_on_its_answers():
     shutil.rmtree(SMALL, ignore_errors=True)
     printed = run("cpu", "sft", "recipes/small/a_teacher.yaml")
     assert "rows: 128 read, 128 kept" in printed and losses(printed)
@@ -47,7 +47,7 @@ def rows_of(name: str) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["imitation", "expansion", "reward"])
-def test_experiment_b_the_teachers_answers_and_a_student_of_them(kind):
+def test_experiment_b_trains_a_student_on_the_teachers_answers(kind):
     shutil.rmtree(SMALL / f"b_{kind}", ignore_errors=True)
     shutil.rmtree(SMALL / "b_student", ignore_errors=True)
     if kind == "reward":
@@ -66,8 +66,8 @@ def test_experiment_b_the_teachers_answers_and_a_student_of_them(kind):
     assert losses(run("cpu", "sft", "recipes/small/b_student.yaml", "--data", data))
 
 
-def test_experiment_b_labels_and_rationales_checked_against_the_gold_answers():
-    """Of a served teacher, since the small one cannot reason; it is wrong at every other question."""
+def test_experiment_b_checks_rationales_against_the_gold_answers():
+    """The small teacher cannot reason, so a server answers; about half of its answers are wrong."""
     shutil.rmtree(SMALL / "b_rationales", ignore_errors=True)
     chat = [json.loads(x) for x in (DATA / "chat_train.jsonl").read_text().splitlines()]
     gold = {row["messages"][-2]["content"]: row["messages"][-1]["content"] for row in chat}
@@ -100,7 +100,7 @@ def test_experiment_b_labels_and_rationales_checked_against_the_gold_answers():
     assert len(labels) == 2 * len(set(asked))  # label_copies
 
 
-def test_experiment_e_answers_of_an_api_then_the_student():
+def test_experiment_e_trains_a_student_on_answers_of_an_api():
     for name in ("e_answers", "e_student"):
         shutil.rmtree(SMALL / name, ignore_errors=True)
     with ChatServer(faulty=0.3, slow=0.1) as server:
@@ -113,8 +113,8 @@ def test_experiment_e_answers_of_an_api_then_the_student():
     assert losses(run("cpu", "sft", "recipes/small/e_student.yaml"))
 
 
-def test_a_student_of_experiment_d_from_a_cache_of_its_teacher():
-    """k = 64 of 4 096 ids: the difference from the live loss is measured and printed."""
+def test_experiment_d_trains_a_student_from_a_cache_of_its_teacher():
+    """With 64 of 4 096 ids, the difference from the live loss is measured and printed."""
     cache = ("--teacher_cache", "runs/small/cache", "--output_dir", "runs/small/d_cached")
     for folder in ("cache", "d_cached"):
         shutil.rmtree(SMALL / folder, ignore_errors=True)
@@ -134,12 +134,12 @@ def test_a_student_of_experiment_d_from_a_cache_of_its_teacher():
 
 
 @pytest.mark.parametrize("student", ["sft", "distill", "distill_sft"])
-def test_experiment_d_three_students_with_the_teacher_in_the_step(student):
+def test_experiment_d_trains_three_students_with_the_teacher_in_the_step(student):
     script = "sft" if student == "sft" else "distill"
     shutil.rmtree(SMALL / f"d_{student}", ignore_errors=True)
     printed = run("cpu", script, f"recipes/small/d_{student}.yaml")
-    assert "rows a step: 16 = 2 processes x 8 rows x 1" in printed
-    assert "<|im_start|>, <|im_end|> look untrained" in printed  # and LoRA leaves them so
+    assert "rows per step: 16 = 2 processes x 8 rows x 1" in printed
+    assert "<|im_start|>, <|im_end|> look untrained" in printed  # LoRA does not train them
     steps = losses(printed)
     assert steps[-1] < steps[0]
     if student != "sft":
@@ -147,7 +147,7 @@ def test_experiment_d_three_students_with_the_teacher_in_the_step(student):
 
 
 @pytest.mark.slow
-def test_three_stages_by_one_command_that_does_nothing_twice():
+def test_three_stages_run_by_one_command_that_repeats_nothing():
     stages = ("f_hidden", "f_logits", "f_on_policy")
     for name in stages:
         shutil.rmtree(SMALL / name, ignore_errors=True)
@@ -166,7 +166,7 @@ def test_three_stages_by_one_command_that_does_nothing_twice():
 
 
 @pytest.mark.parametrize("profile", ["2xt4", "2xa100", "h100"])
-def test_every_profile_runs_two_steps_with_counts_and_precision_replaced(profile):
+def test_every_profile_rehearses_two_steps_on_two_cpu_processes(profile):
     shutil.rmtree(SMALL / "d_distill_sft", ignore_errors=True)
     job = start(
         *(f"launch/{profile}.sh", "--cpu", "train/distill.py"),
