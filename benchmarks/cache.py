@@ -2,10 +2,11 @@
 
 python benchmarks/cache.py --json benchmarks/results/cache_cpu.json
 
-Measured with the quickstart's held-out conversations (python data/quickstart/docstrings.py
---out_dir runs/quickstart/data writes them), its untrained student and its teacher: bytes per token,
-the probability mass of the kept ids, and forward KL and gradient with respect to the student's
-hidden states, compared with those of the live teacher.
+Measured with the quickstart's held-out conversations, its untrained student and its teacher: bytes
+per token, the probability mass of the kept ids, and forward KL and gradient with respect to the
+student's hidden states, compared with those of the live teacher. This command writes the data:
+
+python data/quickstart/docstrings.py --out_dir runs/quickstart/data
 """
 
 import json
@@ -18,9 +19,8 @@ import torch
 from kd.data.encoding import encode_rows
 from kd.data.sources import load_rows
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
 from kd.recipe import parse, setting
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cache_files import record_type
 from kd.teachers.cached import outputs_of

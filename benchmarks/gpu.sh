@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run everything that needs a GPU in at most nine minutes. Needs PyTorch and one NVIDIA GPU, no network.
 # Not run on a GPU yet.
-#   python benchmarks/wheels.py            downloads benchmarks/wheels; copy that folder along with this one
-#   benchmarks/gpu.sh --out runs/gpu       writes gpu.json, table.txt and log.txt into runs/gpu
+#   python benchmarks/wheels.py --python 3.12
+#   benchmarks/gpu.sh --out runs/gpu
+# The first command runs where there is a network and downloads benchmarks/wheels; copy that folder to the machine with the
+# GPU. The second writes gpu.json, table.txt and log.txt into runs/gpu.
 # WHEELS names another folder of wheels. Without wheels, the installed packages are used.
 set -euo pipefail
 began=$(date +%s)

@@ -31,7 +31,7 @@ HEAD = """\
 `python benchmarks/readme.py` writes this page from the files of [results/](results); a test checks
 that both agree. Compare numbers within one table: seconds of different tables were measured
 under different load. `benchmarks/gpu.sh` runs everything that needs a GPU. For a machine without a
-network, run `python benchmarks/wheels.py` on another machine first.
+network, run `python benchmarks/wheels.py --python 3.12` on another machine first.
 """
 NO_GPU = "\nNothing has been measured on a GPU yet: results/gpu/gpu.json does not exist.\n"
 
@@ -245,6 +245,8 @@ def section(name: str, file: Path, command: str) -> str:
     table = TABLES.get(name, Table({}))
     own = data.get("command") if isinstance(data, dict) else None
     command = (" ".join(own) if isinstance(own, list) else own) or table.command or command
+    if command.startswith("benchmarks/") and ".py" in command:  # recorded as sys.argv
+        command = f"python {command}"
     lines = [table.note, ""] if table.note else []
     lines += [f"    {command}", ""] if command else []
     facts = [*machine(data), f"[{file.name}](results/{file.name})"]

@@ -28,7 +28,8 @@ from kd.data.near_duplicates import NearDuplicates
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "datasets",
             "accelerate", "peft", "deepspeed", "bitsandbytes", "pyarrow", "fsspec",
-            "huggingface_hub", "sympy", "networkx", "jinja2", "aiohttp", "tensorboard", "safetensors")  # fmt: skip
+            "huggingface_hub", "sympy", "networkx", "jinja2", "aiohttp", "tensorboard",
+            "safetensors")  # fmt: skip
 HELDOUT_SHARE = 0.05
 NEAR_DUPLICATE = 0.7  # Jaccard similarity of word trigrams
 ONE_SENTENCE, IN_FULL = "Answer in one sentence.", "Answer in full."
