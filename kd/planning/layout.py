@@ -93,9 +93,10 @@ class Plan:
     def __str__(self) -> str:
         layout = self.layout
         unit = "GPU" if layout.device == "cuda" else "process"
+        processes = f"{layout.processes} process{'es' if layout.processes > 1 else ''}"
         lines = [
-            f"peak memory per {unit}, during {self.worst}; {layout.processes} processes x "
-            f"{layout.micro} rows of {layout.max_length} tokens"
+            f"peak memory per {unit}, during {self.worst}; {processes} x {layout.micro} rows of "
+            f"{layout.max_length} tokens"
         ]
         lines += [size_line(name, size) for name, size in self.parts.items()]
         verdict = "fits" if self.fits else "DOES NOT FIT"

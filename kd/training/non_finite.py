@@ -21,7 +21,7 @@ class NonFinite(TrainerCallback):
         self.update_skipped = False
 
     def note(self, ids: Tensor, loss: Tensor) -> None:
-        """Record on the device whether the scalar `loss` of a micro-batch, (B, T) ids, is finite."""
+        """Record on the device whether the scalar loss of a micro-batch, (B, T) ids, is finite."""
         self.noted.append((ids, torch.isfinite(loss.detach())))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:

@@ -40,10 +40,11 @@ class StragglerMonitor(TrainerCallback):
         self.logs = self.logs + 1 if slowest == self.slowest else 1
         self.slowest = slowest
         if self.logs == LOGS_IN_A_ROW:
+            rank, host = slowest
             print_rank0(
-                f"rank {slowest[0]} on {slowest[1]} takes {ratio:.1f} x the others' time per token, "
-                f"and waiting for it costs {lost:.0%} of the time. Check its clock rate, temperature "
-                "and other processes"
+                f"rank {rank} on {host} takes {ratio:.1f} x the others' time per token. "
+                f"Waiting for it costs {lost:.0%} of the time. Check its clock rate, its "
+                "temperature and other processes"
             )
 
 

@@ -1,8 +1,8 @@
-"""One start of 1 or 2 ranks, many cells: steps with rows that the student answers, through the real Trainer.
+"""Run steps with on-policy rows through the real Trainer: many cells in one start of 1 or 2 ranks.
 
 torchrun --nproc-per-node 2 tests/jobs/on_policy.py WORK
 
-WORK/on_policy.json is a list of cells, see `Cell` of gradients.py. Writes WORK/<name>.pt of each.
+WORK/on_policy.json is a list of cells, see `Cell` in gradients.py. Writes WORK/<name>.pt for each.
 """
 
 import json
@@ -35,11 +35,11 @@ from tests.jobs.gradients import (
 from tests.small import small_rows
 
 ROWS, FRACTION = 16, 0.5
-LENGTHS = [40, 3]  # tokens that a rank's answers have at most
+LENGTHS = [40, 3]  # most tokens of an answer, by rank
 
 
 class Keeper(Recorder):
-    """Keeps the micro-batches of every step as the student has filled them."""
+    """Keep the micro-batches of every step with the completions in them."""
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
@@ -82,7 +82,7 @@ def steps(work: Path, cell: Cell) -> dict:
     return {
         "gradients": trainer.found,
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
-        # steps, each the micro-batches of all ranks in the order of the rows
+        # by step: the micro-batches of all ranks in the order of the rows
         "filled": [
             [batch for micro in zip(*(rank[n] for rank in filled), strict=True) for batch in micro]
             for n in range(cell.steps)

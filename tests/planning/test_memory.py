@@ -1,4 +1,4 @@
-"""Parts of the plan against real models, real tensors and formulas; the choice of a micro-batch."""
+"""The memory plan against real models and formulas, and the choice of a micro-batch."""
 
 import gc
 import json
@@ -63,22 +63,22 @@ KINDS = {
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Of all weights with what bitsandbytes keeps beside them; its shared table of 256 left out."""
+    """Bytes of all weights, with bitsandbytes' scales but without its shared table of 256 codes."""
     total = 0
     for parameter in model.parameters():
         total += parameter.numel() * parameter.element_size()
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            beside = [state.absmax, state.code]
-            beside += [state.state2.absmax, state.offset] if state.nested else []
-            total += sum(tensor.numel() * tensor.element_size() for tensor in beside)
+            scales = [state.absmax, state.code]
+            scales += [state.state2.absmax, state.offset] if state.nested else []
+            total += sum(tensor.numel() * tensor.element_size() for tensor in scales)
     return total
 
 
 @pytest.mark.parametrize("student", ["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_student_is_counted_to_the_byte(kind, student, tokenizer, tmp_path):
-    # 51 x 102 numbers make no whole number of blocks of 64
+    # 52 x 102 weights do not fill a whole number of blocks of 64.
     shape = {"hidden": 52, "intermediate_size": 102, "tie_word_embeddings": student == "tied"}
     folder = save_small(tmp_path / "model", tokenizer, **shape)
     real = load_trained(str(folder), KINDS[kind], tokenizer)
@@ -89,7 +89,7 @@ def test_student_is_counted_to_the_byte(kind, student, tokenizer, tmp_path):
     assert trained == parameter_counts(real)[0] > 0
 
 
-def test_deepspeed_brings_adapters_to_half_precision(tokenizer, tmp_path):
+def test_deepspeed_casts_adapters_to_half_precision(tokenizer, tmp_path):
     config = read_config(str(save_small(tmp_path / "model", tokenizer)))
     for cast, size in ((True, 2), (False, 4)):
         pieces = stored_tensors(build_trained(config, KINDS["lora"], torch.bfloat16, cast))
@@ -109,8 +109,8 @@ def test_nf4_teacher_is_counted_to_the_byte(double, tokenizer, tmp_path):
     assert sum(piece.bytes for piece in pieces) == held_bytes(packed)
 
 
-def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_layout(tmp_path):
-    """Written out for the published shapes: 4 bits, and a scale and a zero for 128 numbers."""
+def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_format(tmp_path):
+    """Written out for the published shapes: 4 bits, and a scale and a zero per 128 numbers."""
     hidden, blocks, kv, intermediate, vocab_size = 5120, 64, 1024, 27_392, 152_064
     linears = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate
     packed = linears // 2 + linears // 128 // 2 + linears // 128 * 2
@@ -120,8 +120,8 @@ def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_layout(tmp_path):
     assert sum(piece.bytes for piece in checkpoint_tensors(config, "auto")) == total
 
 
-def test_activations_of_a_block_are_those_counted_by_hand():
-    """Full training in float32, flash attention: per token what autograd keeps of a Qwen2 block."""
+def test_activations_of_a_block_equal_a_count_by_hand():
+    """Full float32 training with flash attention: what autograd saves per token of a block."""
     hidden, intermediate, heads, rows, length = 64, 160, 4, 3, 48
     config = Qwen2Config(
         vocab_size=100,
@@ -131,20 +131,21 @@ def test_activations_of_a_block_are_those_counted_by_hand():
         num_attention_heads=heads,
         num_key_value_heads=heads,
     )
-    norms = 2 * (3 * hidden + 1)  # its input, the normed one before and behind the weight, 1 / rms
-    attention = 4 * hidden + heads  # query, key, value, output, and a normaliser a head
+    # A norm saves its input, the normalized input before and after the weight, and 1 / rms.
+    norms = 2 * (3 * hidden + 1)
+    attention = 4 * hidden + heads  # query, key, value, output, and one normalizer per head
     mlp = 4 * intermediate  # gate, its SiLU, up, their product
-    wanted = 4 * rows * length * (norms + attention + mlp)
+    expected = 4 * rows * length * (norms + attention + mlp)
 
-    def of(blocks: int, **options) -> float:
+    def kept(blocks: int, **options) -> float:
         shallow = truncated(config, blocks)
         return trace_activations(
             shallow, lambda c: build(c, torch.float32), rows, length, **options
         ).kept
 
-    assert of(8) - of(7) == wanted
-    # With checkpointing a block keeps its input alone.
-    assert of(8, checkpointing=True) - of(7, checkpointing=True) == 4 * rows * length * hidden
+    assert kept(8) - kept(7) == expected
+    # With checkpointing a block saves only its input.
+    assert kept(8, checkpointing=True) - kept(7, checkpointing=True) == 4 * rows * length * hidden
 
 
 ARCHITECTURES = {
@@ -158,15 +159,15 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_activations_are_those_of_a_real_run(architecture, kind, checkpointing, tmp_path):
-    """The same model with numbers on this CPU: bytes of its live tensors, to 2 %."""
+def test_traced_activations_equal_those_of_a_real_run(architecture, kind, checkpointing, tmp_path):
+    """The same model, with values, on this CPU: bytes of its live tensors, within 2%."""
     tokenizer = small_tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     config = ARCHITECTURES[architecture](**shape)
     config.save_pretrained(tmp_path)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    attention = "eager" if architecture == "gemma2" else "sdpa"  # its soft-cap has no sdpa
+    attention = "eager" if architecture == "gemma2" else "sdpa"  # sdpa has no soft-cap
     settings = replace(KINDS[kind], dtype="float32", attn_implementation=attention)
     rows, length = 2, 64
     config = read_config(str(tmp_path))
@@ -185,7 +186,7 @@ def test_activations_are_those_of_a_real_run(architecture, kind, checkpointing, 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids = torch.zeros(rows, length, dtype=torch.long)
     base.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
-    model.zero_grad()  # tables that are made at the first call are none of its activations
+    model.zero_grad()  # the first call also creates tables, which are not activations
     known = [*model.parameters(), *model.buffers()]
     with LiveBytes(known) as live:
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -195,7 +196,7 @@ def test_activations_are_those_of_a_real_run(architecture, kind, checkpointing, 
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-def test_loss_workspace_is_what_the_loss_allocates(teacher, tokenizer, tmp_path):
+def test_planned_loss_workspace_is_what_the_loss_allocates(teacher, tokenizer, tmp_path):
     vocab_size, width, tokens = 20_000, 16, 300
     shape = {"hidden": width, "vocab_size": vocab_size}
     name = str(save_small(tmp_path / "model", tokenizer, **shape))
@@ -207,13 +208,13 @@ def test_loss_workspace_is_what_the_loss_allocates(teacher, tokenizer, tmp_path)
     outputs = TeacherOutputs(hidden.detach(), Head(weight)) if teacher else None
     with LiveBytes([hidden, weight, labels]) as live:
         linear_distillation_loss(hidden, labels, Head(weight), objective, vocab_size, outputs)
-    beside = 4 * hidden.numel()  # its gradient is a part of its own
-    assert memory.loss_workspace(layout) == pytest.approx(live.peak - beside, rel=0.1)
+    gradient = 4 * hidden.numel()  # a separate part of the plan
+    assert memory.loss_workspace(layout) == pytest.approx(live.peak - gradient, rel=0.1)
 
 
 @pytest.fixture(scope="module")
 def layout(models) -> Layout:
-    """A layout of the small student and teacher on two processes with two gigabytes each."""
+    """The small student and teacher on two processes with two gigabytes each."""
     return Layout(
         student=str(models / "student"),
         model=KINDS["full"],
@@ -242,7 +243,7 @@ def test_one_plan_does_not_change_the_next(layout):
         duration(layout, Rates(1, 1, 1))
 
 
-def test_ddp_starts_with_a_copy_of_all_weights_frozen_ones_too(layout):
+def test_ddp_broadcasts_all_weights_at_its_start_frozen_ones_too(layout):
     lora = replace(layout, zero=None, model=ModelSettings(dtype="float32", lora_rank=4))
     weights = sum(piece.bytes for piece in student_tensors(lora))
     (copied,) = plan_training(replace(lora, processes=2)).phases["DDP's start"].values()
@@ -262,7 +263,7 @@ def test_more_processes_share_a_sharded_teacher(layout, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("zero, copies", [(None, 0), (ZERO2, 4 / 2), (ZERO3, 4 / 2)])
 def test_adam_under_zero_is_counted_to_the_byte(layout, zero, copies):
-    """Two float32 moments, and under DeepSpeed a float32 copy of bfloat16 weights, shared by two."""
+    """Two processes: two float32 moments; with DeepSpeed, a float32 copy of bfloat16 weights."""
     half = replace(layout, zero=zero, half="bfloat16", model=ModelSettings(dtype="bfloat16"))
     trained = parameter_counts(AutoModelForCausalLM.from_pretrained(layout.student))[0]
     parts = memory.optimizer_held(half, student_tensors(half))
@@ -271,7 +272,7 @@ def test_adam_under_zero_is_counted_to_the_byte(layout, zero, copies):
     assert found["float32"] == copies * trained
 
 
-def test_micro_batch_is_the_largest_divisor_that_fits(layout):
+def test_the_micro_batch_is_the_largest_divisor_that_fits(layout):
     sizes = {micro: plan_training(replace(layout, micro=micro)).total for micro in (1, 2, 4, 8, 16)}
     assert sorted(sizes.values()) == list(sizes.values())
     for micro in (2, 4, 8):
@@ -286,7 +287,7 @@ def test_a_given_micro_batch_is_not_changed(layout):
         fit(replace(layout, memory=half), fixed_batch=True)
 
 
-def test_a_run_that_cannot_fit_ends_with_three_changes_that_do(layout, tmp_path):
+def test_a_run_that_cannot_fit_is_told_three_changes_that_make_it_fit(layout, tmp_path):
     layout = replace(
         layout,
         student=str(save_config(tmp_path / "student", "Qwen/Qwen2.5-0.5B")),
@@ -301,7 +302,7 @@ def test_a_run_that_cannot_fit_ends_with_three_changes_that_do(layout, tmp_path)
         fit(layout, fixed_batch=False)
     lines = str(error.value).split("cheapest first (each planned):\n")[1].splitlines()
     assert len(lines) == 3 and all("GiB" in line and "--" in line for line in lines)
-    # As it says: the same layout with LoRA, one of them, does fit.
+    # One of them is LoRA, with which the same layout fits.
     assert any("--lora_rank 16" in line for line in changes_that_fit(layout, False))
     lora = replace(layout.model, lora_rank=16)
     assert fit(replace(layout, model=lora), fixed_batch=False).fits
@@ -312,7 +313,7 @@ def test_a_model_without_configuration_is_named(layout, tmp_path):
         plan_training(replace(layout, student=str(tmp_path)))
 
 
-def test_a_model_whose_shapes_depend_on_numbers_is_said_to_have_no_plan(layout):
+def test_a_model_whose_shapes_depend_on_values_cannot_be_planned(layout):
     def routed(config):
         model = build(config, torch.float32)
         model.model.norm.forward = lambda hidden: hidden[hidden.sum(-1) > 0]
@@ -325,10 +326,10 @@ def test_a_model_whose_shapes_depend_on_numbers_is_said_to_have_no_plan(layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path):
-    """Two steps of Qwen2.5-0.5B's shapes under a whole teacher of 1.5B's, by the fused loss."""
+def test_the_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_path):
+    """Two steps with the fused loss: student of Qwen2.5-0.5B's shapes, whole teacher of 1.5B's."""
     gc.collect()
-    before = torch.cuda.memory_allocated()  # what tests before this one have left
+    before = torch.cuda.memory_allocated()  # left over from earlier tests
     rows, length, vocab_size = 4, 1024, 151_936
     names = {"student": "Qwen/Qwen2.5-0.5B", "teacher": "Qwen/Qwen2.5-1.5B-Instruct"}
     folders = {role: save_config(tmp_path / role, name) for role, name in names.items()}

@@ -1,4 +1,4 @@
-"""Parts of the plan that a small layout can have alone, against what they are made of."""
+"""Single parts of the plan of a small layout, against their definitions."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def layout(models) -> Layout:
 
 @pytest.fixture(scope="module")
 def weights(models) -> int:
-    """Trained weights of a full training."""
+    """The number of trained weights in full training."""
     return parameter_counts(AutoModelForCausalLM.from_pretrained(models / "student"))[0]
 
 
@@ -56,7 +56,7 @@ def part(layout: Layout, name: str) -> float:
 @pytest.mark.parametrize(
     "zero, processes, accumulation, gradients, buckets",
     [
-        (None, 1, 1, 0, 0),  # they come as the activations go
+        (None, 1, 1, 0, 0),  # gradients replace activations
         (None, 1, 2, 1, 0),
         (None, 2, 2, 1, 1),
         (ZERO2, 2, 1, 0, 0),
@@ -65,7 +65,7 @@ def part(layout: Layout, name: str) -> float:
         (ZERO3, 4, 2, 1 / 4, 0),
     ],
 )
-def test_gradients_that_stay_and_ddps_buckets(
+def test_persistent_gradients_and_ddps_buckets(
     layout, weights, zero, processes, accumulation, gradients, buckets
 ):
     changed = replace(layout, zero=zero, processes=processes, accumulation=accumulation)
@@ -74,11 +74,11 @@ def test_gradients_that_stay_and_ddps_buckets(
 
 
 @pytest.mark.parametrize("zero, copies", [(None, 0), (ZERO2, 4 / 2), (ZERO3, 0)])
-def test_float32_weights_are_copied_by_zero_2_alone(layout, weights, zero, copies):
+def test_only_zero_2_copies_float32_weights(layout, weights, zero, copies):
     assert part(replace(layout, zero=zero), "float32 copies") == copies * weights
 
 
-def test_a_paged_optimizer_is_in_the_memory_of_the_machine(layout, weights):
+def test_a_paged_optimizer_is_in_host_memory(layout, weights):
     paged = replace(layout, zero=ZERO2, optimizer="paged_adamw_32bit", device="cuda")
     assert part(paged, "optimizer") == 0
     assert part(replace(paged, optimizer="adamw_torch"), "optimizer") == 8 * weights / 2
@@ -87,8 +87,8 @@ def test_a_paged_optimizer_is_in_the_memory_of_the_machine(layout, weights):
     assert memory.host_parts(alone, student_tensors(alone))["paged optimizer"] == 2 * 8 * weights
 
 
-def test_states_of_a_sharded_teacher_fill_its_workspace_and_no_more(layout, models):
-    one = 2 * ROWS * LENGTH * 48 * 4  # of a micro-batch, two copies, float32
+def test_hidden_states_of_a_sharded_teacher_fill_at_most_its_workspace(layout, models):
+    one = 2 * ROWS * LENGTH * 48 * 4  # bytes of a micro-batch: two copies, float32
     taught = replace(layout, teacher=str(models / "teacher"), accumulation=4)
     assert memory.teacher_states(taught) == one
     sharded = replace(taught, teacher_shards=ZERO3)
@@ -97,10 +97,10 @@ def test_states_of_a_sharded_teacher_fill_its_workspace_and_no_more(layout, mode
     assert memory.teacher_states(replace(taught, hidden_pairs=3)) == one / 2 * 5
 
 
-def test_own_answers_are_those_of_the_share_and_a_sharded_student_is_whole_for_them(layout):
+def test_generation_counts_the_chosen_rows_and_gathers_a_sharded_student(layout):
     settings = OnPolicySettings(student_fraction=0.25)
     writing = replace(layout, micro=4, accumulation=3, on_policy=settings)
-    assert memory.on_policy_rows(writing) == 6  # a quarter of 24, all of them of one process
+    assert memory.on_policy_rows(writing) == 6  # a quarter of 24, all on one process
     assert memory.on_policy_rows(replace(writing, processes=8)) == 12  # no more than it has
     for zero, whole in ((ZERO2, 0.0), (ZERO3, sum(p.bytes for p in student_tensors(layout)))):
         phase = plan_training(replace(writing, zero=zero)).phases["the student's generation"]
@@ -108,8 +108,8 @@ def test_own_answers_are_those_of_the_share_and_a_sharded_student_is_whole_for_t
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
-def test_operations_of_a_step_are_those_that_pytorch_counts(layout, models, settings):
-    """Causal attention is half of the whole square that is counted; LoRA's first block needs less."""
+def test_operations_of_a_step_equal_those_that_pytorch_counts(layout, models, settings):
+    """PyTorch counts all of attention, causal attention is half; LoRA's first block needs less."""
     model = AutoModelForCausalLM.from_pretrained(models / "student", attn_implementation="eager")
     if settings.lora_rank:
         model = get_peft_model(model, lora_config(settings, None))
@@ -125,16 +125,16 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(layout, models, sett
         assert forward.get_total_flops() == found["student's forward"] + attention
         assert backward.get_total_flops() == found["student's backward"] + 2 * attention
         return
-    # The adapters' own forward is counted with their backward, six for two and four.
+    # The plan counts the adapters' forward with their backward: 6 operations instead of 2 and 4.
     counted = forward.get_total_flops() + backward.get_total_flops()
     assert found["student's forward"] + found["student's backward"] == pytest.approx(
         counted - 3 * attention, rel=0.1
     )
 
 
-def test_the_heads_operations_again_for_a_teacher_and_again_for_a_trained_weight(layout, models):
+def test_a_teacher_and_a_trained_head_add_operations_of_the_head(layout, models):
     vocab_size = AutoModelForCausalLM.from_pretrained(models / "student").config.vocab_size
-    one = 2 * ROWS * LENGTH * vocab_size  # a number of H
+    one = 2 * ROWS * LENGTH * vocab_size  # per element of H
     taught = replace(layout, teacher=str(models / "teacher"))
     for changed, numbers in (
         (layout, 3 * 32),
@@ -147,7 +147,7 @@ def test_the_heads_operations_again_for_a_teacher_and_again_for_a_trained_weight
     assert again["student's forward again (checkpointing)"] == again["student's forward"]
 
 
-def test_what_is_unpacked_and_what_the_optimizer_moves(layout, weights):
+def test_bytes_moved_by_unpacking_and_by_the_optimizer(layout, weights):
     assert optimizer_bytes(layout) == (2 * 8 + 16) * weights
     assert optimizer_bytes(replace(layout, zero=ZERO2)) == (2 * 8 + 16) * weights / 2
     packed = replace(layout, model=replace(LORA, quantization="nf4", dtype="bfloat16"))
@@ -156,7 +156,7 @@ def test_what_is_unpacked_and_what_the_optimizer_moves(layout, weights):
     assert unpacked_bytes(replace(packed, checkpointing=True, accumulation=2)) == 6 * 9 * frozen
 
 
-def test_the_disk_holds_models_checkpoints_and_the_result(layout, weights):
+def test_disk_space_of_models_checkpoints_and_result(layout, weights):
     for zero, module in ((None, 0), (ZERO2, 4)):
         parts = disk_bytes(replace(layout, zero=zero), 3)
         assert parts["3 checkpoints"] == 3 * weights * (4 + 4 + 8 + module)

@@ -1,4 +1,4 @@
-"""DataLoader workers survive the signals that a whole job gets, from their first moment."""
+"""DataLoader workers survive signals to the whole job, from the moment they start."""
 
 import psutil
 import pytest
@@ -12,8 +12,8 @@ from kd.training.trainer import DistillationTrainer
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_workers_live_on_after_sigterm(tokenizer, tmp_path, resumed):
-    """Accelerate iterates over the loader that it wraps, and copies the wrapper where a run goes on."""
+def test_workers_survive_sigterm(tokenizer, tmp_path, resumed):
+    """Accelerate iterates over the loader that it wraps, and copies the wrapper on a resume."""
     settings = TrainingSettings(
         output_dir=str(tmp_path),
         global_batch_size=2,

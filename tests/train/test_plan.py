@@ -1,4 +1,4 @@
-"""train/plan.py: every recipe on every profile, by its real command line, and at the start of a run."""
+"""train/plan.py: every recipe on every profile, and the plan at the start of a run."""
 
 import json
 import re
@@ -21,13 +21,13 @@ RECIPES = [
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Folders with the configurations of the hub models."""
+    """Folders with the configurations of the models from the hub."""
     folder = tmp_path_factory.mktemp("hub")
     return {name: save_config(folder / name.split("/")[1], name) for name in SHAPES}
 
 
 def with_local_models(recipe, hub) -> list[str]:
-    """Flags that put a folder in the place of every model that is not here."""
+    """Flags that replace every model that is not present by a local folder."""
     keys, flags = yaml.safe_load((ROOT / recipe).read_text()), []
     for key in ("model", "student", "teacher"):
         name = keys.get(key)
@@ -49,7 +49,7 @@ def plan_script() -> dict:
 def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path, monkeypatch):
     """The command that the profile prints, run in this process."""
     file, flags = tmp_path / "plan.json", with_local_models(recipe, hub)
-    rates = ["--tflops", "1", "--memory_gb_s", "10"]  # last of all: a CPU would be measured
+    rates = ["--tflops", "1", "--memory_gb_s", "10"]  # otherwise the CPU would be measured
     words = ("train/plan.py", "--config", recipe, *flags, "--rows", "1000", *rates, "--json", file)
     command = shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", *words))
     assert command[:2] == ["python", "train/plan.py"]
@@ -57,7 +57,7 @@ def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path
     monkeypatch.setattr(sys, "argv", command[1:])
     try:
         plan_script()["main"]()
-    except ValueError as error:  # experiment D on T4s, and in the memory of a small computer
+    except ValueError as error:  # experiment D on T4s and on a small computer
         assert "DOES NOT FIT" in str(error) and "d_qwen1.5" in str(recipe)
         changes = str(error).split("cheapest first")[1]
         assert profile == "cpu" or profile == "2xt4" and "teacher_zero3_offload.json" in changes
@@ -69,7 +69,7 @@ def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path
     assert 0 < plan["total"] <= plan["of"]
 
 
-def test_plan_of_a_profile_needs_none_of_its_gpus_and_prints_once(hub):
+def test_planning_for_a_profile_needs_none_of_its_gpus_and_prints_once(hub):
     printed = succeed(
         *("launch/2xa100.sh", "train/plan.py"),
         *("--config", "recipes/d_qwen1.5_32b_to_14b/distill.yaml"),
@@ -82,12 +82,12 @@ def test_plan_of_a_profile_needs_none_of_its_gpus_and_prints_once(hub):
     table = printed.split("time per step")[0]
     assert "teacher (1/2 per process)" in table and "fits" in table and "NOT FIT" not in table
     sizes = [float(size) for size in re.findall(r"([\d.]+) GiB$", table, flags=re.M)]
-    *parts, total, _ = sizes  # the last line is the host's memory
+    *parts, total, _ = sizes  # the last line is host memory
     assert sum(parts) == pytest.approx(total, abs=0.06)
     assert "steps" in printed and "hours" in printed and "2 checkpoints" in printed
 
 
-def test_number_of_processes_may_be_replaced(hub):
+def test_the_number_of_processes_can_be_overridden(hub):
     command = succeed("launch/h100.sh", "--dry-run", "train/plan.py", NUM_PROCESSES="8")
     assert "--num_processes 8" in command
 
@@ -102,7 +102,7 @@ def work(tmp_path_factory):
 
 
 def flags_of(work, *flags) -> list[str]:
-    """What train/sft.py and train/plan.py are told alike."""
+    """The flags that train/sft.py and train/plan.py share."""
     data = json.dumps([{"path": str(work / "rows.jsonl")}])
     words = ("--model", work / "model", "--data", data, "--max_length", "512", "--use_cpu", "true")
     words += ("--global_batch_size", "16", "--max_per_device_train_batch_size", "16")
@@ -116,7 +116,7 @@ def planned_gib(work, monkeypatch, *flags) -> float:
     return json.loads((work / "plan.json").read_text())["total"] / 2**30
 
 
-def test_a_run_takes_the_micro_batch_of_its_plan_and_leaves_it(work, monkeypatch):
+def test_a_run_uses_the_micro_batch_of_its_plan_and_records_it(work, monkeypatch):
     memory = planned_gib(work, monkeypatch) - 1e-5
     flags = flags_of(work, "--max_steps", "1", "--save_strategy", "no", "--gpu_memory_gb", memory)
     done = start("python", "train/sft.py", *flags)
@@ -132,7 +132,7 @@ def test_a_run_takes_the_micro_batch_of_its_plan_and_leaves_it(work, monkeypatch
     )
 
 
-def test_a_run_that_cannot_fit_is_stopped_before_a_model_is_loaded(work, monkeypatch):
+def test_a_run_that_cannot_fit_stops_before_a_model_is_loaded(work, monkeypatch):
     memory = planned_gib(work, monkeypatch, "--per_device_train_batch_size", "1") - 1e-5
     flags = flags_of(work, "--gpu_memory_gb", memory, "--output_dir", work / "stopped")
     done = start("python", "train/sft.py", *flags)

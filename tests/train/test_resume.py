@@ -1,4 +1,4 @@
-"""kill -9 or a signal, the same command again, and the end is the same to the last bit."""
+"""After SIGKILL or a signal, the same command ends with the same weights to the last bit."""
 
 import hashlib
 import json
@@ -17,13 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kd.recipe import as_flags
 from kd.run.signals import STOPPED
-from kd.training.step_metrics import of_the_run
+from kd.training.step_metrics import reproducible
 
 TORCHRUN = "--torchrun"
 
 
 def command(models: Path, output: Path, *options: str) -> list[str]:
-    """QLoRA with dropout, a hidden-state loss and rows that the student answers under ZeRO-2, teacher sharded by ZeRO-3, two processes, accumulation 2."""
+    """Two processes, accumulation 2, ZeRO-2, teacher sharded by ZeRO-3.
+
+    QLoRA with dropout, a hidden-state loss and on-policy rows.
+    """
     flags = {
         "student": models / "student",
         "teacher": models / "teacher",
@@ -48,7 +51,7 @@ def command(models: Path, output: Path, *options: str) -> list[str]:
 
 
 def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], None]) -> str:
-    """Start the command, and act(launcher, ranks) once it has logged `steps` steps."""
+    """Start the command; call act(launcher, ranks) with process ids after `steps` logged steps."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = subprocess.PIPE
@@ -62,11 +65,11 @@ def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], No
             break
     ranks = {p.environ().get("RANK"): p.pid for p in psutil.Process(job.pid).children()}
     assert {"0", "1"} <= set(ranks), printed[-6000:]
-    family = psutil.Process(job.pid).children(recursive=True)
+    descendants = psutil.Process(job.pid).children(recursive=True)
     act(job.pid, [ranks["0"], ranks["1"]])
     printed += job.communicate(timeout=400)[0]
     assert job.returncode != 0
-    _, orphans = psutil.wait_procs(family, timeout=100)
+    _, orphans = psutil.wait_procs(descendants, timeout=100)
     assert not orphans
     return printed
 
@@ -78,7 +81,7 @@ def weights(output: Path) -> list[str]:
 
 def curve(output: Path) -> list[dict]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [of_the_run(entry) for entry in history if "loss" in entry]
+    return [reproducible(entry) for entry in history if "loss" in entry]
 
 
 def tensorboard_steps(output: Path) -> list[int]:
@@ -88,7 +91,7 @@ def tensorboard_steps(output: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-    """The run that nobody disturbs."""
+    """An uninterrupted run."""
     rows = "\n".join(json.dumps(row) for row in small_rows(80))
     (models / "rows.jsonl").write_text(rows + "\n")
     output = tmp_path_factory.mktemp("resume") / "whole"
@@ -97,12 +100,12 @@ def whole(models, tmp_path_factory):
     return output
 
 
-def test_a_killed_run_goes_on_by_the_same_command_to_bit_equal_weights(models, whole, tmp_path):
+def test_a_killed_run_resumes_by_the_same_command_with_bit_equal_weights(models, whole, tmp_path):
     killed = command(models, tmp_path / "killed")
     disturb(killed, 10, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
     assert not (tmp_path / "killed" / "done.json").exists()
     again = start(*killed)
-    assert "going on from" in again.stdout and "checkpoint-" in again.stdout, again.stdout[-6000:]
+    assert "resuming from" in again.stdout and "checkpoint-" in again.stdout, again.stdout[-6000:]
     assert (tmp_path / "killed" / "done.json").exists(), again.stdout[-6000:]
     assert weights(tmp_path / "killed") == weights(whole)
     assert curve(tmp_path / "killed") == curve(whole)
@@ -114,9 +117,9 @@ def test_a_killed_run_goes_on_by_the_same_command_to_bit_equal_weights(models, w
 
 
 def test_a_signal_ends_all_ranks_after_a_step_and_no_step_is_lost(models, whole, tmp_path):
-    """SIGUSR1 to one rank, then SIGTERM to the launcher, which hands it to ranks and their workers.
+    """SIGUSR1 to one rank, then SIGTERM to the launcher, which forwards it to ranks and workers.
 
-    By torchrun: its end is bit-equal to that of accelerate launch.
+    Started by torchrun, which gives the same bits as accelerate launch.
     """
     output = tmp_path / "run"
     stopped = command(models, output, TORCHRUN)
@@ -126,7 +129,7 @@ def test_a_signal_ends_all_ranks_after_a_step_and_no_step_is_lost(models, whole,
     assert first.count("'grad_norm'") == step < 20
 
     second = disturb(stopped, 3, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
-    assert f"going on from {output}/checkpoint-{step}" in second, second[-6000:]
+    assert f"resuming from {output}/checkpoint-{step}" in second, second[-6000:]
     later = json.loads((output / STOPPED).read_text())["step"]
     assert f"stopped by SIGTERM after step {later} of 40" in second, second[-6000:]
     assert "DataLoader worker" not in second and second.count("'grad_norm'") == later - step

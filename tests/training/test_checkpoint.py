@@ -1,4 +1,4 @@
-"""Checkpoints: damage is noticed, the last good one stays, nobody is locked out, a full disk is said."""
+"""Checkpoints: damage is detected, the last good one stays, a full disk is reported."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from kd.training.checkpoints.manifest import MANIFEST, damage, read_manifest, se
 
 
 def flags(models, output, **changes) -> list[str]:
-    """Full training of the small student in one process; a checkpoint every second step."""
+    """Full training of the small student in one process, with a checkpoint every second step."""
     (models / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
     settings = {
         "student": models / "student",
@@ -45,7 +45,7 @@ def distill(models, output, **changes):
 
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory):
-    """A run of six steps that nobody disturbed, and what it printed; under a umask for a team."""
+    """An uninterrupted run of six steps, under the umask of a team."""
     output = tmp_path_factory.mktemp("saving") / "run"
     command = ["python", "train/distill.py", *flags(models, output)]
     job = start("bash", "-c", 'umask 0007 && "$@"', "_", *command)
@@ -55,7 +55,7 @@ def finished(models, tmp_path_factory):
 
 @pytest.fixture
 def unfinished(finished, tmp_path):
-    """The same run as it was before its end: two checkpoints, no final weights."""
+    """The same run before its end: two checkpoints, no final weights."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / "done.json").unlink()
@@ -67,14 +67,14 @@ def weights(output) -> bytes:
     return (output / "model.safetensors").read_bytes()
 
 
-def test_damage_to_any_single_file_is_noticed(finished, tmp_path):
-    """Fifty at random: a file cut, one byte flipped, or deleted; each is mended again."""
+def test_damage_to_any_single_file_is_detected(finished, tmp_path):
+    """Fifty random cases: a file cut, one byte flipped, or deleted; each is undone afterwards."""
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(finished / "checkpoint-6", folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(files) > 8 and damage(folder) is None
     draw, missed = random.Random(0), []
-    for turn in range(50 + len(files)):  # and the deletion of every file
+    for turn in range(50 + len(files)):  # and every file deleted once
         path = files[turn - 50] if turn >= 50 else draw.choice(files)
         kind = "deleted" if turn >= 50 else draw.choice(["cut", "flipped", "deleted"])
         whole = path.read_bytes()
@@ -92,12 +92,12 @@ def test_damage_to_any_single_file_is_noticed(finished, tmp_path):
     assert not missed and damage(folder) is None
 
 
-def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_the_end_is_the_same(
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_with_the_same_final_weights(
     models, finished, unfinished
 ):
     torn = unfinished / "checkpoint-6" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
-    (unfinished / "saving-checkpoint-8").mkdir()  # of a run killed while it wrote
+    (unfinished / "saving-checkpoint-8").mkdir()  # left by a run killed while it wrote
     job = distill(models, unfinished)
     assert "checkpoint-6: optimizer.pt has" in job.stdout, job.stdout[-3000:]
     assert "set aside as torn-checkpoint-6" in job.stdout
@@ -114,14 +114,14 @@ def test_a_torn_checkpoint_is_set_aside_for_the_one_before_and_the_end_is_the_sa
         ({"max_steps": 9}, "the learning rate of every step depends on the length of the run"),
     ],
 )
-def test_a_changed_recipe_is_an_error_that_shows_the_difference(
+def test_a_changed_recipe_is_an_error_that_lists_the_differences(
     models, unfinished, change, message
 ):
     job = distill(models, unfinished, **change)
     assert job.returncode == 2 and message in job.stdout, job.stdout[-3000:]
-    assert "another output_dir" in job.stdout and "checkpoint-6" in job.stdout
+    assert "Revert them, or use a new output_dir" in job.stdout and "checkpoint-6" in job.stdout
     record = json.loads((unfinished / "run.json").read_text())
-    assert record["recipe"]["learning_rate"] == 5e-5  # what the folder holds is still said rightly
+    assert record["recipe"]["learning_rate"] == 5e-5  # it still describes the folder
 
 
 def test_another_number_of_processes_is_a_clear_error(models, unfinished):
@@ -130,14 +130,14 @@ def test_another_number_of_processes_is_a_clear_error(models, unfinished):
     assert job.returncode != 0 and "written with processes: 1, but this run has 2" in job.stdout
 
 
-def test_what_changes_no_weight_may_change(models, finished, unfinished):
+def test_settings_that_affect_no_weight_may_change(models, finished, unfinished):
     shutil.rmtree(unfinished / "checkpoint-6")
     job = distill(models, unfinished, save_steps=5, logging_steps=2, dataloader_num_workers=1)
     assert (unfinished / "done.json").exists(), job.stdout[-3000:]
     assert weights(unfinished) == weights(finished)
 
 
-def test_weights_and_checkpoints_can_be_read_by_whom_the_umask_lets(finished):
+def test_weights_and_checkpoints_have_the_modes_that_the_umask_allows(finished):
     files = [finished / "model.safetensors", *(finished / "checkpoint-6").rglob("*")]
     assert len(files) > 8
     modes = {path.name: path.stat().st_mode & 0o777 for path in files if path.is_file()}
@@ -153,9 +153,9 @@ def sealed(output, *steps) -> None:
         seal(folder, {"step": step})
 
 
-def test_the_limit_keeps_the_newest_and_the_best_and_never_the_last_whole_one_goes(tmp_path):
+def test_the_limit_keeps_the_newest_and_the_best_checkpoint(tmp_path):
     sealed(tmp_path, 2, 4, 6, 10)
-    for name in ("checkpoint-20", "torn-checkpoint-8"):  # no manifest: not whole
+    for name in ("checkpoint-20", "torn-checkpoint-8"):  # no manifest: incomplete
         (tmp_path / name).mkdir()
     delete_old(tmp_path, 2, str(tmp_path / "checkpoint-2"))
     left = {path.name for path in tmp_path.iterdir()}
@@ -176,7 +176,7 @@ def test_a_manifest_covers_itself(tmp_path):
     assert damage(tmp_path / "checkpoint-2") == f"{MANIFEST} is missing, torn or changed"
 
 
-def test_space_is_asked_for_before_anything_is_written(tmp_path):
+def test_free_space_is_checked_before_anything_is_written(tmp_path):
     sealed(tmp_path, 2)
     assert lack_of_space(tmp_path, 1000) is None
     problem = lack_of_space(tmp_path, 10**18)
@@ -191,9 +191,9 @@ def can_mount() -> bool:
     return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not can_mount(), reason="a small disk is made by mount, which only root may do")
-def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(models, tmp_path):
-    """A real disk of a size that holds one checkpoint and not a second."""
+@pytest.mark.skipif(not can_mount(), reason="only root can mount a small disk")
+def test_a_full_disk_is_reported_and_leaves_the_last_good_checkpoint(models, tmp_path):
+    """A real disk that holds one checkpoint but not two."""
     output = tmp_path / "run"
     output.mkdir()
     command = [sys.executable, "train/distill.py", *flags(models, output)]

@@ -1,4 +1,4 @@
-"""Rows that the student answers itself: which, with what, and what the loss makes of them."""
+"""On-policy rows: which rows are chosen, what is generated, and how they count in the loss."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ TWO = [
 
 @pytest.fixture(scope="module")
 def work(models):
-    """Where every cell has left its result; one start of one rank, one of two."""
+    """The folder with the result of every cell, from one start with one rank and one with two."""
     save_small(models / "untied", tie_word_embeddings=False)
     for ranks, cells in ((1, ALONE), (2, TWO)):
         (models / "on_policy.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
@@ -60,7 +60,7 @@ def work(models):
 
 
 def rows_of(step: list[dict]) -> list[tuple[EncodedRow, bool]]:
-    """The rows of a step's micro-batches in order, each with whether it is the student's own."""
+    """The rows of a step's micro-batches in order, each with whether it is on-policy."""
     found = []
     for batch in step:
         own = (
@@ -77,7 +77,7 @@ def own_answers(step: list[dict]) -> list[list[int]]:
 
 
 def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> torch.Tensor:
-    """From whole logits of one row after the other: the mean over target tokens of what each counts."""
+    """From full logits, row by row: the mean over target tokens of each token's loss."""
     weight, temperature = OBJECTIVE["soft_weight"], OBJECTIVE["temperature"]
     maps = getattr(causal_lm(student), "hidden_projections", None)
     total, tokens = 0.0, 0
@@ -106,8 +106,8 @@ def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> tor
 
 
 @pytest.mark.parametrize("cell", ALONE + TWO, ids=lambda cell: cell.name)
-def test_the_first_step_is_that_of_whole_logits_on_the_very_same_answers(work, cell):
-    """Loss and gradient of every trained tensor; the denominator is of the tokens after generation."""
+def test_the_first_step_equals_full_logits_on_the_same_answers(work, cell):
+    """Loss and gradient of every trained tensor, normalised by the tokens after generation."""
     found = torch.load(work / f"{cell.name}.pt")
     tokenizer = load_tokenizer(str(work / "student"))
     exact = torch.float32 if cell.mode == "qlora" else torch.float64
@@ -128,7 +128,7 @@ def test_the_first_step_is_that_of_whole_logits_on_the_very_same_answers(work, c
         assert apart / gradient.double().norm() < tolerance, name
 
 
-def test_half_of_the_rows_are_the_students_and_the_same_however_many_ranks(work):
+def test_the_same_half_of_the_rows_is_on_policy_for_any_number_of_ranks(work):
     steps = [torch.load(work / f"{cell.name}.pt")["filled"][0] for cell in ALONE + TWO]
     chosen = []
     for step in steps:
@@ -147,8 +147,8 @@ def test_half_of_the_rows_are_the_students_and_the_same_however_many_ranks(work)
     assert all(found == prompts[0] for found in prompts)
 
 
-def test_ranks_with_very_different_lengths_write_what_they_would_alone(work):
-    """DDP and ZeRO-3, of the weights as they are: before the first update and after it."""
+def test_ranks_with_very_different_lengths_generate_what_they_would_alone(work):
+    """DDP and ZeRO-3 with the current weights, before and after the first update."""
     ddp, zero3 = (torch.load(work / f"own {name}.pt")["filled"] for name in ("ddp", "zero3"))
     for n in range(2):
         answers = own_answers(ddp[n])
@@ -194,7 +194,7 @@ def test_figures_of_the_students_rows_are_apart(work):
 
 
 def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, tmp_path):
-    """By the real command line; with a share it is another run, and its figures say so."""
+    """By the real command line; with a share the run differs and logs more metrics."""
     (models / "own.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
     data = json.dumps([{"path": str(models / "own.jsonl")}])
     found, curves = {}, {}
@@ -243,7 +243,7 @@ def trainer_of(student, teacher, tokenizer, rows, folder, settings, **objective)
 
 
 def test_the_loss_does_not_scale_with_the_generated_length(tokenizer, tmp_path):
-    """Models that give every token the same distribution have the same divergence at every token."""
+    """Models with the same distribution at every token have the same divergence at every token."""
     for name, seed in (("student", 0), ("teacher", 1)):
         save_small(tmp_path / name, tokenizer, seed=seed, tie_word_embeddings=False)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -268,7 +268,7 @@ def test_the_loss_does_not_scale_with_the_generated_length(tokenizer, tmp_path):
     assert apart < 1e-5
 
 
-def test_an_empty_answer_is_its_end_token_and_is_learnt_from(models, tokenizer, tmp_path):
+def test_an_empty_answer_is_an_end_token_that_is_trained_on(models, tokenizer, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     rows, _ = encode_rows(small_rows(4), tokenizer, 512, progress=False)
     trainer = trainer_of(
@@ -291,7 +291,7 @@ def test_an_empty_answer_is_its_end_token_and_is_learnt_from(models, tokenizer, 
     assert "cross_entropy" not in metrics and metrics["on_policy_divergence"] > 0
 
 
-def test_an_answer_takes_the_place_of_one_of_a_rows_answers_and_keeps_to_max_length():
+def test_a_completion_replaces_one_of_a_rows_answers_within_max_length():
     row = EncodedRow.from_labels(
         list(range(10, 22)), [IGNORE_INDEX] * 3 + [13, 14] + [IGNORE_INDEX] * 4 + [19, 20, 21]
     )
@@ -304,7 +304,7 @@ def test_an_answer_takes_the_place_of_one_of_a_rows_answers_and_keeps_to_max_len
     assert found == {(3, 9), (9, 3)}
 
 
-def test_rows_are_drawn_by_seed_and_step_and_their_share_is_right_on_average():
+def test_rows_are_chosen_by_seed_and_step_with_the_right_share_on_average():
     draws = [choose_rows(0.3, 8, 0, step) for step in range(400)]
     assert sum(map(len, draws)) / 3200 == pytest.approx(0.3, abs=0.02)
     assert {len(places) for places in draws} == {2, 3}
@@ -316,7 +316,7 @@ def test_rows_are_drawn_by_seed_and_step_and_their_share_is_right_on_average():
 
 
 def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
-    """FlashAttention's batches have all rows in one."""
+    """Batches for FlashAttention hold all documents in one row."""
     rows, _ = encode_rows(small_rows(5), tokenizer, 512, progress=False)
     for flat in (False, True):
         on_policy_rows = OnPolicyRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
@@ -327,7 +327,7 @@ def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
         assert batch["labels"][own].tolist() == wanted
 
 
-def test_the_plan_counts_keys_and_values_and_the_weights_that_zero3_gathers(models, tokenizer):
+def test_the_plan_counts_the_key_value_cache_and_the_weights_that_zero3_gathers(models, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(models / "student").eval()
     out = model.generate(
         torch.ones(3, 9, dtype=torch.long), max_new_tokens=7, return_dict_in_generate=True

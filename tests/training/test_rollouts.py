@@ -1,4 +1,4 @@
-"""What the student writes: what Transformers writes for one row alone, from a stream of its own."""
+"""Rollouts equal what Transformers generates for one row alone, with its own random stream."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from kd.training.rollouts import PaddedIdsMask, Prompt, RolloutGenerator
 
 
 def student_with_likely_padding(models, tokenizer):
-    """What the padding of its head says is likelier than any token."""
+    """A student that gives the padded ids of its head more probability than any token."""
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     with torch.no_grad():
         student.model.embed_tokens.weight[len(tokenizer) :] *= 50
@@ -23,8 +23,8 @@ def student_with_likely_padding(models, tokenizer):
     return student
 
 
-def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
-    """Greedy, and sampled; in training mode with its loss in place, which both stay as they were."""
+def test_a_student_in_training_generates_what_it_does_as_loaded(models, tokenizer):
+    """Greedy and sampled; the student stays in training mode with its loss, as it was."""
     plain = AutoModelForCausalLM.from_pretrained(models / "student").eval()
     student = AutoModelForCausalLM.from_pretrained(models / "student", attention_dropout=0.5)
     return_loss(student)
@@ -55,8 +55,8 @@ def test_the_student_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
     assert [m.training for m in student.modules()] == modes and student.generation_config is config
 
 
-def test_continuous_batching_writes_what_generate_writes(models, tokenizer, monkeypatch):
-    """The same likeliest tokens; draws that are equal for equal seeds, and leave the run's own stream."""
+def test_continuous_batching_generates_what_generate_does(models, tokenizer, monkeypatch):
+    """Equal greedy tokens; samples depend on the seed and leave the global random stream alone."""
     student = student_with_likely_padding(models, tokenizer)
     texts = ["What does", "Return a list of all the things that there are", "A", "What is"]
     prompts = [Prompt(tokenizer.encode(x), 14 - i, 7 + i) for i, x in enumerate(texts)]
@@ -65,15 +65,16 @@ def test_continuous_batching_writes_what_generate_writes(models, tokenizer, monk
         chosen = OnPolicySettings(0.5, generation_engine=engine, **settings)
         return RolloutGenerator(student, chosen, tokenizer).generate(prompts, torch.device("cpu"))
 
-    likeliest = [written(x, prompts, generation_temperature=0) for x in ("generate", "continuous")]
-    assert likeliest[0] == likeliest[1]
+    greedy = [written(x, prompts, generation_temperature=0) for x in ("generate", "continuous")]
+    assert greedy[0] == greedy[1]
     before = torch.get_rng_state()
     drawn = [written("continuous", prompts, top_k=50, top_p=0.9) for _ in range(2)]
-    assert drawn[0] == drawn[1] != likeliest[0] and torch.equal(torch.get_rng_state(), before)
+    assert drawn[0] == drawn[1] != greedy[0] and torch.equal(torch.get_rng_state(), before)
     other = [dataclasses.replace(prompt, seed=prompt.seed + 1) for prompt in prompts]
     assert written("continuous", other, top_k=50, top_p=0.9) != drawn[0]
     assert all(token < len(tokenizer) for answer in drawn[0] for token in answer)
-    waiting = []  # where its thread starts: a prompt that came later would be drawn otherwise
+    # All prompts are queued when the thread starts; a late one would be sampled differently.
+    waiting = []
     ended = lambda manager: waiting.append(manager.input_queue.qsize())  # noqa: E731
     monkeypatch.setattr(ContinuousBatchingManager, "start", ended)
     with pytest.raises(RuntimeError, match="answered 0 of 4 prompts"):
@@ -81,7 +82,7 @@ def test_continuous_batching_writes_what_generate_writes(models, tokenizer, monk
     assert waiting == [4]
 
 
-def test_draws_of_continuous_batching_follow_the_students_distribution(models, tokenizer):
+def test_samples_of_continuous_batching_follow_the_students_distribution(models, tokenizer):
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     ids, many = tokenizer.encode("What does"), 4000
     with torch.no_grad():
@@ -96,7 +97,7 @@ def test_draws_of_continuous_batching_follow_the_students_distribution(models, t
         assert abs(count - many * p) < 5 * math.sqrt(many * p * (1 - p))
 
 
-def test_no_padded_id_is_drawn_and_a_small_workspace_writes_row_by_row(models, tokenizer):
+def test_no_padded_id_is_sampled_and_a_small_workspace_splits_the_batch(models, tokenizer):
     student = student_with_likely_padding(models, tokenizer)
     prompts = [Prompt(tokenizer.encode("a" * n), 30, n) for n in range(1, 9)]
     found = []
@@ -115,8 +116,8 @@ def test_no_padded_id_is_drawn_and_a_small_workspace_writes_row_by_row(models, t
 
 
 @pytest.mark.gpu
-def test_a_student_on_a_gpu_writes_what_it_writes_as_it_was_loaded(models, tokenizer):
-    """Sampled from a stream of a row's own; float32, so that no rounding decides."""
+def test_a_student_on_a_gpu_generates_what_it_does_as_loaded(models, tokenizer):
+    """Sampled from one random stream per row; float32, so that rounding does not decide."""
     device = torch.device("cuda")
     plain, student = (
         AutoModelForCausalLM.from_pretrained(models / "student").to(device).eval() for _ in range(2)
@@ -136,7 +137,7 @@ def test_a_student_on_a_gpu_writes_what_it_writes_as_it_was_loaded(models, token
 
 
 @pytest.mark.gpu
-def test_continuous_batching_on_a_gpu_writes_what_generate_writes(models, tokenizer):
+def test_continuous_batching_on_a_gpu_generates_what_generate_does(models, tokenizer):
     device = torch.device("cuda")
     student = AutoModelForCausalLM.from_pretrained(models / "student").to(device)
     return_loss(student)

@@ -1,4 +1,4 @@
-"""The samples are what Transformers' own greedy generation writes."""
+"""Sample texts equal Transformers' greedy generation."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,8 +8,8 @@ from kd.models.heads import LossInputs, return_loss
 from kd.training.samples import decode_greedily, markdown_table, prompt_of
 
 
-def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokenizer):
-    """Rows of different lengths in one batch, padded on the right."""
+def test_the_wrapped_student_generates_what_greedy_generation_does(models, tokenizer):
+    """Prompts of different lengths in one batch, padded on the right."""
     begun = [
         tokenizer.encode(text) for text in ("What does the sort of", "Return", "a list of all")
     ]
@@ -33,15 +33,17 @@ def test_the_wrapped_student_writes_what_greedy_generation_writes(models, tokeni
     assert decode_greedily(next_tokens, begun, 8, {end})[0] == cut
 
 
-def test_a_beginning_is_the_prompt_and_of_plain_text_its_first_tokens():
+def test_the_prompt_of_plain_text_is_its_first_tokens():
     chat = EncodedRow.from_labels([5, 6, 7, 8, 9], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 8, 9])
     assert prompt_of(chat) == [5, 6, 7]
     ids = list(range(100))
     assert prompt_of(EncodedRow.from_labels(ids, [IGNORE_INDEX, *ids[1:]])) == ids[:32]
-    long = list(range(400))  # of a long prompt its end, which the answer is to
-    assert prompt_of(EncodedRow.from_labels(long, [IGNORE_INDEX] * 300 + long[300:])) == long[44:300]
+    long = list(range(400))  # the end of a long prompt, to which the answer belongs
+    assert (
+        prompt_of(EncodedRow.from_labels(long, [IGNORE_INDEX] * 300 + long[300:])) == long[44:300]
+    )
 
 
-def test_no_text_breaks_out_of_its_cell():
+def test_texts_are_escaped_in_table_cells():
     lines = markdown_table({"prompt": ["a | b\n<b>"], "student": [""]}).splitlines()
     assert lines[2] == "| a &#124; b<br>&lt;b> | (nothing) |"

@@ -1,4 +1,4 @@
-"""Held-out figures, the best checkpoint, early stopping, and a broken model named at once."""
+"""Held-out metrics, the best checkpoint, early stopping, and a broken model reported at once."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def log_history(output) -> list[dict]:
 
 @torch.no_grad()
 def heldout_figures(student_folder, models) -> dict[str, float]:
-    """Means over all held-out target tokens from whole logits, one row after the other."""
+    """Means over all held-out target tokens, from full logits of one row at a time."""
     tokenizer = load_tokenizer(str(models / "student"))
     rows, _ = encode_rows(small_rows(7), tokenizer, 1024, progress=False)
     student = AutoModelForCausalLM.from_pretrained(student_folder)
@@ -68,7 +68,7 @@ def heldout_figures(student_folder, models) -> dict[str, float]:
 
 @pytest.mark.parametrize("launcher", [["python"], ["torchrun", "--nproc-per-node", "2"]])
 def test_heldout_figures_are_means_over_tokens_each_row_once(models, tmp_path, launcher):
-    """Seven rows on two ranks do not divide: no row may count twice."""
+    """Two ranks do not divide seven rows: no row may count twice."""
     cpu = {"use_cpu": "true"} | ({"ddp_backend": "gloo"} if len(launcher) > 1 else {})
     job = start(*launcher, "train/distill.py", *flags(models, tmp_path / "run", max_steps=2, **cpu))
     assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
@@ -81,7 +81,7 @@ def test_heldout_figures_are_means_over_tokens_each_row_once(models, tmp_path, l
 
 
 def test_best_checkpoint_by_divergence_and_early_stop(models, tmp_path):
-    """A learning rate that ruins the student: the first evaluation stays the best, and it stops."""
+    """A learning rate that ruins the student: the first evaluation stays the best."""
     output = tmp_path / "run"
     changes = {
         "learning_rate": 3.0,
@@ -98,7 +98,7 @@ def test_best_checkpoint_by_divergence_and_early_stop(models, tmp_path):
     found = [
         entry["eval_divergence"] for entry in log_history(output) if "eval_divergence" in entry
     ]
-    best = min(found[:-1])  # the last one is of the model that was kept
+    best = min(found[:-1])  # the last one evaluates the model that was kept
     assert len(found) - 1 < 15 and math.isclose(found[-1], best, rel_tol=1e-4)
 
 
@@ -112,8 +112,8 @@ def test_a_broken_teacher_ends_the_run_at_its_first_batch(models, tmp_path):
     assert done.returncode == 2 and "check the teacher" in done.stdout, done.stdout[-3000:]
 
 
-def test_fault_13_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
-    """Every read waits for the device: after the first batch, micro-steps read nothing."""
+def test_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
+    """Reads wait for the device. After the first batch, micro-steps read nothing (fault 13)."""
     tokenizer = load_tokenizer(str(models / "student"))
     rows, _ = encode_rows(small_rows(4), tokenizer, 256, progress=False)
     student = AutoModelForCausalLM.from_pretrained(models / "student")
@@ -138,7 +138,7 @@ def test_fault_13_no_value_is_read_from_the_device_between_two_logs(models, monk
     (batch, _), items = trainer.get_batch_samples(iter([batch, batch]), 2, device)
     trainer.compute_loss(student, batch, num_items_in_batch=items).backward()
     reads = []
-    # Not __bool__: Transformers itself asks once a forward whether the rows are packed.
+    # Not __bool__: Transformers itself checks in every forward whether the rows are packed.
     for name in ("item", "tolist", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: reads.append(name))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reads.append("empty_cache"))

@@ -1,4 +1,4 @@
-"""Small tokenizers that cut one text in different ways: byte-level, and as SentencePiece does."""
+"""Small tokenizers that split one text differently: byte-level BPE and SentencePiece-like."""
 
 import json
 
@@ -11,21 +11,22 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def sentencepiece(
-    kind: str = "bpe", vocabulary: int = 300, front: bool = True, texts: list[str] = TEXT
+    kind: str = "bpe", vocab_size: int = 300, front: bool = True, texts: list[str] = TEXT
 ) -> PreTrainedTokenizerFast:
-    """Blanks as U+2581 and single bytes for what is unknown; `front`: one more blank at the start.
+    """A tokenizer that writes spaces as U+2581 and unknown characters as bytes.
 
-    As Llama 2 has it (bpe, front), Gemma (bpe, no front) and T5 or XLM (unigram).
+    `front` adds a space at the start of a text. Llama 2's kind is (bpe, front), Gemma's is (bpe, no
+    front), and T5's and XLM's is unigram.
     """
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False
+            vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False
         )
     else:
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(
-            vocab_size=vocabulary, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False,
+            vocab_size=vocab_size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False,
             initial_alphabet=["\n"],
         )  # fmt: skip
     steps = [normalizers.Prepend("\u2581")] if front else []
@@ -54,7 +55,7 @@ def sentencepiece(
 
 
 def permuted(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokens and merges under other ids."""
+    """The same tokens and merges with other ids."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab, last = spec["model"]["vocab"], len(tokenizer) - 1
     spec["model"]["vocab"] = {token: last - i for token, i in vocab.items()}
@@ -76,6 +77,6 @@ TOKENIZERS = {
     "byte-level": small_tokenizer(),
     "larger byte-level": small_tokenizer(460, OTHER_TEXT, eos_token="<|endoftext|>"),
     "Llama 2's": sentencepiece(),
-    "Gemma's": sentencepiece(front=False, vocabulary=400, texts=OTHER_TEXT),
-    "unigram": sentencepiece("unigram", vocabulary=160),
+    "Gemma's": sentencepiece(front=False, vocab_size=400, texts=OTHER_TEXT),
+    "unigram": sentencepiece("unigram", vocab_size=160),
 }
