@@ -1,9 +1,9 @@
-"""One start of 1 or 2 ranks, many cells: losses and gradients of steps through the real Trainer.
+"""Train many small configurations through the real Trainer and save their losses and gradients.
 
 torchrun --nproc-per-node 2 tests/jobs/gradients.py WORK
 
-WORK/cells.json is a list of cells, see `Cell`. Writes WORK/<name>.pt of every cell, and with two
-ranks WORK/logits-<rank>.json of the sharded against the whole teacher.
+WORK/cells.json is a list of `Cell` objects. Writes WORK/<name>.pt for every cell and, with two
+ranks, WORK/logits-<rank>.json, which compares the sharded with the whole teacher.
 """
 
 import hashlib
@@ -19,15 +19,14 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_grad
 
-from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
+from kd.data.encoding import IGNORE_INDEX, encode_rows
 from kd.data.packing import Collator, pack
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.fused import Objective
 from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained
 from kd.run.exit import leave
-from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings.distillation import OWN_BASE, ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
@@ -44,35 +43,38 @@ TEACHER_CONFIGS = {
 
 @dataclass
 class Cell:
+    """One configuration of a short training."""
+
     name: str
-    engine: str = "ddp"  # or a ds JSON
+    engine: str = "ddp"  # or the path of a DeepSpeed config
     micro: int = 8
     accumulation: int = 1
     padding: int = 8
-    mode: str = "full"  # lora, qlora
+    mode: str = "full"  # or lora, qlora
     packed: bool = False
-    student: str = "student"  # a folder in WORK
-    teacher: str = "whole"  # sharded, offloaded, self
-    workspace: int = 2**30  # bytes of the teacher's
+    student: str = "student"  # folder in WORK
+    teacher: str = "whole"  # or sharded, offloaded, self
+    workspace: int = 2**30  # of the teacher, in bytes
     checkpointing: bool = False
     steps: int = 1
-    blank: bool = False  # as many rows without a target, so that micro-batches have none
-    hidden: str = ""  # cosine, mse: with this loss between hidden states, through projections
+    blank: bool = False  # add as many rows without targets, so that some micro-batches have none
+    hidden: str = ""  # cosine or mse: add this hidden-state loss, through projections
 
 
 class Recorder(DistillationTrainer):
-    """Keeps the gradient of every trained tensor as it is before clipping and the update.
+    """Record the gradient of every trained tensor before clipping and the update.
 
-    And, of every step, the bytes of each gather of DeepSpeed up to the update, and the teacher's passes.
+    For every step it also records the bytes of each DeepSpeed gather before the update, and the
+    number of micro-batches in each pass of the teacher.
     """
 
     current: "Recorder | None" = None
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.found: list[dict[str, torch.Tensor]] = []  # one a step
+        self.found: list[dict[str, torch.Tensor]] = []  # one per step
         self.gathers: list[list[int]] = []
-        self.passes: list[list[int]] = []  # micro-batches of each
+        self.passes: list[list[int]] = []  # micro-batches per pass
         states = self.teacher.states
 
         def recording_states(batches, layers):
@@ -103,13 +105,13 @@ class Recorder(DistillationTrainer):
         return loss
 
     def record(self, gradient_of):
-        Recorder.current = None  # what is gathered from here on is the optimizer's
+        Recorder.current = None  # later gathers belong to the optimizer
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.found.append({n: gradient_of(p).detach().clone() for n, p in trained.items()})
 
 
 def load_student(work: Path, cell: Cell, tokenizer):
-    """The student of a cell, the same whatever the engine; the oracle loads it here, too."""
+    """Load the student of a cell; the plain loop of the test loads the same one."""
     settings = ModelSettings(
         dtype="float32",
         lora_rank=0 if cell.mode == "full" else 4,
@@ -118,7 +120,7 @@ def load_student(work: Path, cell: Cell, tokenizer):
     torch.manual_seed(0)
     model = load_trained(str(work / cell.student), settings, tokenizer)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # it starts at 0, and with it the gradient of A
+        if "lora_B" in name:  # it starts at 0, which makes the gradient of A 0
             torch.nn.init.normal_(parameter, std=0.1)
     if cell.hidden:
         add_projections(causal_lm(model), hidden_objective(cell), TEACHER_WIDTH)
@@ -130,7 +132,7 @@ def hidden_objective(cell: Cell) -> HiddenObjective | None:
 
 
 def teacher_config(work: Path, kind: str) -> str | None:
-    """The shipped JSON, but with small tensors gathered at every use as large ones are."""
+    """Copy the shipped config, but gather small tensors at every use, like large ones."""
     if kind not in TEACHER_CONFIGS:
         return None
     settings = json.loads(Path(TEACHER_CONFIGS[kind]).read_text())
@@ -148,7 +150,7 @@ def make_teacher(work: Path, cell: Cell, device: torch.device, student) -> LiveT
     )
     teacher = LiveTeacher(settings, ModelSettings(), device, student)
     teacher.workspace = cell.workspace
-    if cell.teacher == "self":  # no weight of its own
+    if cell.teacher == "self":  # it shares all weights with the student
         students = {id(parameter) for parameter in student.parameters()}
         assert students.issuperset(map(id, teacher.module.parameters()))
     return teacher
@@ -160,7 +162,7 @@ def training_settings(work: Path, cell: Cell) -> TrainingSettings:
         per_device_train_batch_size=cell.micro,
         gradient_accumulation_steps=cell.accumulation,
         use_cpu=True,
-        optim="sgd",  # so that an error stays as small as it is, in the steps after it
+        optim="sgd",  # does not amplify rounding errors in later steps
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_steps=cell.steps,
@@ -180,7 +182,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
     if cell.blank:
-        rows += [EncodedRow(row.input_ids, [IGNORE_INDEX] * len(row)) for row in rows]
+        rows += [row.without_targets() for row in rows]
     args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     trainer = Recorder(
@@ -190,7 +192,7 @@ def gradients(work: Path, cell: Cell) -> dict:
         data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell.padding),
         processing_class=tokenizer,
         objective=Objective(**OBJECTIVE),
-        vocabulary=len(tokenizer),
+        vocab_size=len(tokenizer),
         teacher=make_teacher(work, cell, args.device, student),
         hidden=hidden_objective(cell),
     )
@@ -216,7 +218,7 @@ def gradients(work: Path, cell: Cell) -> dict:
 
 
 def count_gathers() -> None:
-    """Note the bytes of every all-gather of DeepSpeed's in the list of the current step."""
+    """Record the bytes of every DeepSpeed all-gather in the list of the current step."""
     backend = deepspeed.comm.comm.cdb
     gather = backend.all_gather_into_tensor
 
@@ -230,9 +232,9 @@ def count_gathers() -> None:
 
 @torch.no_grad()
 def sharded_logits(work: Path) -> dict:
-    """Largest difference of the sharded teachers' logits to the whole ones', three forwards each."""
+    """Return the largest difference between logits of sharded and whole teachers."""
     differences, held = {}, {}
-    for name in ("teacher", "student"):  # an untied head, and a tied one
+    for name in ("teacher", "student"):  # an untied head and a tied one
         for dtype in ("float32", "bfloat16"):
             settings = {"teacher": str(work / name), "teacher_dtype": dtype}
             whole = LiveTeacher(TeacherSettings(**settings), ModelSettings(), torch.device("cpu"))
@@ -245,14 +247,17 @@ def sharded_logits(work: Path) -> dict:
             for length in (9 + 8 * dist.get_rank(), 24, 3):  # lengths differ between ranks
                 ids = torch.arange(3, 3 + length)[None]
                 labels = torch.full_like(ids, IGNORE_INDEX)
-                if length != 9:  # rank 0 has no target token in its first forward
+                if length != 9:  # rank 0 has no targets in its first forward
                     labels[:, 1:] = ids[:, 1:]
                 batch = {
                     "input_ids": ids,
                     "position_ids": torch.arange(length)[None],
                     "labels": labels,
                 }
-                with sharded.signal(batch) as (ours, _), whole.signal(batch) as (truth, _):
+                with (
+                    sharded.batch_outputs(batch) as (ours, _),
+                    whole.batch_outputs(batch) as (truth, _),
+                ):
                     assert ours.hidden.shape == truth.hidden.shape
                     logits = ours.head.logits(ours.hidden, 300)
                     difference = logits - truth.head.logits(truth.hidden, 300)
@@ -277,8 +282,8 @@ def main() -> None:
         found = gradients(work, Cell(**cell))
         if int(os.environ["RANK"]) == 0:
             torch.save(found, work / f"{cell['name']}.pt")
-    if not alone:  # once more where Transformers has been told of a student under ZeRO-3
-        logits["beside a ZeRO-3 student"] = sharded_logits(work)
+    if not alone:  # again, now that Transformers is configured for a student under ZeRO-3
+        logits["with a ZeRO-3 student"] = sharded_logits(work)
         (work / f"logits-{dist.get_rank()}.json").write_text(json.dumps(logits))
 
 

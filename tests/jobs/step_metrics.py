@@ -1,4 +1,7 @@
-"""Two ranks' figures of a log, with sums and times that are given. torchrun ... step_metrics.py OUT"""
+"""Log the metrics of two ranks with given sums and times, and write them to OUT/<rank>.json.
+
+torchrun --nproc-per-node 2 tests/jobs/step_metrics.py OUT
+"""
 
 import json
 import sys
@@ -7,16 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kd.models.heads import REPORTED
+from kd.losses.metrics import PHASES, REPORTED
 from kd.training import step_metrics as module
-from kd.training.step_times import PHASES
 
 SHOWN = ["cross_entropy", "top1_agreement", "on_policy_divergence"]
-WORK = (3.0, 5.0, 1000.0)  # operations of a position, of a target, a second
+WORK = (3.0, 5.0, 1000.0)  # FLOPs per position, FLOPs per target token, peak FLOP/s
 
 
 def rank_sums(rank: int) -> dict[str, float]:
-    """Of two micro-batches, each the half."""
+    """Return the sums of a rank over two micro-batches."""
     counts = (
         {"tokens": 10.0, "on_policy_tokens": 4.0}
         if rank
@@ -38,17 +40,17 @@ def rank_times(rank: int) -> tuple[dict[str, float], float, int]:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    figures = module.Figures(torch.device("cpu"), SHOWN, WORK)
-    figures.times.read = lambda: rank_times(rank)
+    metrics = module.StepMetrics(torch.device("cpu"), SHOWN, WORK)
+    metrics.times.read = lambda: rank_times(rank)
     module.memory_bytes = lambda _: (1 + rank) * 2**30
     found = []
-    for _ in range(2):  # a second log has nothing of the first in it
+    for _ in range(2):  # each log starts from zero
         for _ in range(2):
             half = torch.tensor([value / 2 for value in rank_sums(rank).values()])
             batch = {"tokens": torch.tensor([3, 4 + rank]), "input_ids": torch.zeros(2, 8)}
-            figures.add(half, batch)
-        figures.add_written([[1] * (5 + rank)], rank)
-        found.append(figures.read() | {"pace": figures.own_pace})
+            metrics.add(half, batch)
+        metrics.add_completions([[1] * (5 + rank)], rank)
+        found.append(metrics.read() | {"pace": metrics.student_pace})
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Worst differences of the Triton kernel from elementwise.py, as JSON; run with TRITON_INTERPRET=1."""
+"""Print the largest differences between the Triton kernel and elementwise.py as JSON.
+
+TRITON_INTERPRET=1 python tests/jobs/triton_interpreted.py
+"""
 
 import itertools
 import json
@@ -7,16 +10,16 @@ import sys
 import torch
 
 from kd.losses import elementwise, triton_kernels
-from kd.losses.divergences import DIVERGENCES
-from kd.losses.objective import Head, Objective
+from kd.losses.head import Head
+from kd.settings.distillation import Objective
 
-TOKENS, VOCABULARY = 3, 300
+TOKENS, VOCAB_SIZE = 3, 300
 
 
 def main() -> None:
-    triton_kernels.BLOCK = 128  # three blocks a row, the last of them not full
+    triton_kernels.BLOCK = 128  # three blocks per row, the last one not full
     found = {}
-    for name in DIVERGENCES:
+    for name in triton_kernels.KERNEL_DIVERGENCES:
         for soft_weight, temperature, real in itertools.product(
             (0.0, 0.3, 1.0), (1.0, 2.0), (False, True)
         ):
@@ -33,15 +36,15 @@ def main() -> None:
 
 
 def difference(objective, real, training, scale, teacher=True) -> float:
-    """The larger of the figures' relative difference and the gradient's absolute one."""
+    """Return the larger of the metrics' relative and the gradient's absolute difference."""
     torch.manual_seed(0)
-    labels = torch.randint(VOCABULARY, (TOKENS,))
-    student_logits = scale * torch.randn(TOKENS, VOCABULARY)
-    teacher_logits = scale * torch.randn(TOKENS, VOCABULARY) if teacher else None
+    labels = torch.randint(VOCAB_SIZE, (TOKENS,))
+    student_logits = scale * torch.randn(TOKENS, VOCAB_SIZE)
+    teacher_logits = scale * torch.randn(TOKENS, VOCAB_SIZE) if teacher else None
     head, teacher_head = (
         Head(
             torch.empty(0),
-            torch.randn(VOCABULARY + 8) if real else None,
+            torch.randn(VOCAB_SIZE + 8) if real else None,
             0.5,
             softcap if real else None,
         )
@@ -51,7 +54,7 @@ def difference(objective, real, training, scale, teacher=True) -> float:
     for module in (elementwise, triton_kernels):
         student = student_logits.clone()
         gradient = student if training else None
-        sums = module.tile_figures(
+        sums = module.tile_metrics(
             student,
             teacher_logits.clone() if teacher else None,
             labels,
@@ -61,12 +64,12 @@ def difference(objective, real, training, scale, teacher=True) -> float:
             gradient,
         )
         results.append((sums, gradient))
-    (sums, gradient), (found_sums, found_gradient) = results
-    worst = ((found_sums - sums).abs() / sums.abs().clamp(min=1.0)).max().item()
+    (sums, gradient), (kernel_sums, kernel_gradient) = results
+    worst = ((kernel_sums - sums).abs() / sums.abs().clamp(min=1.0)).max().item()
     if training:
-        # Gradients of reverse KL are as large as the logits.
+        # Gradients of reverse KL are of the order of the logits.
         size = gradient.abs().max().clamp(min=1.0)
-        worst = max(worst, ((found_gradient - gradient).abs().max() / size).item())
+        worst = max(worst, ((kernel_gradient - gradient).abs().max() / size).item())
     return worst
 
 

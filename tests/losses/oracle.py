@@ -1,4 +1,4 @@
-"""Problems for the loss, and the loss and figures from whole float64 logits by plain autograd."""
+"""Seeded loss problems, and their loss and metrics from whole logits by plain autograd."""
 
 from dataclasses import dataclass, field, replace
 
@@ -7,12 +7,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kd.losses.divergences import DIVERGENCES, entropy
-from kd.losses.fused import METRICS, Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.losses.fused import linear_distillation_loss
+from kd.losses.head import Head, TeacherOutputs
+from kd.losses.metrics import TOKEN_METRICS
+from kd.settings.distillation import Objective
 
 
 @dataclass
 class Problem:
-    """Seeded inputs: `tokens` targets among `real` ids; each head has padded ids beside them."""
+    """Seeded inputs: `tokens` targets among `real` ids; both heads have more rows, as padding."""
 
     tokens: int = 130
     real: int = 53
@@ -41,7 +44,7 @@ class Problem:
 
         self.hidden = (self.magnitude * normal(self.tokens, self.width)).requires_grad_()
         self.head = head(self.real + self.student_padding, self.width, self.trained_head)
-        self.teacher = TeacherSignal(
+        self.teacher = TeacherOutputs(
             self.magnitude * normal(self.tokens, self.teacher_width),
             head(self.real + self.teacher_padding, self.teacher_width, False),
         )
@@ -53,12 +56,12 @@ class Problem:
         return [x for x in leaves if x is not None and x.requires_grad]
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Problem":
-        """The same problem with every tensor rounded to `dtype`."""
+        """Return the same problem with every tensor rounded to `dtype`."""
         same = replace(self)
         same.labels = self.labels.to(device)
         same.hidden = self.hidden.detach().to(device, dtype).requires_grad_()
         same.head = converted(self.head, dtype, device)
-        same.teacher = TeacherSignal(
+        same.teacher = TeacherOutputs(
             self.teacher.hidden.to(device, dtype), converted(self.teacher.head, dtype, device)
         )
         return same
@@ -70,7 +73,7 @@ class Problem:
         )
 
     def logits(self) -> tuple[Tensor, Tensor]:
-        """(teacher's, student's), (N, real) each."""
+        """Return the logits of teacher and student, (N, real) each."""
         return (
             whole_logits(self.teacher.hidden, self.teacher.head)[:, : self.real],
             whole_logits(self.hidden, self.head)[:, : self.real],
@@ -98,7 +101,7 @@ class Problem:
 
 
 def whole_logits(hidden: Tensor, head: Head) -> Tensor:
-    """(N, V), written apart from the code under test."""
+    """Compute logits (N, V), independently of the code under test."""
     logits = hidden @ head.weight.T
     logits = (logits if head.bias is None else logits + head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
@@ -111,11 +114,11 @@ def converted(head: Head, dtype: torch.dtype, device: str) -> Head:
     return Head(tensor(head.weight), tensor(head.bias), head.scale, head.softcap)
 
 
-def figures(sums: Tensor) -> dict[str, float]:
-    return dict(zip(METRICS, sums.tolist(), strict=True))
+def metrics_by_name(sums: Tensor) -> dict[str, float]:
+    return dict(zip(TOKEN_METRICS, sums.tolist(), strict=True))
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative, by norm; the difference itself where `wanted` is next to nothing."""
-    found, wanted = found.double(), wanted.double()
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-3)).item()
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Return the relative error by norm; the absolute one where `expected` is close to 0."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-3)).item()

@@ -1,4 +1,4 @@
-"""The reference divergences against torch and the textbook formula in float64."""
+"""The reference divergences equal torch and the textbook formulas in float64."""
 
 import math
 from functools import partial
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 from kd.losses.divergences import (
+    CLOSED_FORMS,
     DIVERGENCES,
     entropy,
     forward_kl,
@@ -21,11 +22,10 @@ from kd.losses.divergences import (
     soft_cross_entropy,
     total_variation,
 )
-from kd.losses.elementwise import CLOSED_FORMS
-from kd.losses.objective import Divergence
+from kd.settings.distillation import Divergence
 
 
-def test_recipe_reference_and_fused_loss_know_the_same_divergences():
+def test_recipe_references_and_closed_forms_have_the_same_divergences():
     assert get_args(Divergence) == tuple(DIVERGENCES) == tuple(CLOSED_FORMS)
 
 
@@ -44,7 +44,7 @@ SCALES = st.sampled_from([0.01, 1.0, 30.0, 1000.0])
 def test_divergences_are_zero_at_equality_and_never_negative(name, seed, scale, temperature):
     a, b = logits(seed, scale), logits(seed + 1, scale)
     divergence = DIVERGENCES[name]
-    assert torch.all(divergence(a, a + 3.0, temperature).abs() < 1e-11)  # a shift is no change
+    assert torch.all(divergence(a, a + 3.0, temperature).abs() < 1e-11)  # softmax ignores a shift
     assert torch.all(divergence(a, b, temperature) >= -1e-12)
     assert torch.isfinite(divergence(a, b, temperature)).all()
 
@@ -77,12 +77,12 @@ def test_each_divergence_equals_an_independent_formula(seed, temperature):
         (total_variation, (p - q).clamp(min=0).sum(-1)),
         (soft_cross_entropy, -(p * log_q).sum(-1)),
     ]
-    for function, wanted in cases:
+    for function, expected in cases:
         found = function(teacher, student, temperature)
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_entropy_of_uniform_logits_is_log_of_their_number():
+def test_entropy_of_uniform_logits_is_the_log_of_their_number():
     uniform = torch.zeros(3, 32, dtype=torch.float64)
     torch.testing.assert_close(
         entropy(uniform), torch.full((3,), math.log(32), dtype=torch.float64)
@@ -91,21 +91,21 @@ def test_entropy_of_uniform_logits_is_log_of_their_number():
 
 @given(seed=SEEDS, temperature=st.sampled_from([0.5, 1.0, 4.0]))
 @settings(deadline=None, max_examples=20)
-def test_soft_cross_entropy_is_forward_kl_and_the_teachers_entropy(seed, temperature):
+def test_soft_cross_entropy_is_forward_kl_plus_the_entropy_of_the_teacher(seed, temperature):
     teacher, student = logits(seed, 2.0), logits(seed + 1, 2.0)
     found = soft_cross_entropy(teacher, student, temperature)
-    wanted = forward_kl(teacher, student, temperature) + entropy(teacher / temperature)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    expected = forward_kl(teacher, student, temperature) + entropy(teacher / temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_an_impossible_token_of_the_teacher_counts_nothing():
+def test_a_token_of_zero_teacher_probability_contributes_nothing():
     teacher = torch.tensor([[0.0, 0.0, -math.inf]], dtype=torch.float64)
     student = torch.zeros(1, 3, dtype=torch.float64)
     torch.testing.assert_close(forward_kl(teacher, student).item(), math.log(3 / 2))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_broken_model_is_not_hidden(name):
-    """NaN logits on either side give NaN, not a divergence of 0 that looks like success."""
+def test_nan_in_either_model_makes_the_divergence_nan(name):
+    """A divergence of 0 would look like success."""
     good, bad = torch.zeros(1, 3), torch.full((1, 3), math.nan)
     assert DIVERGENCES[name](bad, good).isnan().all() and DIVERGENCES[name](good, bad).isnan().all()

@@ -1,8 +1,8 @@
-"""Faults that were found in peers, each with the test that shows ours is free of it.
+"""Faults found in similar projects; each test shows that this project does not have one of them.
 
-Number 1 (factors of ranks and accumulation) and 2 (ranks that train apart) need processes: they are
-in tests/training/test_gradients.py. Number 8 (a top-k teacher without its tail) does not arise: the
-divergence is over the whole vocabulary.
+Faults 1 (gradient scaled by ranks or accumulation steps) and 2 (ranks that diverge) need several
+processes; they are in tests/training/test_gradients.py. Fault 8 (a top-k teacher without its tail)
+cannot occur: the divergence covers the whole vocabulary.
 """
 
 import pytest
@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd.data.encoding import IGNORE_INDEX, encode_rows
 from kd.data.packing import Collator
 from kd.losses.divergences import DIVERGENCES, forward_kl
-from kd.losses.fused import Head, Objective, TeacherSignal, linear_distillation_loss
+from kd.losses.fused import linear_distillation_loss
+from kd.losses.head import Head, TeacherOutputs
 from kd.models.heads import target_positions
+from kd.settings.distillation import Objective
 
 N, H, V, REAL = 40, 16, 72, 64
 CHAT = [
@@ -29,7 +31,7 @@ def problem(dtype=torch.float64, frozen=True):
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
     hidden = normal(N, H).requires_grad_()
     head = Head(normal(V, H).requires_grad_(not frozen))
-    teacher = TeacherSignal(normal(N, H), Head(normal(V + 5, H)))
+    teacher = TeacherOutputs(normal(N, H), Head(normal(V + 5, H)))
     return hidden, torch.randint(0, REAL, (N,), generator=generator), head, teacher
 
 
@@ -41,28 +43,28 @@ def loss_and_gradient(objective, head=None, teacher=None):
     return loss.detach(), gradient
 
 
-def test_fault_3_temperature_squared_is_in_value_and_gradient_alike():
+def test_fault_3_temperature_squared_scales_loss_and_gradient_alike():
     plain = loss_and_gradient(Objective(1.0, temperature=3.0))
     squared = loss_and_gradient(Objective(1.0, temperature=3.0, temperature_squared=True))
     for without, with_ in zip(plain, squared, strict=True):
         torch.testing.assert_close(9.0 * without, with_, rtol=1e-12, atol=0)
 
 
-def test_fault_4_forward_kl_is_zero_at_equality_and_so_is_its_gradient():
+def test_fault_4_forward_kl_and_its_gradient_are_zero_at_equality():
     hidden, labels, head, _ = problem()
-    same = TeacherSignal(hidden.detach(), head)
+    same = TeacherOutputs(hidden.detach(), head)
     loss, _ = linear_distillation_loss(hidden, labels, head, Objective(1.0), REAL, same)
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert abs(loss.item()) < 1e-10 and gradient.abs().max() < 1e-10
 
 
-def test_fault_5_a_target_is_predicted_from_the_position_before_it():
+def test_fault_5_a_target_is_predicted_from_the_previous_position():
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 7, 8, IGNORE_INDEX, 9]])
     positions, targets = target_positions(labels)
     assert positions.nonzero()[:, 1].tolist() == [1, 2, 4] and targets.tolist() == [7, 8, 9]
 
 
-def test_fault_5_end_token_is_learnt_where_it_also_pads_and_padding_is_not():
+def test_fault_5_the_end_token_is_a_target_but_padding_is_not_if_both_share_an_id():
     tokenizer = small_tokenizer()
     tokenizer.chat_template, tokenizer.pad_token = CHATML, tokenizer.eos_token
     rows, _ = encode_rows([{"messages": CHAT}, {"text": "A list."}], tokenizer, 99, progress=False)
@@ -75,20 +77,20 @@ def test_fault_5_end_token_is_learnt_where_it_also_pads_and_padding_is_not():
 
 
 @pytest.mark.parametrize("rows_of_teacher", [REAL, REAL + 3, REAL + 50])
-def test_fault_6_padded_vocabularies_of_any_two_sizes_give_the_loss_of_the_real_ids(
+def test_fault_6_heads_padded_to_different_sizes_give_the_loss_of_the_real_ids(
     rows_of_teacher,
 ):
     hidden, labels, head, teacher = problem()
     wide = torch.randn(REAL + 50, H, dtype=torch.float64)
-    teacher = TeacherSignal(teacher.hidden, Head(wide[:rows_of_teacher]))
+    teacher = TeacherOutputs(teacher.hidden, Head(wide[:rows_of_teacher]))
     loss, _ = linear_distillation_loss(hidden, labels, head, Objective(1.0), REAL, teacher)
     ours = hidden @ head.weight[:REAL].T
-    wanted = forward_kl(teacher.hidden @ wide[:REAL].T, ours).sum()
-    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    expected = forward_kl(teacher.hidden @ wide[:REAL].T, ours).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, and the rows of the first factor of each."""
+    """Record the rows of the first factor of each matrix product."""
 
     def __init__(self):
         super().__init__()
@@ -111,16 +113,18 @@ def test_fault_7_a_frozen_head_gets_no_gradient_and_only_targets_are_projected(f
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_fault_10_no_cross_entropy_comes_in_unasked(divergence):
+def test_fault_10_at_soft_weight_1_the_loss_contains_no_cross_entropy(divergence):
     hidden, labels, head, teacher = problem()
     objective = Objective(1.0, divergence)
     loss, _ = linear_distillation_loss(hidden, labels, head, objective, REAL, teacher)
     other, _ = linear_distillation_loss(hidden, labels.roll(1), head, objective, REAL, teacher)
-    torch.testing.assert_close(loss, other, rtol=1e-12, atol=0)  # labels play no part
+    torch.testing.assert_close(loss, other, rtol=1e-12, atol=0)  # the labels do not matter
 
 
-def test_fault_10_weight_0_is_exactly_cross_entropy():
+def test_fault_10_at_soft_weight_0_the_loss_is_exactly_cross_entropy():
     hidden, labels, head, teacher = problem()
     loss, _ = linear_distillation_loss(hidden, labels, head, Objective(0.0), REAL, teacher)
-    wanted = cross_entropy(log_softmax(hidden @ head.weight[:REAL].T, -1), labels, reduction="sum")
-    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    expected = cross_entropy(
+        log_softmax(hidden @ head.weight[:REAL].T, -1), labels, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""The fused loss against float64 autograd on whole logits, and its invariances."""
+"""The fused loss equals float64 autograd on whole logits, for any tiles, dtypes and padding."""
 
 from unittest.mock import patch
 
@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import Problem, distance, figures
+from oracle import Problem, distance, metrics_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd.losses import elementwise, fused
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.fused import METRICS, Head, Objective, linear_distillation_loss, tile_tokens
+from kd.losses.fused import linear_distillation_loss, tile_tokens
+from kd.losses.head import Head
+from kd.losses.metrics import TOKEN_METRICS
+from kd.settings.distillation import Objective
 
 OBJECTIVES = st.builds(
     Objective,
@@ -39,47 +42,47 @@ PROBLEMS = st.builds(
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 3e-5)])
 @given(problem=PROBLEMS, objective=OBJECTIVES)
 @settings(deadline=None, max_examples=300)
-def test_value_figures_and_gradients_equal_float64_autograd(dtype, tolerance, problem, objective):
-    # float32 rounds logits of hundreds to 1e-5, and every probability with them.
+def test_loss_metrics_and_gradients_equal_float64_autograd(dtype, tolerance, problem, objective):
+    # float32 rounds logits in the hundreds to 1e-5, and so every probability.
     assume(dtype == torch.float64 or problem.magnitude <= 1.0)
     problem = problem.to(dtype)
     sizes = {"BLOCK_ELEMENTS": 200, "STRETCH": 8}
     with patch.object(fused, "TILE", 7), patch.multiple(elementwise, **sizes):
-        loss, sums = problem.fused(objective)  # 3 rows a block: neither divides the tokens
+        loss, sums = problem.fused(objective)  # 3 rows per block: neither divides the tokens
     exact = problem.to(torch.float64)
-    truth, wanted_figures = exact.expected(objective)
+    truth, expected_metrics = exact.expected(objective)
     assert loss.item() == pytest.approx(truth.item(), rel=tolerance, abs=tolerance)
-    for name, found in figures(sums).items():
+    for name, found in metrics_by_name(sums).items():
         if name == "top1_agreement" and dtype == torch.float32:
-            continue  # the best ids of saturated logits are equal in float32, and either is right
-        assert found == pytest.approx(wanted_figures[name], rel=tolerance, abs=tolerance), name
-    scale = 3.0  # what a loss scale or a weight before it does
+            continue  # saturated logits tie in float32, and either argmax is right
+        assert found == pytest.approx(expected_metrics[name], rel=tolerance, abs=tolerance), name
+    scale = 3.0  # as a loss scale does
     found = torch.autograd.grad(loss * scale, problem.trained)
-    wanted = torch.autograd.grad(truth * scale, exact.trained)
-    for one, other in zip(found, wanted, strict=True):
+    expected = torch.autograd.grad(truth * scale, exact.trained)
+    for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
-        # A gradient that cancels keeps the rounding of its terms, which are logits.
+        # Where a gradient cancels, the rounding error of its terms, the logits, remains.
         assert (one - other).norm() < tolerance * (other.norm() + max(1.0, problem.magnitude))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_extreme_logits_give_the_loss_of_float64(divergence, temperature):
-    """Logits of some 10 000, where nearly all probabilities are 0 in float32."""
+    """With logits near 10 000, almost all probabilities are 0 in float32."""
     problem = Problem(magnitude=2000.0, trained_head=False).to(torch.float32)
     objective = Objective(0.5, divergence, temperature)
     loss, sums = problem.fused(objective)
     exact = problem.to(torch.float64)
     truth, _ = exact.expected(objective)
     assert sums.isfinite().all() and distance(loss, truth) < 1e-5
-    (found,), (wanted,) = (
+    (found,), (expected,) = (
         torch.autograd.grad(x, p.hidden) for x, p in ((loss, problem), (truth, exact))
     )
-    assert distance(found, wanted) < 1e-3  # float32 rounds such logits to 1e-3
+    assert distance(found, expected) < 1e-3  # float32 rounds such logits to 1e-3
 
 
 @pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name[:4] != "soft"])
-def test_student_equal_to_teacher_has_no_divergence_and_no_gradient(divergence):
+def test_a_student_equal_to_its_teacher_has_zero_divergence_and_zero_gradient(divergence):
     problem = Problem(width=20, student_padding=16, trained_head=False).to(torch.float32)
     problem.head = Head(problem.teacher.head.weight, None, problem.head.scale)
     problem.hidden = problem.teacher.hidden.clone().requires_grad_()
@@ -90,31 +93,31 @@ def test_student_equal_to_teacher_has_no_divergence_and_no_gradient(divergence):
 
 @pytest.mark.parametrize("tile", [1, 7, 64, 1000])
 @pytest.mark.parametrize("block", [1, 200, 10**6])
-def test_tile_and_block_sizes_change_no_gradient(tile, block):
-    """1e-6 relative in float32, every trained tensor."""
+def test_tile_and_block_sizes_do_not_change_gradients(tile, block):
+    """Within 1e-6 relative in float32, for every trained tensor."""
     problem, objective = Problem(bias=True).to(torch.float32), Objective(0.5, temperature=2.0)
     whole, _ = problem.fused(objective)
-    wanted = torch.autograd.grad(whole, problem.trained)
+    expected = torch.autograd.grad(whole, problem.trained)
     with patch.object(fused, "TILE", tile), patch.object(elementwise, "BLOCK_ELEMENTS", block):
         tiled, _ = problem.fused(objective)
     found = torch.autograd.grad(tiled, problem.trained)
     assert distance(tiled, whole) < 1e-6
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         assert distance(one, other) < 1e-6
 
 
-def test_sft_is_cross_entropy_alone_and_needs_no_teacher():
+def test_sft_is_cross_entropy_only_and_needs_no_teacher():
     problem = Problem()
     loss, sums = problem.fused(Objective(soft_weight=0.0), with_teacher=False)
-    truth, wanted = problem.expected(Objective(soft_weight=0.0))
+    truth, expected = problem.expected(Objective(soft_weight=0.0))
     torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
-    found = figures(sums)
+    found = metrics_by_name(sums)
     assert found["divergence"] == found["teacher_cross_entropy"] == found["top1_agreement"] == 0.0
-    assert found["student_entropy"] == pytest.approx(wanted["student_entropy"])
+    assert found["student_entropy"] == pytest.approx(expected["student_entropy"])
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_no_target_token_gives_zero_with_a_gradient_path(with_teacher):
+def test_without_target_tokens_the_loss_is_zero_and_differentiable(with_teacher):
     problem = Problem(tokens=0, bias=True)
     loss, sums = problem.fused(Objective(0.5 if with_teacher else 0.0), with_teacher)
     loss.backward()
@@ -124,7 +127,7 @@ def test_no_target_token_gives_zero_with_a_gradient_path(with_teacher):
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that run inside."""
+    """Record the shapes of the matrix products that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -135,26 +138,28 @@ class Products(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_", "matmul", "linear", "baddbmm"):
             self.shapes.append(tuple(result.shape))
-        # Inner products over V, row by row, are no matrix products.
+        # Row-wise inner products over V are not matrix products.
         assert name != "bmm" or result.shape[1:] == (1, 1)
         return result
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("soft_weight", [0.5, 1.0])
-def test_a_frozen_head_costs_three_products_a_tile_and_a_trained_one_four(divergence, soft_weight):
+def test_a_tile_costs_three_products_with_a_frozen_head_and_four_with_a_trained_one(
+    divergence, soft_weight
+):
     objective = Objective(soft_weight, divergence, temperature=2.0)
     n, real, width = fused.TILE, 53, 12
     three = [(n, real), (n, real), (n, width)]
-    for trained_head, wanted in ((False, three), (True, [*three, (real, width)])):
+    for trained_head, expected in ((False, three), (True, [*three, (real, width)])):
         problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
         with Products() as products:
             loss, _ = problem.fused(objective)
             loss.backward()
-        assert products.shapes == 2 * wanted
+        assert products.shapes == 2 * expected
 
 
-def test_no_gradient_is_formed_under_no_grad_and_none_where_nothing_trains():
+def test_no_gradient_is_computed_under_no_grad_or_if_nothing_is_trained():
     problem = Problem(tokens=128).to(torch.float32)
     frozen = problem.to(torch.float32)
     frozen.hidden.requires_grad_(False)
@@ -167,7 +172,7 @@ def test_no_gradient_is_formed_under_no_grad_and_none_where_nothing_trains():
 
 
 def test_float32_heads_are_read_in_place():
-    """No copy of a head, and no slice of one, on a CPU in float32."""
+    """On a CPU in float32, no head or slice of one is copied."""
     problem = Problem(tokens=4, real=1000, student_padding=5, trained_head=False).to(torch.float32)
 
     class NoHeadCopies(TorchDispatchMode):
@@ -193,14 +198,14 @@ def test_half_precision_heads_are_multiplied_in_float32(dtype, piece_bytes):
     truth, _ = exact.expected(objective)
     assert loss.dtype == torch.float32 and distance(loss, truth) < 1e-6
     found = torch.autograd.grad(loss, problem.trained)
-    wanted = torch.autograd.grad(truth, exact.trained)
-    for one, other in zip(found, wanted, strict=True):
-        # As if the float64 gradient had been rounded once to the parameter's type.
+    expected = torch.autograd.grad(truth, exact.trained)
+    for one, other in zip(found, expected, strict=True):
+        # As if the float64 gradient were rounded once to the parameter's dtype.
         assert one.dtype == dtype and distance(one, other) < torch.finfo(dtype).eps
 
 
-def test_half_precision_products_round_the_logits_gradient_once_and_no_sum():
-    """The buffers of CUDA, on a CPU: products of bfloat16 with float32 output are emulated."""
+def test_half_precision_products_round_only_the_logits_gradient_and_no_sum():
+    """Emulate the buffers of CUDA on a CPU: bfloat16 products with float32 output."""
     problem = Problem(bias=True).to(torch.bfloat16)
     exact = problem.to(torch.float64)
 
@@ -210,28 +215,28 @@ def test_half_precision_products_round_the_logits_gradient_once_and_no_sum():
         out.copy_(out + product if accumulate else product)
 
     with (
-        patch.object(fused, "_product_type", lambda *_: torch.bfloat16),
+        patch.object(fused, "_product_dtype", lambda *_: torch.bfloat16),
         patch.object(fused, "_multiply", multiply),
     ):
         loss, _ = problem.fused(Objective(0.5))
     truth, _ = exact.expected(Objective(0.5))
     assert distance(loss, truth) < 1e-6
     found = torch.autograd.grad(loss, problem.trained)
-    wanted = torch.autograd.grad(truth, exact.trained)
-    for one, other in zip(found, wanted, strict=True):
-        assert distance(one, other) < 2**-8  # bfloat16 has eight digits
+    expected = torch.autograd.grad(truth, exact.trained)
+    for one, other in zip(found, expected, strict=True):
+        assert distance(one, other) < 2**-8  # bfloat16 has 8 bits of precision
 
 
-def test_half_precision_gradient_survives_a_loss_scale_of_65536():
-    """The kept gradient is float32 and is scaled before the cast: no flush to zero in fp16."""
+def test_half_precision_gradients_survive_a_loss_scale_of_65536():
+    """The stored gradient is float32 and scaled before the cast, so fp16 does not underflow."""
     problem = Problem(tokens=64, trained_head=False).to(torch.float16)
     tiny, scale = 1e-7, 2.0**16
     loss, _ = problem.fused(Objective(1.0))
     (scaled,) = torch.autograd.grad(loss * tiny * scale, problem.hidden)
     exact = problem.to(torch.float64)
     truth, _ = exact.expected(Objective(1.0))
-    (wanted,) = torch.autograd.grad(truth * tiny * scale, exact.hidden)
-    torch.testing.assert_close(scaled.double(), wanted, rtol=2e-3, atol=1e-6)
+    (expected,) = torch.autograd.grad(truth * tiny * scale, exact.hidden)
+    torch.testing.assert_close(scaled.double(), expected, rtol=2e-3, atol=1e-6)
 
 
 def test_backward_can_run_twice_on_the_same_loss():
@@ -242,7 +247,7 @@ def test_backward_can_run_twice_on_the_same_loss():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_temperature_squared_multiplies_value_and_gradient_alike():
+def test_temperature_squared_multiplies_loss_and_gradient_alike():
     problem = Problem(trained_head=False)
     plain, _ = problem.fused(Objective(1.0, temperature=3.0))
     squared, _ = problem.fused(Objective(1.0, temperature=3.0, temperature_squared=True))
@@ -252,8 +257,8 @@ def test_temperature_squared_multiplies_value_and_gradient_alike():
 
 
 @pytest.mark.parametrize("student_padding, teacher_padding", [(8, 136), (136, 8), (0, 128)])
-def test_padded_ids_of_either_vocabulary_get_no_probability(student_padding, teacher_padding):
-    """Raising the logits of ids that the tokenizer lacks changes nothing, whichever head has more."""
+def test_padded_ids_of_either_head_get_no_probability(student_padding, teacher_padding):
+    """Raising the logits of padded ids changes nothing, whichever head has more rows."""
     problem = Problem(
         student_padding=student_padding, teacher_padding=teacher_padding, trained_head=False
     )
@@ -279,45 +284,45 @@ def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(owner):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_broken_model_is_not_hidden(side):
+def test_nan_in_either_model_makes_the_loss_nan(side):
     problem = Problem(tokens=3)
     broken = problem.hidden if side == "student" else problem.teacher.hidden
     broken.detach()[1, 0] = torch.nan
     for name in DIVERGENCES:
         loss, sums = problem.fused(Objective(1.0, name))
-        assert loss.isnan() and sums[METRICS.index("divergence")].isnan()
+        assert loss.isnan() and sums[TOKEN_METRICS.index("divergence")].isnan()
 
 
 @pytest.mark.parametrize("width", [7, 1024, 1536, 2000])
-def test_the_likeliest_id_is_the_first_of_the_highest(width):
+def test_argmax_returns_the_first_of_equal_maxima(width):
     logits = torch.randint(50, (64, width), generator=torch.Generator().manual_seed(0)).float()
     logits[0] = 1.0  # all equal
-    logits[1, -1] = 99.0  # in what is left over behind the last whole stretch
+    logits[1, -1] = 99.0  # after the last whole stretch
     logits[2, width // 2] = torch.nan
     assert torch.equal(elementwise.argmax(logits), logits.argmax(-1, keepdim=True))
 
 
-def test_log_probabilities_read_from_one_softmax_are_those_of_log_softmax():
+def test_log_probabilities_from_one_softmax_equal_log_softmax():
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0)) * 30
     log_p, p = torch.empty(2, 8, 3000)
     elementwise.probabilities(logits, log_p, p)
-    wanted = logits.double().log_softmax(-1)
-    assert torch.allclose(log_p.double(), wanted, rtol=1e-6, atol=1e-5)
-    assert torch.allclose(p.double(), wanted.exp(), rtol=1e-5, atol=1e-9)
+    expected = logits.double().log_softmax(-1)
+    assert torch.allclose(log_p.double(), expected, rtol=1e-6, atol=1e-5)
+    assert torch.allclose(p.double(), expected.exp(), rtol=1e-5, atol=1e-9)
 
 
-def test_the_tile_follows_from_the_workspace():
-    """Buffers and temporaries of a tile fit, at the vocabulary of Qwen 2.5 and a GPU's 512 MiB."""
+def test_the_tile_size_fits_the_workspace():
+    """Buffers and temporaries fit into 512 MiB with the vocabulary of Qwen 2.5 on a GPU."""
     gpu, full, half = torch.device("cuda"), torch.float32, torch.bfloat16
-    vocabulary = 152_064
-    found = tile_tokens(Objective(soft_weight=0.0), vocabulary, full, [half, half], gpu)
-    assert found == 256 and found * vocabulary * (4 + 4 + 2) < 512 * 2**20
+    vocab_size = 152_064
+    found = tile_tokens(Objective(soft_weight=0.0), vocab_size, full, [half, half], gpu)
+    assert found == 256 and found * vocab_size * (4 + 4 + 2) < 512 * 2**20
     assert (
-        tile_tokens(Objective(soft_weight=0.0), vocabulary, full, [full, full], torch.device("cpu"))
+        tile_tokens(Objective(soft_weight=0.0), vocab_size, full, [full, full], torch.device("cpu"))
         == 256
     )
     small = Objective(soft_weight=0.0, loss_workspace_mb=128)
-    assert 1 <= tile_tokens(small, vocabulary, full, [half, half], gpu) < 64
+    assert 1 <= tile_tokens(small, vocab_size, full, [half, half], gpu) < 64
 
 
 def test_loss_takes_labels_of_the_last_real_id():

@@ -1,4 +1,4 @@
-"""The Triton kernel: interpreted on any machine that has Triton, and compiled on a GPU."""
+"""The Triton kernel: interpreted on any machine with Triton, and compiled on a GPU."""
 
 import importlib.util
 import json
@@ -10,18 +10,21 @@ from oracle import Problem, distance
 from processes import start
 
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.fused import Objective
+from kd.settings.distillation import Objective
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_the_interpreted_kernel_gives_the_figures_and_gradients_of_elementwise():
-    """In a process of its own: Triton reads the variable when it is imported."""
+def test_the_interpreted_kernel_gives_the_metrics_and_gradients_of_elementwise():
+    """Runs in its own process, because Triton reads the variable when it is imported."""
     done = start(sys.executable, "tests/jobs/triton_interpreted.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 13 * len(DIVERGENCES) + 2
+    from kd.losses.triton_kernels import KERNEL_DIVERGENCES
+
+    assert set(KERNEL_DIVERGENCES) <= set(DIVERGENCES)
+    assert len(found) == 13 * len(KERNEL_DIVERGENCES) + 2
     assert {key: value for key, value in found.items() if not value < 2e-5} == {}
 
 
@@ -32,7 +35,7 @@ def test_the_interpreted_kernel_gives_the_figures_and_gradients_of_elementwise()
     "dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 )
 def test_loss_and_gradients_on_a_gpu_equal_float64(divergence, temperature, dtype, tolerance):
-    """Several blocks a row. Half-precision products round the logits' gradient once, no more."""
+    """Each row has several blocks. Half-precision products round the logits' gradient once."""
     problem = Problem(tokens=200, real=5000, width=64, teacher_width=96, bias=True, softcap=30.0)
     problem = problem.to(dtype, "cuda")
     objective = Objective(0.5, divergence, temperature)
@@ -41,6 +44,6 @@ def test_loss_and_gradients_on_a_gpu_equal_float64(divergence, temperature, dtyp
     truth, _ = exact.expected(objective)
     assert distance(loss.cpu(), truth) < 1e-4
     found = torch.autograd.grad(loss, problem.trained)
-    wanted = torch.autograd.grad(truth, exact.trained)
-    for one, other in zip(found, wanted, strict=True):
+    expected = torch.autograd.grad(truth, exact.trained)
+    for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype and distance(one.cpu(), other) < tolerance

@@ -1,4 +1,4 @@
-"""The student called through its replaced forward gives the loss and gradients of its own logits."""
+"""The student's replaced forward gives the loss and gradients of its plain logits."""
 
 import pytest
 import torch
@@ -14,10 +14,9 @@ from transformers import (
 )
 
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.fused import Objective
 from kd.models.heads import LossInputs, causal_lm, head_of, return_loss
 from kd.models.load import load_trained
-from kd.settings.distillation import ModelSettings
+from kd.settings.distillation import ModelSettings, Objective
 
 SIZES = {
     "vocab_size": 64,
@@ -46,17 +45,17 @@ REAL_HEADS = {
 
 
 @pytest.mark.parametrize("build", REAL_HEADS.values(), ids=REAL_HEADS.keys())
-def test_scale_and_softcap_of_real_heads_are_in_the_loss(build):
+def test_the_loss_includes_the_scale_and_softcap_of_real_heads(build):
     torch.manual_seed(0)
     model = build().eval()
     ids = torch.randint(3, 60, (2, 12))
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-    wanted = cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    expected = cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
     labels = torch.cat([torch.full((2, 1), -100), ids[:, 1:]], 1)
     return_loss(model)
     positions = torch.arange(12).expand(2, 12)
     found = model(ids, positions, LossInputs(labels, Objective(soft_weight=0.0), 64))["loss"]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert head_of(model).scale != 1.0 or head_of(model).softcap == 3.0
 
 
@@ -67,7 +66,7 @@ def test_scale_and_softcap_of_real_heads_are_in_the_loss(build):
     ids=["template tokens", "lora on the embeddings"],
 )
 def test_trained_embeddings_get_the_gradient_of_plain_logits(tmp_path, trained, tied):
-    """On a tied model the template's tokens are trained in the head as well."""
+    """In a model with tied embeddings, the template's tokens are trained in the head, too."""
     tokenizer = small_tokenizer()
     save_small(tmp_path / "model", tokenizer, tie_word_embeddings=tied)
     tokenizer = load_tokenizer(str(tmp_path / "model"))
@@ -89,12 +88,12 @@ def test_trained_embeddings_get_the_gradient_of_plain_logits(tmp_path, trained, 
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     embedding = ("trainable_tokens_delta", "lora_embedding_B")
     assert any(part in name for name in found[0] for part in embedding)
-    for name, wanted in found[0].items():
-        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6)
-        assert wanted.abs().sum() > 0 or "lora_A" in name or "lora_embedding_" in name
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-6)
+        assert expected.abs().sum() > 0 or "lora_A" in name or "lora_embedding_" in name
 
 
-def test_a_head_that_lora_replaces_is_refused(tmp_path):
+def test_lora_on_the_head_is_refused(tmp_path):
     save_small(tmp_path / "model")
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     settings = ModelSettings(dtype="float32", lora_rank=2, lora_target_modules=["lm_head"])

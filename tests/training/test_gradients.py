@@ -1,4 +1,4 @@
-"""The same rows give the same gradients however they are split, and those are the true ones."""
+"""Gradients are exact, and do not depend on how rows are split over ranks and steps."""
 
 import contextlib
 import dataclasses
@@ -83,22 +83,22 @@ PASSES = [
     )
     for workspace in (2**30, 300_000, 0)
 ]
-ON_POLICY = [
+SELF_DISTILLATION = [
     Cell(
         f"self {mode} {engine[-10:-5] or engine}", engine, 2, 2, mode=mode, teacher="self", steps=4
     )
     for mode in ("lora", "qlora")
     for engine in ("ddp", ZERO2)
 ]
-ON_POLICY.append(
+SELF_DISTILLATION.append(
     Cell("self checkpointing", "ddp", 4, mode="lora", teacher="self", checkpointing=True, steps=4)
 )
-LAYOUTS += MATRIX + PASSES + ON_POLICY
+LAYOUTS += MATRIX + PASSES + SELF_DISTILLATION
 
 
 @pytest.fixture(scope="module")
 def work(models):
-    """Where every cell has left its result; one start of one rank, one of two."""
+    """Run all cells, on one rank and on two; return the folder with their results."""
     save_small(models / "untied", tie_word_embeddings=False)
     for ranks, cells in ((1, SPLITS[1]), (2, SPLITS[2] + LAYOUTS)):
         (models / "cells.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
@@ -108,42 +108,42 @@ def work(models):
 
 
 def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
-    """The mean over target tokens from whole logits of one row after the other.
+    """Compute the mean loss over target tokens from whole logits, row by row.
 
-    Without a teacher it is the student with its adapters off.
+    Without a teacher, the student with its adapters disabled takes its place.
     """
     maps = getattr(causal_lm(student), "hidden_projections", None)
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
     real, temperature = len(tokenizer), OBJECTIVE["temperature"]
     weight, total = OBJECTIVE["soft_weight"], 0.0
     for row in rows:
-        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        ids, labels = torch.tensor(row.input_ids)[None], torch.tensor(row.labels[1:])
         mask = labels != IGNORE_INDEX
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
             off = contextlib.nullcontext() if teacher else student.disable_adapter()
             with off:
-                wanted = (teacher or student)(input_ids=ids, output_hidden_states=True)
-        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, wanted))
+                expected = (teacher or student)(input_ids=ids, output_hidden_states=True)
+        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, expected))
         p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
         soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
         hard = cross_entropy(ours, labels[mask], reduction="sum")
         total = total + weight * soft + (1 - weight) * hard
         for i, (n, m) in enumerate(hidden.layers if hidden else ()):
             a = maps[i](outputs.hidden_states[n][0, :-1][mask])
-            b = wanted.hidden_states[m][0, :-1][mask]
+            b = expected.hidden_states[m][0, :-1][mask]
             cosine = 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
             apart = cosine if hidden.loss == "cosine" else ((a - b) ** 2).mean(-1)
             total = total + hidden.weight * apart.sum() / len(hidden.layers)
     return total / sum(row.targets for row in rows)
 
 
-def plain_steps(student, work, steps: int, hidden=None, own: bool = False) -> dict:
-    """Plain gradient descent on the true loss: {"losses": [...], "gradients": [{...}, ...]}."""
+def plain_steps(student, work, steps: int, hidden=None, own_base: bool = False) -> dict:
+    """Run plain gradient descent; return {"losses": [...], "gradients": [{...}, ...]}."""
     tokenizer = load_tokenizer(str(work / "student"))
     dtype = next(student.parameters()).dtype
     teacher = None
-    if not own:
+    if not own_base:
         teacher = AutoModelForCausalLM.from_pretrained(work / "teacher", dtype=dtype)
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     found = {"losses": [], "gradients": []}
@@ -158,33 +158,33 @@ def plain_steps(student, work, steps: int, hidden=None, own: bool = False) -> di
     return found
 
 
-def check_equal(found: dict, wanted: dict, tolerance: float) -> None:
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
+def check_equal(found: dict, expected: dict, tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
         error = (found[name].double() - gradient.double()).norm() / gradient.double().norm()
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
-def test_gradients_are_those_of_whole_logits_in_float64(work):
-    """So no factor of ranks or accumulation, no shift of the mask and no padding is in them."""
+def test_gradients_equal_those_of_whole_logits_in_float64(work):
+    """So they contain no factor of ranks or accumulation, no mask shift and no padding."""
     student = AutoModelForCausalLM.from_pretrained(work / "student").double()
-    (wanted,) = plain_steps(student, work, 1)["gradients"]
+    (expected,) = plain_steps(student, work, 1)["gradients"]
     (found,) = torch.load(work / "1x8x1.pt")["gradients"]
-    check_equal(found, wanted, 2e-6)  # float32 rounding of a whole model against float64
+    check_equal(found, expected, 2e-6)  # float32 rounding of a whole model
 
 
 @pytest.mark.parametrize("cell", SPLITS[1] + SPLITS[2], ids=lambda cell: cell.name)
-def test_fault_1_split_over_accumulation_ranks_padding_packing_changes_no_gradient(work, cell):
+def test_fault_1_accumulation_ranks_padding_and_packing_do_not_change_gradients(work, cell):
     reference = "1x8x1 lora" if cell.mode == "lora" else "1x8x1"
-    (found,), (wanted,) = (
+    (found,), (expected,) = (
         torch.load(work / f"{name}.pt")["gradients"] for name in (cell.name, reference)
     )
-    check_equal(found, wanted, 1e-6)
+    check_equal(found, expected, 1e-6)
 
 
 @pytest.fixture(scope="module")
 def truth(work):
-    """Four steps of every kind of student by plain gradient descent."""
+    """Take four steps of plain gradient descent for every kind of student."""
     tokenizer = load_tokenizer(str(work / "student"))
     return {
         kind: plain_steps(
@@ -199,44 +199,44 @@ def truth(work):
 
 
 def kind_of(cell: Cell) -> tuple:
-    """What the true gradients depend on."""
+    """Return what the true gradients depend on."""
     return cell.mode, cell.student, cell.hidden, cell.teacher == "self"
 
 
 @pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
-def test_four_steps_of_every_layout_are_those_of_a_plain_loop_over_logits(work, truth, cell):
-    found, wanted = torch.load(work / f"{cell.name}.pt"), truth[kind_of(cell)]
+def test_four_steps_of_every_layout_equal_a_plain_loop_over_logits(work, truth, cell):
+    found, expected = torch.load(work / f"{cell.name}.pt"), truth[kind_of(cell)]
     assert len(found["gradients"]) == len(found["losses"]) == 4
-    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=1e-5, atol=0)
-    for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         check_equal(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
-def test_fault_2_ranks_do_not_train_apart(work, cell):
-    """A loss built from `model.module` leaves DDP's hooks out, and every rank goes its own way."""
+def test_fault_2_ranks_keep_equal_weights(work, cell):
+    """A loss computed from `model.module` skips DDP's hooks, so the ranks would diverge."""
     digests = torch.load(work / f"{cell.name}.pt")["weights of ranks"]
     assert len(digests) == 2 and len(set(digests)) == 1
 
 
-def check_same_run(found: dict, wanted: dict) -> None:
-    """Losses and gradients of all steps, to the last bit."""
-    assert found["losses"] == wanted["losses"] and len(found["losses"]) == 4
-    for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
+def check_same_run(found: dict, expected: dict) -> None:
+    """Compare losses and gradients of all steps bit for bit."""
+    assert found["losses"] == expected["losses"] and len(found["losses"]) == 4
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(
     "cell", [cell for cell in MATRIX if cell.teacher != "whole"], ids=lambda cell: cell.name
 )
-def test_sharded_and_offloaded_teachers_train_as_the_whole_one_to_the_last_bit(work, cell):
+def test_sharded_and_offloaded_teachers_train_bit_for_bit_like_a_whole_one(work, cell):
     whole = f"{cell.name.split(' x ')[0]} x whole"
-    found, wanted = (torch.load(work / f"{name}.pt") for name in (cell.name, whole))
-    check_same_run(found, wanted)
-    assert found["passes"] == [[2]] * 4 and wanted["passes"] == [[1, 1]] * 4
+    found, expected = (torch.load(work / f"{name}.pt") for name in (cell.name, whole))
+    check_same_run(found, expected)
+    assert found["passes"] == [[2]] * 4 and expected["passes"] == [[1, 1]] * 4
 
 
-def test_the_losses_are_the_same_in_however_many_passes_the_teacher_runs(work):
+def test_the_number_of_teacher_passes_does_not_change_the_training(work):
     once, some, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
     check_same_run(some, once)
     check_same_run(each, once)
@@ -245,8 +245,8 @@ def test_the_losses_are_the_same_in_however_many_passes_the_teacher_runs(work):
     assert 4 < sum(len(passes) for passes in some["passes"]) < 16
 
 
-def test_fault_11_a_sharded_teacher_is_gathered_once_a_step(work):
-    """Its head, too; and with no room for states, as often as there are micro-batches."""
+def test_fault_11_a_sharded_teacher_is_gathered_once_per_step(work):
+    """That includes its head. Without workspace, it is gathered once per micro-batch."""
     once, _, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
     for step in range(4):
         assert sum(once["gathers"][step]) == once["teacher's bytes"]
@@ -254,10 +254,10 @@ def test_fault_11_a_sharded_teacher_is_gathered_once_a_step(work):
     assert 4 * len(once["gathers"][3]) <= len(each["gathers"][3])
 
 
-def test_sharded_teacher_gives_the_logits_of_the_whole_one_to_the_last_bit(work):
+def test_a_sharded_teacher_gives_the_logits_of_a_whole_one_bit_for_bit(work):
     for rank in range(2):
         results = json.loads((work / f"logits-{rank}.json").read_text())
-        assert list(results) == ["first", "beside a ZeRO-3 student"]
+        assert list(results) == ["first", "with a ZeRO-3 student"]
         for result in results.values():
             assert set(result["differences"].values()) == {0.0}, results
             assert all(share < 0.55 for share in result["held"].values()), results
