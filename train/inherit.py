@@ -31,9 +31,9 @@ class InheritSettings:
     layers: list[int] = field(
         default_factory=list, metadata={"help": "Layers to keep, counted from 0: 0 2 5"}
     )
-    keep: int = setting(0, "Number of layers to keep; choice selects them")
+    keep: int = setting(0, "Number of layers to keep; --choice decides which ones")
     choice: Literal["even", "first", "last", "angular", "angular_run", "perplexity"] = setting(
-        "even", "How to select the layers; angular, angular_run and perplexity measure on data"
+        "even", "How to choose the layers; angular, angular_run and perplexity measure on --data"
     )
     data: str = setting(
         "", "JSON list of sources for a measured choice: [{path, split, count, ...}, ...]"

@@ -47,7 +47,7 @@ class MergeSettings:
     )
     compared_rows: int = setting(16, "Rows of each source in the comparison")
     llama_cpp: str | None = setting(
-        None, "Folder with convert_hf_to_gguf.py; if given, a GGUF file is written, too"
+        None, "Folder with convert_hf_to_gguf.py; if given, a GGUF file is written as well"
     )
     gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = setting("bf16", "Type of the GGUF weights")
     results: str | None = setting(
