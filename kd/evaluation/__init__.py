@@ -1,0 +1,1 @@
+"""Evaluation: likelihood, agreement, benchmarks, judge, speed, and the report on them."""

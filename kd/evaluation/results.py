@@ -9,20 +9,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from kd.distributed import print_rank0, rank
-from kd.evaluation.likelihood import AGREEMENT, Sums
-from kd.evaluation.models import EvaluationSettings, ModelSelection, fingerprint
+from kd.evaluation.models import fingerprint
 from kd.evaluation.rows import HeldoutRow, text_hash
+from kd.run import atomic
 from kd.run.run_record import commit
+from kd.settings.evaluation import EvaluationSettings, ModelSelection
 
 PACKAGES = ("torch", "transformers", "peft")
 
 
 def describe(
-    settings: EvaluationSettings, path: str, rows: str, tokenizer, **more: object
+    settings: EvaluationSettings,
+    path: str,
+    rows: str,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: object,
 ) -> dict[str, object]:
-    """All that a figure on held-out rows depends on."""
+    """Describe a measurement on held-out rows; `rows` is the hash of the rows."""
     return describe_model(
         settings,
         path,
@@ -36,9 +42,9 @@ def describe(
 
 
 def describe_model(
-    settings: ModelSelection, path: str, tokenizer, **more: object
+    settings: ModelSelection, path: str, tokenizer: PreTrainedTokenizerBase, **more: object
 ) -> dict[str, object]:
-    """All that a figure depends on; a result with an equal description is not measured again."""
+    """Describe everything that a measurement depends on; equal descriptions are measured once."""
     return {
         "model": path,
         "model_files_hash": fingerprint(path),
@@ -52,29 +58,33 @@ def describe_model(
 
 
 def is_measured(file: Path, description: dict[str, object], quiet: bool = False) -> bool:
-    """True where `file` was made with this description; says so."""
+    """Whether `file` holds a measurement with this description; prints it unless `quiet`."""
     if not file.is_file() or json.loads(file.read_text())["settings"] != description:
         return False
     if not quiet:
-        print_rank0(f"{file} is measured already with these settings; remove it to measure anew")
+        print_rank0(f"{file} is measured already with these settings; remove it to measure again")
     return True
 
 
 def missing_results(
-    settings: EvaluationSettings, folder: Path, rows: str, tokenizer, **more: object
+    settings: EvaluationSettings,
+    folder: Path,
+    rows: str,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: object,
 ) -> dict[str, tuple[Path, dict]]:
-    """{name: (file, description)} of the models that were not measured like this yet."""
-    wanted = {}
+    """Return {name: (file, description)} of the models without a result of these settings."""
+    missing = {}
     for name, path in settings.named_models.items():
         file = folder / f"{name}.json"
         description = describe(settings, path, rows, tokenizer, **more)
         if not is_measured(file, description):
-            wanted[name] = (file, description)
-    return wanted
+            missing[name] = (file, description)
+    return missing
 
 
 def write_result(file: Path, description: dict[str, object], measured: dict[str, object]) -> None:
-    """Write settings, versions and figures, whole or not at all; the first process does it."""
+    """Write settings, versions and metrics atomically; only rank 0 writes."""
     if rank():
         return
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
@@ -83,18 +93,21 @@ def write_result(file: Path, description: dict[str, object], measured: dict[str,
 
 
 def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically, and create its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    temporary.rename(file)
+    atomic.write_text(file, text, file.with_name(f"{file.name}.tmp{os.getpid()}"))
 
 
 def row_record(row: HeldoutRow) -> dict[str, object]:
+    """Return the fields that identify a held-out row in a result file."""
     return {"source": row.source, "kind": row.kind, "index": row.index, "tokens": row.targets}
 
 
 def likelihood_result(rows: list[HeldoutRow], nats: Tensor) -> dict[str, object]:
-    """Perplexity and bits per byte of sums (R,) in nats: by source, by kind, overall, by row."""
+    """Return perplexity and bits per byte by source, by kind and overall, and every row's sums.
+
+    `nats` (R,): negative log-likelihood of every row.
+    """
     records = [
         row_record(row) | {"nats": value, "bytes": row.bytes}
         for row, value in zip(rows, nats.tolist(), strict=True)
@@ -103,7 +116,7 @@ def likelihood_result(rows: list[HeldoutRow], nats: Tensor) -> dict[str, object]
 
 
 def likelihood_text(name: str, result: dict) -> str:
-    """A line a source of the perplexities, to be printed."""
+    """Format the perplexities of a result, one line for each source."""
     lines = []
     for source, means in [*result["sources"].items(), ("overall", result["overall"])]:
         bits = means["bits_per_byte"]
@@ -114,47 +127,9 @@ def likelihood_text(name: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def agreement_result(rows: list[HeldoutRow], sums: Sums) -> dict[str, object]:
-    """Means a target token by source, kind and place, both calibrations, and the sums by row."""
-    records = [
-        row_record(row) | dict(zip(AGREEMENT, values, strict=True))
-        for row, values in zip(rows, sums.rows.tolist(), strict=True)
-    ]
-    return {
-        "places": place_means(sums.places),
-        "calibration": calibration(sums.calibration[0]),
-        "teacher_calibration": calibration(sums.calibration[1]),
-        **grouped(records, agreement_means),
-    }
-
-
-def place_means(places: Tensor) -> dict[str, dict[str, float]]:
-    """{"4-7": means over the fourth to seventh target of a row}, of the bins that have tokens."""
-    means = {}
-    for b, (tokens, *values) in enumerate(places.tolist()):
-        if tokens:
-            label = "1" if b == 0 else f"{2**b}-{2 ** (b + 1) - 1}"
-            figures = {n: v / tokens for n, v in zip(AGREEMENT, values, strict=True)}
-            means[label] = {"tokens": int(tokens), **figures}
-    return means
-
-
-def calibration(bins: Tensor) -> dict[str, object]:
-    """How often the most probable token is right where the model gives it so much probability.
-
-    expected_error = sum over bins of n / N * |right - confidence|. Guo et al. 2017, equation 3.
-    """
-    table = [
-        {"tokens": int(n), "confidence": confidence / n, "right": right / n}
-        for n, confidence, right in bins.tolist()
-        if n
-    ]
-    tokens = sum(b["tokens"] for b in table)
-    error = math.fsum(b["tokens"] * abs(b["right"] - b["confidence"]) for b in table) / tokens
-    return {"expected_error": error, "bins": table}
-
-
 def grouped(records: list[dict], means: Callable[[list[dict]], dict]) -> dict[str, object]:
+    """Apply `means` to the records of every source, of every kind and overall."""
+
     def by(key: str) -> dict[str, dict]:
         names = dict.fromkeys(record[key] for record in records)
         return {name: means([r for r in records if r[key] == name]) for name in names}
@@ -168,9 +143,10 @@ def grouped(records: list[dict], means: Callable[[list[dict]], dict]) -> dict[st
 
 
 def likelihood_means(records: list[dict]) -> dict[str, float | None]:
-    """Perplexity over all target tokens; bits per byte over text rows alone, None without any.
+    """Return perplexity over all target tokens, and bits per byte over text rows.
 
-    bits per byte = nats / ln 2 / bytes: comparable between tokenizers, which perplexity is not.
+    bits per byte = nats / ln 2 / bytes. Unlike perplexity, it compares between tokenizers. It is
+    None without text rows.
     """
     tokens = sum(record["tokens"] for record in records)
     nats = math.fsum(record["nats"] for record in records)
@@ -184,9 +160,3 @@ def likelihood_means(records: list[dict]) -> dict[str, float | None]:
         "perplexity": math.exp(nats / tokens),
         "bits_per_byte": text_nats / math.log(2) / size if size else None,
     }
-
-
-def agreement_means(records: list[dict]) -> dict[str, float]:
-    tokens = sum(record["tokens"] for record in records)
-    means = {name: math.fsum(record[name] for record in records) / tokens for name in AGREEMENT}
-    return {"tokens": tokens, **means}

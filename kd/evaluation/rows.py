@@ -1,7 +1,7 @@
-"""Held-out rows, encoded exactly as training encodes them, each with its source and its bytes.
+"""Held-out rows, encoded as in training, each with its source and its number of bytes.
 
-With `rolling` text is encoded as lm-evaluation-harness does instead: every token is predicted, the
-first one too, and a long text in windows.
+With `rolling`, text is encoded as in lm-evaluation-harness: every token is predicted, including the
+first, and a long text is split into windows.
 """
 
 import hashlib
@@ -19,30 +19,37 @@ from kd.distributed import print_rank0
 
 @dataclass(frozen=True)
 class HeldoutRow:
+    """One held-out row, in one window or, if rolling, in several."""
+
     source: str
-    index: int  # among the rows drawn from the source, dropped ones counted
-    windows: list[EncodedRow]  # one, where the row is not longer than max_length
+    index: int  # among the rows drawn from the source; dropped rows count
+    windows: list[EncodedRow]
     bytes: int | None  # UTF-8 bytes of the target text; None for chat
 
     @property
     def kind(self) -> str:
+        """The kind of the row: chat or text."""
         return "chat" if self.bytes is None else "text"
 
     @property
     def targets(self) -> int:
+        """The number of target tokens."""
         return sum(window.targets for window in self.windows)
 
 
 def load_sources(sources: list[dict], seed: int) -> dict[str, list[dict]]:
-    """{label: rows in the form of `kd.data.sources`} of every source."""
+    """Load the rows of every source: {label: rows in the form of `kd.data.sources`}.
+
+    Raises ValueError on an unknown key of a source and on a row that cannot be read.
+    """
     return {
         label: load_rows([source], seed)
-        for label, source in zip(labels(sources), sources, strict=True)
+        for label, source in zip(source_labels(sources), sources, strict=True)
     }
 
 
-def labels(sources: list[dict]) -> list[str]:
-    """A short name for each source: the file's stem, or the data set with its split."""
+def source_labels(sources: list[dict]) -> list[str]:
+    """Return a short name for each source: the file's stem, or the data set with its split."""
     names = []
     for source in sources:
         path = source["path"]
@@ -53,11 +60,12 @@ def labels(sources: list[dict]) -> list[str]:
 
 
 def rows_hash(raw: dict[str, list[dict]]) -> str:
-    """Equal where two measurements read the same rows."""
+    """Hash raw rows: two measurements with equal hashes read the same rows."""
     return text_hash(json.dumps(raw, sort_keys=True))
 
 
 def text_hash(text: str) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -67,12 +75,15 @@ def encode_heldout(
     max_length: int,
     rolling: bool = False,
 ) -> list[HeldoutRow]:
-    """All rows that have a target; how many were cut or dropped is printed for each source."""
+    """Encode all rows that have a target, and print how many were truncated or dropped.
+
+    Raises ValueError if a source has no row with a target.
+    """
     heldout = []
     for label, rows in raw.items():
         if rolling:
             heldout += rolling_rows(label, rows, tokenizer, max_length)
-            rows = [row if "messages" in row else {} for row in rows]  # indices stay
+            rows = [row if "messages" in row else {} for row in rows]  # keep the indices
             if not any(rows):
                 continue
         chosen = [i for i, row in enumerate(rows) if row]
@@ -89,13 +100,13 @@ def encode_heldout(
 def rolling_rows(
     label: str, rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[HeldoutRow]:
-    """The text rows of a source, every token a target; the empty ones are left out."""
+    """Encode the text rows of a source with every token as a target; skip empty texts."""
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     texts = {i: row["text"] for i, row in enumerate(rows) if "text" in row}
     batch = tokenizer(list(texts.values()), verbose=False)["input_ids"] if texts else []
     found = []
     for (i, text), ids in zip(texts.items(), batch, strict=True):
-        if ids[:1] == [prefix]:  # the tokenizer writes it itself
+        if ids[:1] == [prefix]:  # the tokenizer adds it itself
             ids = ids[1:]
         if ids:
             windows = rolling_windows(ids, prefix, max_length)
@@ -107,10 +118,10 @@ def rolling_rows(
 
 
 def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[EncodedRow]:
-    """Windows of at most max_length tokens in which each of `ids` is predicted once.
+    """Split `ids` into windows of at most max_length tokens that predict each token once.
 
-    A window's first token is its context; the last window reaches back so far that it is full.
-    lm-evaluation-harness: `get_rolling_token_windows` with max_seq_len = max_length - 1 and
+    The first token of a window is context; the last window starts early enough to be full. Equals
+    lm-evaluation-harness's `get_rolling_token_windows` with max_seq_len = max_length - 1 and
     context_len = 1.
     """
     sequence, predicted, windows = [prefix, *ids], 0, []
@@ -118,7 +129,8 @@ def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[Encode
         end = min(predicted + max_length - 1, len(ids))
         start = max(end - (max_length - 1), 0)
         context = [IGNORE_INDEX] * (predicted + 1 - start)
-        windows.append(EncodedRow(sequence[start : end + 1], context + ids[predicted:end]))
+        labels = context + ids[predicted:end]
+        windows.append(EncodedRow.from_labels(sequence[start : end + 1], labels))
         predicted = end
     return windows
 
@@ -126,14 +138,14 @@ def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[Encode
 def kept_indices(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, report: EncodingReport
 ) -> list[int]:
-    """Indices of the rows that `encode_rows` kept of `rows`, all of which it could encode."""
+    """Return the indices of the rows that `encode_rows` kept."""
     if not report.without_target:
         return list(range(len(rows)))
 
     def has_target(row: dict) -> bool:
         try:
             encode_rows([row], tokenizer, max_length, progress=False)
-        except ValueError:  # encoding went well before, so this is "no row with a target token"
+        except ValueError:  # the row is valid, so the error is "no row with a target token"
             return False
         return True
 
@@ -143,10 +155,10 @@ def kept_indices(
 def target_bytes(
     rows: list[dict], encoded: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
 ) -> list[int | None]:
-    """UTF-8 bytes of every text row's target tokens, None for chat rows.
+    """Return the UTF-8 bytes of every text row's target tokens; None for chat rows.
 
-    The bytes of the first token, which nothing predicts, and of what was cut do not count; the
-    end-of-sequence token counts none.
+    The first token, which is not predicted, and truncated text do not count. The end-of-sequence
+    token has no bytes.
     """
     texts = [row["text"] for row in rows if "text" in row]
     offsets = iter(

@@ -1,4 +1,4 @@
-"""Made once: tiny models, their tokenizers and held-out rows; and a report of made results."""
+"""Session fixtures: tiny models, tokenizers and held-out rows; and a report of made results."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SAMPLE = {"prompt": "What is a|b?", "answers": {"distill": "<b>\n*bold*", "sft":
 
 
 def save_adapter(base: Path, folder: Path, tokens: list[int] | None) -> None:
-    """LoRA layers of random weights, and with `tokens` other embeddings of these ids."""
+    """Save LoRA layers of random weights, and new embeddings of the ids `tokens`."""
     model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules="all-linear", trainable_token_indices=tokens
@@ -29,11 +29,11 @@ def save_adapter(base: Path, folder: Path, tokens: list[int] | None) -> None:
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory) -> Path:
-    """A folder of models and of JSONL files; `other` has another tokenizer."""
+    """A folder of models and JSONL files; the model `other` has a different tokenizer."""
     root = tmp_path_factory.mktemp("house")
     tokenizer = small_tokenizer(texts=TEXTS)
     words = len(tokenizer)
-    # The teacher's embeddings are padded, as large models' are.
+    # The teacher's embeddings are padded, like those of large models.
     for name, size, hidden in (("teacher", words + 24, 48), ("student", words, 32)):
         new_model(size, hidden, seed=hidden).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -51,7 +51,7 @@ def house(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory):
-    """(folder, finished command, report.json, report.md) of one run of the script."""
+    """(folder, finished command, report.json, report.md) of one run of eval/report.py."""
     folder = tmp_path_factory.mktemp("report")
     write(folder)
     run = folder / "runs" / "distill-seed0"

@@ -1,4 +1,4 @@
-"""What the tests of kd/evaluation share: held-out rows, tiny models, a command."""
+"""Shared by the tests of kd/evaluation: held-out rows, tiny models, and running a script."""
 
 import contextlib
 import io
@@ -18,7 +18,8 @@ from transformers import Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     "The teacher gives its distribution, the student learns it.",
-    "Zw\u00f6lf Boxk\xe4mpfer jagen Viktor quer \xfcber den gro\xdfen Sylter Deich. \u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
+    "Zw\u00f6lf Boxk\xe4mpfer jagen Viktor quer \xfcber den gro\xdfen Sylter Deich. "
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
     "Short text.",
     "A longer text that says the same thing over and over, " * 12,
 ]
@@ -28,13 +29,13 @@ CHATS = [
     [("user", "a question so long that nothing of its answer is left " * 6), ("assistant", "No.")],
     [("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "Yes, two.")],
 ]
-MAX_LENGTH = 64  # cuts one text, and the answer of one chat row away
+MAX_LENGTH = 64  # truncates one text, and removes the answer of one chat row
 
 
-def new_model(vocabulary: int, hidden: int, seed: int) -> Qwen2ForCausalLM:
+def new_model(vocab_size: int, hidden: int, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = small_config(
-        vocabulary,
+        vocab_size,
         hidden,
         tie_word_embeddings=True,
         initializer_range=0.2,  # distributions far from uniform
@@ -53,7 +54,7 @@ def sources(house: Path) -> list[dict]:
 
 
 def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run an entry point as a user does, from the root of the repository."""
+    """Run an entry point in a new process, from the root of the repository."""
     return subprocess.run(
         [sys.executable, f"eval/{script}", *map(str, arguments)],
         cwd=ROOT,
@@ -64,8 +65,13 @@ def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+def section(text: str, title: str) -> str:
+    """The folded section of a report whose title starts with `title`."""
+    return text.split(f"<summary>{title}")[1].split("</details>")[0]
+
+
 def inside(script: str, *arguments: object) -> SimpleNamespace:
-    """The same in this process, which saves the imports: stdout, stderr. Raises what main raises."""
+    """Run an entry point in this process, which saves the imports; raise what main raises."""
     out, err = io.StringIO(), io.StringIO()
     argv = [script, *map(str, arguments)]
     printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)

@@ -1,4 +1,4 @@
-"""Result files of models that never were: every figure is chosen here, so that it is known."""
+"""Result files of models that do not exist: every metric is chosen here, so that it is known."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 from kd.evaluation.judge.judge_results import means, means_by
 
 # name: (text perplexity, chat perplexity, KL to teacher); None: not measured
-FIGURES = {
+METRICS = {
     "teacher": (20.0, 8.0, None),
     "start": (45.0, 60.0, 0.9),
     "distill-seed0": (30.0, 11.0, 0.20),
@@ -43,11 +43,11 @@ BENCHMARKED = (
 
 
 def models_of(setting):
-    return [name for name in FIGURES if name.split("-seed")[0] == setting]
+    return [name for name in METRICS if name.split("-seed")[0] == setting]
 
 
 def jitter(name, count):
-    """Numbers of a model that add up to 0, so that means stay those of FIGURES."""
+    """Noise of a model that adds up to 0, so that the means stay those of METRICS."""
     draw = np.random.default_rng(sum(name.encode())).normal(0, 0.3, count)
     return draw - draw.mean()
 
@@ -68,10 +68,11 @@ def likelihood(name, text, chat):
         {
             **{"source": source, "kind": kind, "index": i, "tokens": tokens // ROWS},
             "nats": tokens // ROWS * (math.log(perplexity) + noise),
+            "bytes": size and size // ROWS,
         }
-        for source, kind, tokens, perplexity in (
-            ("docs", "text", TEXT_TOKENS, text),
-            ("talk", "chat", CHAT_TOKENS, chat),
+        for source, kind, tokens, perplexity, size in (
+            ("docs", "text", TEXT_TOKENS, text, TEXT_BYTES),
+            ("talk", "chat", CHAT_TOKENS, chat, None),
         )
         for i, noise in enumerate(jitter(name + kind, ROWS))
     ]
@@ -91,7 +92,7 @@ def agreement(name, kl):
 
 
 def benchmark(name):
-    """40 documents, a task where guessing scores a half; better models have more of them right."""
+    """40 documents of a task where guessing scores a half; better models answer more correctly."""
     better = {"teacher": 34, "start": 21, "distill": 31, "mix": 27, "sft": 24}[name.split("-")[0]]
     right = np.random.default_rng(sum(name.encode())).permutation(
         [1.0] * better + [0.0] * (40 - better)
@@ -102,7 +103,7 @@ def benchmark(name):
 
 
 def graded(name):
-    """Six questions of two turns; one grade is missing."""
+    """Six questions of two turns each; one grade is missing."""
     grades = np.random.default_rng(sum(name.encode())).integers(1, 11, 12).astype(float).tolist()
     items = [
         {"question_id": str(i // 2), "category": "ab"[i // 6], "turn": 1 + i % 2, "score": g}
@@ -134,9 +135,9 @@ def speed(name):
     return {"parameters": size, "bytes_on_disk": 2 * size, "batch_sizes": {"1": numbers}}
 
 
-def write(folder, figures=FIGURES, **other):
+def write(folder, metrics=METRICS, **other):
     versions = {"versions": {"torch": "2"}, "commit": "abc"}
-    for name, (text, chat, kl) in figures.items():
+    for name, (text, chat, kl) in metrics.items():
         settings = SETTINGS | {"model": name, "model_files_hash": name} | other.get(name, {})
         measured = {"perplexity": likelihood(name, text, chat)}
         if kl is not None:

@@ -1,4 +1,4 @@
-"""eval/benchmarks.py beside lm-evaluation-harness's own command line, on the same local files."""
+"""eval/benchmarks.py equals lm-evaluation-harness's own command line on the same local files."""
 
 import json
 
@@ -78,7 +78,7 @@ def read(out, task, name):
 
 
 @pytest.mark.parametrize("name", ["student", pytest.param("adapter", marks=pytest.mark.slow)])
-def test_numbers_are_those_of_the_harness_own_command_line(house, files, measured, name, tmp_path):
+def test_metrics_equal_those_of_the_harness_command_line(house, files, measured, name, tmp_path):
     peft = f",peft={house / name}" if name == "adapter" else ""
     succeed(
         *("lm_eval", "--model", "hf", "--tasks", ",".join(files[0])),
@@ -94,7 +94,7 @@ def test_numbers_are_those_of_the_harness_own_command_line(house, files, measure
         assert found == numbers and len(found) >= 2
 
 
-def test_items_carry_the_scores_that_the_metrics_are_means_of(files, measured):
+def test_metrics_are_the_means_of_the_item_scores(files, measured):
     for task, rows in (TASKS | {"gsm8k": GSM8K[:3]}).items():
         found = read(measured, task, "student")["tasks"][task]
         assert len(set(found["items"]["hashes"])) == len(rows)
@@ -125,7 +125,7 @@ def test_two_processes_write_what_one_writes_and_a_rerun_measures_nothing(house,
         one, two = read(measured, task, "student"), read(out, task, "student")
         assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
         assert one["settings"] == two["settings"], job.stdout[-3000:]
-        if task == "gsm8k":  # its worked examples are drawn in sequence, by each process anew
+        if task == "gsm8k":  # every process draws its own few-shot examples
             one, two = (r["tasks"][task]["items"]["hashes"] for r in (one, two))
         assert one == two
     again = inside("benchmarks.py", *arguments(house, files, measured, "student"))
@@ -141,7 +141,7 @@ def test_two_processes_write_what_one_writes_and_a_rerun_measures_nothing(house,
         ([], "tasks: none given"),
     ],
 )
-def test_mistakes_are_named(house, flags, message):
+def test_wrong_settings_are_named_in_the_error(house, flags, message):
     with pytest.raises(ValueError, match=message):
         inside("benchmarks.py", "--models", f"student={house / 'student'}", *flags)
 

@@ -1,4 +1,4 @@
-"""The chains that compare the students of experiments C and D, small, from training to the report."""
+"""Small versions of experiments C and D, from training to the report that compares the students."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, digest
-from held_out import write_jsonl
+from held_out import section, write_jsonl
 from processes import ROOT, start, succeed
 
 from kd.evaluation.judge.questions import read_questions
@@ -15,7 +15,7 @@ DATA, SMALL = ROOT / "runs" / "quickstart" / "data", ROOT / "runs" / "small"
 
 
 def trained(recipe: str, script: str) -> None:
-    """Trained before, or now; a finished process may still be aborted by gloo."""
+    """Train a recipe unless it is done; gloo may abort a process that has finished."""
     if not (SMALL / recipe / "done.json").exists():
         config = f"recipes/small/{recipe}.yaml"
         if script == "inherit":
@@ -26,7 +26,7 @@ def trained(recipe: str, script: str) -> None:
 
 
 @pytest.mark.slow
-def test_experiment_c_parent_inherited_and_trained_students_in_one_report(docstrings, tmp_path):
+def test_experiment_c_reports_parent_inherited_and_trained_students(docstrings, tmp_path):
     shutil.rmtree(SMALL / "c_results", ignore_errors=True)
     for recipe, script in (("c_inherit", "inherit"), ("c_text", "sft"), ("c_distill", "distill")):
         trained(recipe, script)
@@ -71,8 +71,8 @@ def test_experiment_c_parent_inherited_and_trained_students_in_one_report(docstr
 
 
 @pytest.mark.slow
-def test_experiment_d_students_teacher_and_start_graded_and_compared(docstrings, tmp_path):
-    shutil.rmtree(SMALL / "d_results", ignore_errors=True)  # or nothing would be asked again
+def test_experiment_d_grades_and_compares_students_teacher_and_start(docstrings, tmp_path):
+    shutil.rmtree(SMALL / "d_results", ignore_errors=True)  # else the judge would be asked nothing
     for recipe, script in (
         ("d_sft", "sft"),
         ("d_distill", "distill"),
@@ -99,7 +99,7 @@ def test_experiment_d_students_teacher_and_start_graded_and_compared(docstrings,
     assert {"KL to teacher", "chat perplexity", "mt_bench grade", "alpaca_eval win rate"} <= set(
         numbers
     )
-    judged = text.split("## Judged")[1].split("## Speed")[0]
+    judged = section(text, "Judged")
     assert "| distill | math |" in judged and "win rate over start, by judge" in judged
     assert "| distill+sft |" in judged and "koala" in judged
 

@@ -1,4 +1,4 @@
-"""Likelihood and agreement against the models' own loss and torch's kl_div, in float64."""
+"""Likelihood and agreement equal the models' own loss and torch's kl_div, in float64."""
 
 import copy
 import gc
@@ -18,18 +18,19 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.data.encoding import IGNORE_INDEX
+from kd.evaluation.agreement import agreement_result
 from kd.evaluation.answers import sample_answers
 from kd.evaluation.likelihood import (
     AGREEMENT,
     make_batches,
     row_sums,
     teacher_states,
-    token_figures,
+    token_metrics,
 )
 from kd.evaluation.models import load_model
-from kd.evaluation.results import agreement_result, likelihood_result
+from kd.evaluation.results import likelihood_result
 from kd.evaluation.rows import encode_heldout, load_sources
-from kd.losses.fused import Head, TeacherSignal
+from kd.losses.head import Head, TeacherOutputs
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +54,33 @@ def summed(found, rows, tokenizer, size=3, teacher=None):
 
 
 def measured(*arguments, **keywords):
-    """(R, F): the sums of every row."""
+    """(R, M): the sums of every row."""
     return summed(*arguments, **keywords).rows
 
 
 def on_policy_loss(found, row):
     """The model's own summed loss of one row without padding."""
-    ids, labels = torch.tensor([row.windows[0].input_ids]), torch.tensor([row.windows[0].labels])
+    ids, labels = (torch.tensor(x)[None] for x in (row.windows[0].input_ids, row.windows[0].labels))
     with torch.no_grad():
         return float(found(input_ids=ids, labels=labels).loss.double()) * row.windows[0].targets
 
 
-def target_logits(found, row, vocabulary):
-    """(N, V) at the positions that predict targets, from the whole (1, T, V)."""
+def target_logits(found, row, vocab_size):
+    """(N, V) logits at the positions that predict targets, from the whole (1, T, V)."""
     labels = torch.tensor(row.windows[0].labels)
     with torch.no_grad():
-        logits = found(input_ids=torch.tensor([row.windows[0].input_ids])).logits[0]
-    return logits[:-1][labels[1:] != IGNORE_INDEX][:, :vocabulary].double()
+        logits = found(input_ids=torch.tensor(row.windows[0].input_ids)[None]).logits[0]
+    return logits[:-1][labels[1:] != IGNORE_INDEX][:, :vocab_size].double()
 
 
-def test_sums_equal_the_models_own_loss(house, rows, tokenizer):
+def test_row_sums_equal_the_models_own_loss(house, rows, tokenizer):
     expected = [on_policy_loss(model(house, "student"), row) for row in rows]
     found = measured(model(house, "student"), rows, tokenizer)[:, 0]
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", ["adapter", "adapter_tokens"])
-def test_an_adapter_is_measured_with_all_that_it_trained(house, rows, tokenizer, name):
+def test_an_adapter_is_measured_with_everything_it_trained(house, rows, tokenizer, name):
     base = AutoModelForCausalLM.from_pretrained(house / "student", dtype=torch.float64)
     adapted = PeftModel.from_pretrained(base, house / name).eval()
     expected = torch.tensor([on_policy_loss(adapted, row) for row in rows]).double()
@@ -101,18 +102,18 @@ def test_batch_size_and_padding_do_not_change_the_sums(house, rows, tokenizer):
         torch.testing.assert_close(single, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_keep_their_index_where_others_are_dropped(rows):
+def test_rows_keep_their_index_when_others_are_dropped(rows):
     assert [(row.source, row.index) for row in rows] == [
         *(("text", i) for i in range(4)),
         *(("chat", i) for i in (0, 1, 3)),
     ]
 
 
-def test_bytes_are_those_of_the_target_text(rows, tokenizer):
+def test_bytes_count_the_target_text_only(rows, tokenizer):
     for row, text in zip(rows[:3], TEXTS, strict=False):
         first = tokenizer.decode(row.windows[0].input_ids[:1])
         assert row.bytes == len(text.encode()) - len(first.encode())
-    cut = rows[3]  # by max_length, so that no end-of-sequence token is left
+    cut = rows[3]  # truncated at max_length, so that no end-of-sequence token is left
     assert len(cut.windows[0]) == MAX_LENGTH
     assert row_text(cut, tokenizer) == TEXTS[3][: len(row_text(cut, tokenizer))]
     assert cut.bytes == len(tokenizer.decode(cut.windows[0].input_ids[1:]).encode())
@@ -153,7 +154,7 @@ def test_a_model_agrees_with_itself(house, rows, tokenizer, dtype):
     assert overall["cross_entropy"] == overall["teacher_cross_entropy"]
 
 
-def test_agreement_equals_kl_div_of_whole_logits(house, rows, tokenizer):
+def test_agreement_equals_kl_div_of_full_logits(house, rows, tokenizer):
     found = measured(
         model(house, "student"), rows, tokenizer, teacher=model(house, "teacher")
     ).tolist()
@@ -175,7 +176,7 @@ def test_agreement_equals_kl_div_of_whole_logits(house, rows, tokenizer):
         )
 
 
-def test_a_measured_model_leaves_memory_before_the_next_is_loaded(house, rows, tokenizer):
+def test_a_measured_model_is_freed_before_the_next_is_loaded(house, rows, tokenizer):
     gc.disable()
     found = model(house, "student")
     measured(found, rows, tokenizer)
@@ -187,7 +188,7 @@ def test_a_measured_model_leaves_memory_before_the_next_is_loaded(house, rows, t
         gc.enable()
 
 
-def test_answers_are_the_argmax_until_the_models_own_end(house, tokenizer):
+def test_answers_are_greedy_until_the_models_own_end_token(house, tokenizer):
     messages = [{"role": "user", "content": "What is it?"}]
     found = model(house, "student")
     (answer,) = sample_answers(found, tokenizer, [messages], max_new_tokens=12)
@@ -229,7 +230,7 @@ def test_the_scripts_write_what_the_library_measures(house, rows, tokenizer, tmp
 
 
 def check_what_is_measured_again(house, out, common, models):
-    """A second run measures only a model whose files have changed since."""
+    """A second run measures only the model whose files have changed."""
     times = {name: written(out, name) for name in ("teacher", "student")}
     config = house / "student" / "config.json"
     config.write_text(config.read_text() + "\n")
@@ -242,7 +243,7 @@ def written(out, name):
     return (out / "perplexity" / f"{name}.json").stat().st_mtime_ns
 
 
-def test_agreement_leaves_the_files_that_perplexity_would_write(house, tmp_path):
+def test_agreement_writes_the_files_that_perplexity_would_write(house, tmp_path):
     models = [f"student={house / 'student'}", f"adapter={house / 'adapter'}"]
     common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--models", *models]
     teacher = ["--teacher", house / "teacher", "--out_dir", tmp_path / "both"]
@@ -271,7 +272,7 @@ def test_two_processes_write_what_one_writes(house, tmp_path):
         ),
     ]
     inside("agreement.py", *arguments, "--out_dir", tmp_path / "one")
-    # A finished process may still be aborted by gloo, so the run is judged by its files.
+    # gloo may abort a process that has finished, so the files are checked, not the exit code.
     printed = start("launch/cpu.sh", "eval/agreement.py", *arguments, "--out_dir", tmp_path / "two")
     assert printed.stdout.count("student, overall: KL") == 1, printed.stdout
     for part in ("perplexity/student", "perplexity/teacher", "agreement/student"):
@@ -279,7 +280,7 @@ def test_two_processes_write_what_one_writes(house, tmp_path):
         assert one == two
 
 
-def test_places_and_calibration_are_those_of_the_tokens(house, rows, tokenizer):
+def test_position_means_and_calibration_follow_from_the_tokens(house, rows, tokenizer):
     student, teacher = model(house, "student"), model(house, "teacher")
     found = agreement_result(rows, summed(student, rows, tokenizer, teacher=teacher))
     kl, places, confidence, right = [], [], [], []
@@ -314,8 +315,8 @@ def requests(*arguments):
     return [Instance("loglikelihood", {}, a, 0) for a in arguments]
 
 
-def test_rolling_log_likelihoods_are_those_of_lm_evaluation_harness(house, tokenizer):
-    """Long texts in windows; their bytes give its bits per byte."""
+def test_rolling_log_likelihoods_equal_lm_evaluation_harness(house, tokenizer):
+    """Long texts are split into windows, and bits per byte follow from their bytes."""
     raw = load_sources(sources(house)[:1], 0)
     rows = encode_heldout(raw, tokenizer, MAX_LENGTH, rolling=True)
     assert [len(row.windows) for row in rows][2:] == [1, 3]
@@ -329,11 +330,11 @@ def test_rolling_log_likelihoods_are_those_of_lm_evaluation_harness(house, token
     assert result["bits_per_byte"] == pytest.approx(-sum(wanted) / size / math.log(2), rel=1e-6)
 
 
-def test_log_likelihoods_of_answers_are_those_of_lm_evaluation_harness(house, rows, tokenizer):
+def test_log_likelihoods_of_answers_equal_lm_evaluation_harness(house, rows, tokenizer):
     chats = [row for row in rows if row.kind == "chat"][:2]
     pairs = []
     for row in chats:
-        ids, labels = row.windows[0].input_ids, row.windows[0].labels
+        ids, labels = row.windows[0].input_ids.tolist(), row.windows[0].labels.tolist()
         first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
         last = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
         pairs.append((("", ""), ids[:first], ids[first : last + 1]))
@@ -352,8 +353,8 @@ def test_different_tokenizers_are_refused_before_a_model_is_loaded(house, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_certain_has_its_tokens_in_the_last_bin(house, rows, tokenizer):
-    """Its largest probability is 1.0 in every digit."""
+def test_a_certain_model_has_its_tokens_in_the_last_confidence_bin(house, rows, tokenizer):
+    """Its top probability rounds to 1.0."""
     certain = model(house, "student")
     certain.model.norm.weight.data *= 1e4
     found = agreement_result(rows, summed(certain, rows, tokenizer, teacher=certain))
@@ -361,8 +362,8 @@ def test_a_model_that_is_certain_has_its_tokens_in_the_last_bin(house, rows, tok
     assert last["tokens"] > 0.9 * sum(row.targets for row in rows)
 
 
-def test_a_first_token_that_the_tokenizer_writes_itself_is_no_target_of_rolling_windows(tokenizer):
-    """With a BOS of its own or without, written or not: every token of the text once."""
+def test_a_bos_token_that_the_tokenizer_adds_is_no_target_of_rolling_windows(tokenizer):
+    """Every token of the text is a target once, whether or not the tokenizer adds a BOS token."""
     begin, end = "<|im_start|>", "<|im_end|>"
     raw = {"text": [{"text": TEXTS[0]}]}
     plain = encode_heldout(raw, tokenizer, MAX_LENGTH, rolling=True)
@@ -377,26 +378,26 @@ def test_a_first_token_that_the_tokenizer_writes_itself_is_no_target_of_rolling_
         (row,) = encode_heldout(raw, changed, MAX_LENGTH, rolling=True)
         (window,) = row.windows
         assert window.input_ids[0] == changed.bos_token_id and window.labels[0] == IGNORE_INDEX
-        assert window.labels[1:] == plain[0].windows[0].labels[1:]
+        assert (window.labels[1:] == plain[0].windows[0].labels[1:]).all()
         assert row.bytes == len(TEXTS[0].encode())
-        sequences[written] = window.input_ids
+        sequences[written] = window.input_ids.tolist()
     assert sequences[False] == sequences[True]
 
 
-def test_the_teachers_choice_is_among_five_up_to_the_fifth_place_and_ties_are_no_loss():
+def test_the_top_five_ends_at_the_fifth_place_and_counts_ties():
     places = torch.arange(8)
-    student = -torch.arange(8.0).expand(8, 8)  # id n is in place n
+    student = -torch.arange(8.0).expand(8, 8)  # id n has rank n
     teacher = torch.eye(8) * 9.0  # row n chooses id n
-    signal = TeacherSignal(teacher, Head(torch.eye(8)))
-    found = token_figures(student, places, Head(torch.eye(8)), 8, signal)
+    outputs = TeacherOutputs(teacher, Head(torch.eye(8)))
+    found = token_metrics(student, places, Head(torch.eye(8)), 8, outputs)
     top1, top5 = (found[:, AGREEMENT.index(f"top{n}")] for n in ("1_agreement", "5_overlap"))
     assert top1.tolist() == [1, 0, 0, 0, 0, 0, 0, 0] and top5.tolist() == [1] * 5 + [0] * 3
-    tied = token_figures(torch.zeros(8, 8), places, Head(torch.eye(8)), 8, signal)
+    tied = token_metrics(torch.zeros(8, 8), places, Head(torch.eye(8)), 8, outputs)
     assert tied[:, AGREEMENT.index("top5_overlap")].tolist() == [1] * 8
 
 
-def test_a_model_in_16_bits_has_its_logits_made_in_32(house, rows, tokenizer):
-    """Its hidden states are what they are; no more is lost."""
+def test_logits_of_a_16_bit_model_are_computed_in_32_bits(house, rows, tokenizer):
+    """Only the hidden states are in 16 bits; the head loses no further precision."""
     found = model(house, "student", "bfloat16")
     sums = measured(found, rows, tokenizer, size=1)[:, 0]
     for batch in make_batches(rows, tokenizer.pad_token_id, 1):

@@ -1,27 +1,35 @@
-"""Every number of report.json, computed again from the JSON files by other code."""
+"""Every number of report.json, recomputed from the result files by other code."""
 
 import json
 import math
 
 import numpy as np
 import pytest
-from held_out import inside
-from made_results import FIGURES, TEXT_BYTES, TEXT_TOKENS, graded, models_of, write
+from held_out import inside, section
+from made_results import METRICS, TEXT_BYTES, TEXT_TOKENS, graded, models_of, write
 from scipy import special
 
-from kd.evaluation.report.findings import pair_sentence, what_the_numbers_say
-from kd.evaluation.report.items import read_metrics
+from kd.evaluation.report.comparison import compare, measure
+from kd.evaluation.report.findings import pair_verdict, verdict, what_the_numbers_say
+from kd.evaluation.report.overview import group_models, overview, seed_tests
+from kd.evaluation.report.result_table import read_results
 from kd.evaluation.report.statistics import difference, overlap, spread
-from kd.evaluation.report.summary import read_results, summarise
 
 
-def numbers(tmp_path, figures, runs=()):
-    write(tmp_path, figures)
-    return summarise(read_results([str(tmp_path)]), list(runs), "teacher", "start")
+def numbers(tmp_path, metrics, runs=()):
+    """(summary, comparison) of made results."""
+    write(tmp_path, metrics)
+    results = read_results([str(tmp_path)])
+    groups = group_models(results, list(runs), "teacher", "start")
+    measured = measure(results, list(groups), "teacher")
+    roles = {model: group["role"] for model, group in groups.items()}
+    comparison = compare(results, measured, roles)
+    summary = overview(results, measured, groups, "teacher", "start")
+    return summary | {"pairs": seed_tests(comparison, summary)}, comparison
 
 
 def expected(name, metric):
-    text, chat, kl = FIGURES[name]
+    text, chat, kl = METRICS[name]
     shares = {
         "kl_removed": lambda: 1 - kl / 0.9,
         "text_gap_closed": lambda: (45 - text) / (45 - 20),
@@ -43,15 +51,15 @@ def expected(name, metric):
     return (values | shares)[metric]()
 
 
-def test_every_models_numbers_are_those_of_its_files(report):
+def test_the_numbers_of_every_model_follow_from_its_files(report):
     models = report[2]["models"]
-    for name in FIGURES:
+    for name in METRICS:
         for metric, value in models[name].items():
             wanted = expected(name, metric)
             assert value == (wanted if isinstance(wanted, str) else pytest.approx(wanted))
 
 
-def test_every_settings_mean_and_deviation_are_over_its_measured_seeds(report):
+def test_means_and_deviations_are_over_the_measured_seeds(report):
     settings = report[2]["settings"]
     assert list(settings) == ["teacher", "start", "distill", "mix", "sft", "other"]
     for setting, group in settings.items():
@@ -69,10 +77,10 @@ def test_every_settings_mean_and_deviation_are_over_its_measured_seeds(report):
             assert value["of"] == (3 if group["role"] == "student" else 1)
 
 
-def test_every_sources_numbers_are_those_of_its_files(report):
+def test_the_numbers_of_every_source_follow_from_its_files(report):
     for source, column in (("docs", 0), ("talk", 1)):
         for setting, value in report[2]["sources"][source].items():
-            found = [FIGURES[name] for name in models_of(setting)]
+            found = [METRICS[name] for name in models_of(setting)]
             if not found:
                 assert value == {"perplexity": "not run", "forward_kl": "not run"}
                 continue
@@ -85,7 +93,7 @@ def test_every_sources_numbers_are_those_of_its_files(report):
                 assert value["forward_kl"] == by_definition
 
 
-def test_every_pairs_test_is_welchs(report):
+def test_every_pair_of_students_has_welchs_test(report):
     pairs = report[2]["pairs"]
     assert len(pairs) == 3 * 3
     for pair in pairs:
@@ -101,18 +109,18 @@ def test_every_pairs_test_is_welchs(report):
         )
         assert pair["difference"] == pytest.approx(a.mean() - b.mean())
         if min(len(a), len(b)) < 2:
-            assert pair["p_value"] is None and pair["note"] == "one seed: no test"
+            assert pair["p_value"] is None and pair["note"] == "one seed: no test between seeds"
             continue
         va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
         t = (a.mean() - b.mean()) / math.sqrt(va + vb)
         freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
         assert pair["standard_error"] == pytest.approx(math.sqrt(va + vb))
-        # Student's two-sided tail by the incomplete beta function.
+        # Student's two-sided tail from the incomplete beta function.
         tail = special.betainc(freedom / 2, 0.5, freedom / (freedom + t * t))
         assert pair["p_value"] == pytest.approx(tail)
 
 
-def test_a_best_is_marked_only_where_no_range_meets_it(report):
+def test_the_best_student_is_bold_only_if_its_range_overlaps_no_other(report):
     _, _, data, text = report
     assert data["best"]["chat_perplexity"]["setting"] == "distill"
     assert data["best"]["text_perplexity"]["setting"] is None  # distill and mix overlap
@@ -122,7 +130,7 @@ def test_a_best_is_marked_only_where_no_range_meets_it(report):
     assert "text perplexity" in text.split("No best is marked for")[1].splitlines()[0]
 
 
-def test_what_is_missing_is_not_run_and_never_zero(report):
+def test_missing_results_are_not_run_and_never_zero(report):
     _, ran, data, text = report
     assert set(data["models"]["mix-seed1"].values()) == {"not run"}
     assert set(data["models"]["other-seed0"].values()) == {"not run"}
@@ -132,22 +140,24 @@ def test_what_is_missing_is_not_run_and_never_zero(report):
     assert row.split() == ["other", *["not", "run"] * 8]
 
 
-def test_the_findings_say_what_was_not_expected(report):
-    text = report[3].split("## What the numbers say")[1].split("## By source")[0]
+def test_the_findings_say_what_differs_from_the_expected_order(report):
+    text = section(report[3], "What the numbers say")
     assert "By chat perplexity, lowest first: distill" in text
     assert "put the students in the same order" in text
     assert "by text perplexity: found in the means, but not every difference is shown" in text
     assert "text gap closed -24.0 +/- 4.0 % (n=3) (worse than the start)" in text
-    assert "distill minus mix: -0.0400; one seed: no test" in text
+    pairs = section(report[3], "Students against each other")
+    (row,) = [r for r in pairs.splitlines() if r.startswith("| KL to teacher | distill | mix |")]
+    assert "| -0.04 [" in row and "one seed: no test" in row
 
 
-def test_samples_are_shown_as_they_are(report):
-    line = report[3].split("## Sample answers")[1].split("##")[0].strip().splitlines()[-1]
+def test_sample_answers_are_shown_unrendered(report):
+    line = section(report[3], "Sample answers").strip().splitlines()[-1]
     assert line.count("|") == 4
     assert "&lt;b&gt;<br>&#42;bold&#42;" in line and f"{'x' * 300}... |" in line
 
 
-def test_the_plots_and_the_origin_of_every_number_are_there(report):
+def test_the_report_has_the_plots_and_the_origin_of_every_number(report):
     folder, ran, data, text = report
     for plot in ("perplexity_and_kl.png", "training_curves.png", "size_and_speed.png"):
         assert f"]({plot})" in text
@@ -160,16 +170,16 @@ def test_the_plots_and_the_origin_of_every_number_are_there(report):
     ]
     assert len(found) == len(data["origin"]) == 10 + 8 + 7 + 2 * 3
     for file in found:
-        assert f"| {file} |" in text.split("## Where the numbers come from")[1]
+        assert f"| {file} |" in section(text, "Where the numbers come from")
         assert data["origin"][str(file)]["settings"] == json.loads(file.read_text())["settings"]
     assert '"max_length": 64' in text and '"torch": "2"' in text
     assert "checkpoint-20/trainer_state.json" in text
     assert ran.stdout.rstrip().endswith(f"wrote {folder / 'report.md'}")
 
 
-def test_grades_by_category_and_turn_and_speeds_stand_with_their_files(report):
+def test_grades_and_speeds_are_shown_with_their_files(report):
     folder, _, _, text = report
-    judged = text.split("## Judged")[1].split("## Speed")[0]
+    judged = section(text, "Judged")
     items = graded("teacher")["items"]
     for category in "ab":
         row = next(
@@ -184,7 +194,7 @@ def test_grades_by_category_and_turn_and_speeds_stand_with_their_files(report):
             assert f"{np.mean(scores):.2f} (se" in row
         assert f"`{folder}/judge/mt_bench/results/teacher.json`" in row
     assert "by gpt-4o" in judged and "do not compare" in judged
-    speeds = text.split("## Speed and size")[1].split("## Plots")[0]
+    speeds = section(text, "Speed and size")
     assert (
         f"| teacher | 1,000 | 2,000 | 1 | 9 | 0.7 | 10 | not run | `{folder}/speed/teacher.json` |"
         in speeds
@@ -192,33 +202,37 @@ def test_grades_by_category_and_turn_and_speeds_stand_with_their_files(report):
     assert "| sft-seed0 | not run |" in speeds
 
 
-def test_an_unexpected_order_is_told(tmp_path):
-    figures = {
+def test_an_unexpected_order_is_reported(tmp_path):
+    metrics = {
         "a-seed0": (9.0, 5.0, 0.4),
         "a-seed1": (9.1, 5.1, 0.5),
         "b-seed0": (8.0, 6.0, 0.1),
         "b-seed1": (8.1, 6.1, 0.2),
     }
-    text = what_the_numbers_say(numbers(tmp_path, figures), ["a", "b"])
+    summary, comparison = numbers(tmp_path, metrics)
+    text = what_the_numbers_say(summary, summary["pairs"], ["a", "b"])
     assert "by KL to teacher: not found; measured b < a" in text
     assert "do not agree on the order" in text and "chat perplexity: a < b" in text
+    first_screen = verdict(summary, comparison, ["a", "b"])
+    assert first_screen.startswith("By KL to teacher, **b** is the best student: 0.15.")
+    assert "holds by chat perplexity and fails by KL to teacher and text perplexity" in first_screen
 
 
-def test_without_teacher_and_start_the_shares_are_not_run(tmp_path):
-    summary = numbers(tmp_path, {"a": (9.0, 5.0, 0.4)})
+def test_shares_of_the_gap_need_teacher_and_start(tmp_path):
+    summary, _ = numbers(tmp_path, {"a": (9.0, 5.0, 0.4)})
     assert summary["models"]["teacher"]["text_perplexity"] == "not run"
     for metric in ("kl_removed", "text_gap_closed", "chat_gap_closed"):
         assert summary["settings"]["a"]["metrics"][metric] == "not run"
 
 
-def test_a_teacher_no_better_than_the_start_leaves_no_gap(tmp_path):
-    figures = {"teacher": (9.0, 5.0, None), "start": (8.0, 6.0, 0.4), "a": (7.0, 5.5, 0.3)}
-    metrics = numbers(tmp_path, figures)["models"]["a"]
-    assert metrics["text_gap_closed"] == "no gap"
-    assert metrics["chat_gap_closed"] == pytest.approx(0.5)
+def test_a_teacher_that_is_no_better_than_the_start_leaves_no_gap(tmp_path):
+    metrics = {"teacher": (9.0, 5.0, None), "start": (8.0, 6.0, 0.4), "a": (7.0, 5.5, 0.3)}
+    found = numbers(tmp_path, metrics)[0]["models"]["a"]
+    assert found["text_gap_closed"] == "no gap"
+    assert found["chat_gap_closed"] == pytest.approx(0.5)
 
 
-def test_results_of_other_rows_or_of_other_weights_are_refused(tmp_path):
+def test_results_of_different_rows_or_weights_are_refused(tmp_path):
     write(tmp_path / "rows", **{"start": {"rows_hash": "others"}})
     with pytest.raises(ValueError, match="rows_hash differs .*others: start"):
         read_results([str(tmp_path / "rows")])
@@ -233,18 +247,23 @@ def test_results_of_other_rows_or_of_other_weights_are_refused(tmp_path):
         inside("report.py", "--results", tmp_path / "nothing")
 
 
-def test_a_model_of_two_runs_is_refused_and_two_runs_stand_in_one_table(tmp_path):
+def test_two_folders_share_one_table_unless_they_have_the_same_model(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     write(one, {"teacher": (20.0, 8.0, None), "a-seed0": (30.0, 9.0, 0.2)})
     write(two, {"b-seed0": (31.0, 9.5, 0.3)})
-    metrics, files = read_metrics([str(one), str(two)])
-    assert set(metrics["text perplexity"].models) == {"teacher", "a-seed0", "b-seed0"}
-    assert len(files) == 7
-    with pytest.raises(ValueError, match="give every model a name of its own"):
-        read_metrics([str(one), str(one)])
+    results = read_results([str(one), str(two)])
+    rows = results.table[results.table["metric"] == "text perplexity"]
+    assert set(zip(rows["model"], rows["seed"], strict=True)) == {
+        ("teacher", ""),
+        ("a", "0"),
+        ("b", "0"),
+    }
+    assert len(results.files) == 7 + 1  # with the speed of the teacher
+    with pytest.raises(ValueError, match="give every model a different name"):
+        read_results([str(one), str(one)])
     write(two, {"c": (31.0, 9.5, 0.3)}, c={"rows_hash": "others"})
     with pytest.raises(ValueError, match="text perplexity: rows_hash differs"):
-        read_metrics([str(one), str(two)])
+        read_results([str(one), str(two)])
 
 
 def test_one_seed_has_no_deviation_and_no_test():
@@ -254,13 +273,25 @@ def test_one_seed_has_no_deviation_and_no_test():
     assert overlap(spread([3.0]), spread([1.0, 2.0])) is None
 
 
-def test_a_large_p_value_is_called_no_difference():
+def test_a_large_p_value_is_reported_as_no_difference():
     found = difference([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
-    sentence = pair_sentence(
-        {
-            **{"metric": "forward_kl", "first": "a", "second": "b", "ranges_overlap": True},
-            **{"difference": found.value, "standard_error": found.standard_error},
-            **{"p_value": found.p_value, "p_holm": found.p_value, "note": found.note},
-        }
+    pair = {
+        **{"first": "a", "second": "b", "difference": found.value, "ranges_overlap": True},
+        **{"p_value": found.p_value, "p_holm": found.p_value, "note": found.note, "unit": "seeds"},
+    }
+    assert "no difference that these seeds can show" in pair_verdict(pair, higher_is_better=False)
+
+
+def test_the_first_screen_is_a_verdict_one_table_and_one_plot(report):
+    screen = report[3].split("<details>")[0]
+    _, sentences, *_ = screen.split("\n\n")
+    assert sentences.startswith(
+        "By KL to teacher, **distill** is the best student: 0.21 (start 0.9)."
     )
-    assert "no difference that these seeds can show" in sentence
+    assert "Its lead over mix is" in sentences and "one seed: no test between seeds" in sentences
+    assert sentences.endswith(
+        "The expected order, distill < mix < sft, holds by KL to teacher, chat perplexity and text "
+        "perplexity."
+    )
+    assert screen.count("\n| --- ") == 1 and screen.count("![") == 1 and "# Report" in screen
+    assert report[3].count("<details>") == report[3].count("</details>") == 11

@@ -1,10 +1,11 @@
-"""The report's figures on items: intervals, losses and pairs, computed again by other code."""
+"""Intervals, losses and pairs of the report, recomputed by other code."""
 
 import math
 
 import numpy as np
 import pytest
-from made_results import BENCHMARKED, FIGURES, benchmark, graded, models_of
+from held_out import section
+from made_results import BENCHMARKED, METRICS, benchmark, graded, models_of
 from scipy import special
 
 
@@ -12,14 +13,14 @@ def right(name):
     return np.array(benchmark(name)["tasks"]["boolq"]["items"]["values"]["acc,none"])
 
 
-def test_values_on_items_and_losses_are_those_of_the_files(report):
+def test_values_and_losses_follow_from_the_items_of_the_files(report):
     found = report[2]["items"]
     assert set(found) == {
         *("text perplexity", "chat perplexity", "KL to teacher", "top-1 agreement"),
         *("boolq acc", "mt_bench grade"),
     }
     for setting in ("start", "distill", "sft", "mix"):
-        perplexities = [FIGURES[name][0] for name in models_of(setting)]
+        perplexities = [METRICS[name][0] for name in models_of(setting)]
         numbers = found["text perplexity"]["settings"][setting]
         assert numbers["value"] == pytest.approx(np.mean(perplexities))
         assert numbers["loss"]["value"] == pytest.approx(np.mean(perplexities) / 20 - 1)
@@ -38,8 +39,8 @@ def test_values_on_items_and_losses_are_those_of_the_files(report):
     assert "loss" not in found["KL to teacher"]["settings"]["sft"]
 
 
-def test_intervals_are_those_of_another_bootstrap(report):
-    """Drawn by other code: of one seed the percentiles, of several Student's t."""
+def test_intervals_match_an_independent_bootstrap(report):
+    """With one seed the percentiles, with several seeds Student's t."""
     found = report[2]["items"]["boolq acc"]["settings"]
     draw = np.random.default_rng(7)
     for setting in ("mix", "distill", "sft"):
@@ -59,7 +60,7 @@ def test_intervals_are_those_of_another_bootstrap(report):
         assert found[setting]["high"] == pytest.approx(high, abs=0.026)
 
 
-def test_pairs_are_tested_over_seeds_or_over_items_and_corrected(report):
+def test_pairs_are_tested_over_seeds_or_items_and_corrected_with_holm(report):
     pairs = report[2]["items"]["boolq acc"]["pairs"]
     assert len(pairs) == 6
     for pair in pairs:
@@ -87,13 +88,13 @@ def test_pairs_are_tested_over_seeds_or_over_items_and_corrected(report):
             assert pair["p_holm"] == pytest.approx(largest)
 
 
-def test_every_cell_on_items_names_its_file_and_its_interval(report):
+def test_every_value_of_the_item_table_has_its_interval_and_its_files(report):
     _, _, data, text = report
-    section = text.split("## By item")[1].split("## Students against")[0]
+    items = section(text, "By item")
     for label, metric in data["items"].items():
         for setting, numbers in metric["settings"].items():
             row = next(
-                line for line in section.splitlines() if line.startswith(f"| {label} | {setting} |")
+                line for line in items.splitlines() if line.startswith(f"| {label} | {setting} |")
             )
             if isinstance(numbers, str):
                 assert row.count(numbers) == 2 and (numbers == "reference") == (
@@ -109,5 +110,5 @@ def test_every_cell_on_items_names_its_file_and_its_interval(report):
                     else f"{numbers[side]:.4g}"
                 )
                 assert shown in row
-    other = text.split("## Students against")[1].split("## Judged")[0]
+    other = section(text, "Students against each other")
     assert "distill is better than start" in other and "| seeds |" in other and "| items |" in other

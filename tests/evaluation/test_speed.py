@@ -1,4 +1,4 @@
-"""eval/speed.py: what is timed is generation, and the rates follow from the recorded times."""
+"""eval/speed.py times greedy generation, and its rates follow from the recorded times."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from kd.evaluation.models import load_model
 from kd.evaluation.speed import generate
 
 
-def test_what_is_timed_is_greedy_generation_without_an_end(house):
+def test_the_timed_work_is_greedy_generation_without_an_end_token(house):
     model = load_model(str(house / "student"), "float32", "sdpa", "cpu")
     prompt = torch.arange(3, 27).view(2, 12)
     tokens, times = generate(model, prompt, 40)
@@ -22,7 +22,7 @@ def test_what_is_timed_is_greedy_generation_without_an_end(house):
     assert times.prefill > 0 and times.decoding > 0
 
 
-def test_rates_sizes_and_bytes_are_those_of_the_files(house, tmp_path):
+def test_rates_follow_from_the_times_and_sizes_from_the_files(house, tmp_path):
     flags = [
         *("--models", *(f"{name}={house / name}" for name in ("teacher", "adapter"))),
         *("--batch_sizes", 1, 3, "--prompt_tokens", 16, "--new_tokens", 5, "--repeats", 3),
@@ -50,7 +50,7 @@ def test_rates_sizes_and_bytes_are_those_of_the_files(house, tmp_path):
             assert numbers["prefill_tokens_per_second"] == int(size) * 16 / prefill
             assert numbers["decoding_tokens_per_second"] == int(size) * 4 / decoding
             assert numbers["first_token_seconds"] == prefill
-            assert numbers["peak_memory_bytes"] is None  # not 0: nothing measures it on a CPU
+            assert numbers["peak_memory_bytes"] is None  # not 0: it is not measured on a CPU
     again = inside("speed.py", *flags)
     assert again.stdout.count("measured already") == 2
 

@@ -1,10 +1,10 @@
-"""Intervals cover what they say, and tests are those of other libraries or of an enumeration."""
+"""Intervals have their stated coverage; tests equal those of other libraries."""
 
 import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from kd.evaluation.report.statistics import bootstrap, holm, interval, ratios, sign_flip_test
 
@@ -12,7 +12,7 @@ TRIALS = 1000
 
 
 def coverage(draw, truth, value=ratios, draws=500):
-    """Share of 95 % intervals that hold the truth; `draw(generator)` gives a model's seeds."""
+    """Share of 95 % intervals that contain the truth; `draw(generator)` returns a model's seeds."""
     generator, held = np.random.default_rng(11), 0
     for trial in range(TRIALS):
         seeds = draw(generator)
@@ -30,7 +30,7 @@ def test_intervals_of_a_mean_cover_95_percent():
 
 
 def test_intervals_of_a_perplexity_cover_95_percent():
-    """Rows of different lengths, longer ones easier: a ratio, and its exponential."""
+    """Rows differ in length and longer ones are easier, so the mean is a ratio."""
 
     def rows(generator):
         tokens = generator.integers(5, 60, 150).astype(float)
@@ -44,7 +44,7 @@ def test_intervals_of_a_perplexity_cover_95_percent():
 
 @pytest.mark.parametrize("between_seeds", [0.02, 0.2])
 def test_intervals_over_seeds_and_items_cover_95_percent(between_seeds):
-    """Items that are hard for every seed, seeds that are better on every item, and noise."""
+    """Some items are hard for every seed, some seeds are better on every item; with noise."""
 
     def seeds(generator):
         hard = generator.normal(0, 0.5, 100)
@@ -73,14 +73,18 @@ def test_intervals_of_a_difference_cover_95_percent(between_seeds):
     assert 0.93 <= held / TRIALS <= 0.97
 
 
-def test_the_sign_flip_test_is_exact_for_few_items_and_near_it_for_many():
+def test_the_sign_flip_test_is_exact_for_few_items_and_approximate_for_many():
     generator = np.random.default_rng(0)
     first, second = generator.normal(0.4, 1, 11), generator.normal(0, 1, 11)
     d = first - second
     signs = np.array(list(itertools.product((-1, 1), repeat=11)))
     wanted = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12)
     assert sign_flip_test(first, second, 0) == pytest.approx(wanted)
-    # Of right and wrong answers it is McNemar's exact test.
+    library = permutation_test(
+        (d,), lambda x, axis: np.abs(x.sum(axis)), permutation_type="samples", alternative="greater"
+    )
+    assert library.pvalue == pytest.approx(wanted)
+    # On binary scores it is McNemar's exact test.
     first = np.array([1.0] * 40 + [0.0] * 22 + [1.0] * 50)
     second = np.array([0.0] * 40 + [1.0] * 22 + [1.0] * 50)
     wanted = binomtest(40, 62).pvalue
@@ -88,7 +92,7 @@ def test_the_sign_flip_test_is_exact_for_few_items_and_near_it_for_many():
     assert sign_flip_test(first, first, 0) == 1.0
 
 
-def test_the_sign_flip_test_rejects_a_true_hypothesis_in_5_of_100():
+def test_the_sign_flip_test_rejects_a_true_hypothesis_5_times_in_100():
     generator = np.random.default_rng(3)
     p = [
         sign_flip_test(generator.normal(0, 1, 40), generator.normal(0, 1, 40), i, 499)
@@ -97,12 +101,12 @@ def test_the_sign_flip_test_rejects_a_true_hypothesis_in_5_of_100():
     assert 0.035 <= np.mean(np.array(p) < 0.05) <= 0.065
 
 
-def test_holms_correction():
+def test_holm_corrects_sorted_p_values_by_their_rank():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_a_drawn_p_value_is_never_zero_whatever_the_number_of_draws():
-    """The observed signs are one of the arrangements. Phipson & Smyth 2010."""
+def test_a_sampled_p_value_is_never_zero():
+    """The observed signs count as one of the draws. Phipson & Smyth 2010."""
     better, worse = np.ones(200), np.zeros(200)
     assert sign_flip_test(better, worse, 0, 99) == pytest.approx(1 / 100)

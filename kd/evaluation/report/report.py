@@ -1,52 +1,59 @@
-"""The report as Markdown: tables, findings, plots, sample answers, and each number's origin."""
+"""The report as Markdown: a verdict, one table and one plot; everything else is folded below."""
 
-import html
 import json
-import re
 from pathlib import Path
 
-from kd.evaluation.report.findings import what_the_numbers_say
+from kd.evaluation.report.findings import verdict, what_the_numbers_say
+from kd.evaluation.report.overview import COLUMNS
+from kd.evaluation.report.plots import BARS_FILE, CURVES_FILE, TRADE_OFF_FILE
+from kd.evaluation.report.result_table import NOT_RUN, REFERENCE, Results
 from kd.evaluation.report.sections import (
     ITEMS_EXPLAINED,
     PAIRS_EXPLAINED,
-    answer_accuracy_note,
     item_rows,
     judge_sections,
+    open_answers_note,
+    origin,
     pair_rows,
+    sample_rows,
     speed_rows,
+    warnings,
 )
-from kd.evaluation.report.summary import METRICS, NOT_RUN, REFERENCE
 from kd.evaluation.report.tables import markdown_table, source_rows, summary_rows
 
-KINDS = ("perplexity", "agreement", "benchmarks", "judge", "open_answers", "speed")
-SHOWN_ANSWER = 300  # characters of an answer in the table
-EXPLANATIONS = """\
-Perplexity: exp of the mean negative log-likelihood of the held-out target tokens (of text all but
-the first, of chat the assistant's). Bits per byte: over the text rows, bytes of their targets. KL
-to teacher: KL(teacher || student), nats a target token, over all sources. Top-1 agreement: share of
-target tokens where both models' most probable token is the same. Start's KL removed:
-1 - KL / KL of the start. Gap closed: (start - student) / (start - teacher) in perplexity; negative:
-worse than the start. Shown are mean +/- standard deviation over the n seeds of a setting."""
+CAPTION = """\
+Mean +/- standard deviation over the n seeds of a model. Bold: the best student, if its range (mean
++/- deviation) overlaps no other's."""
+EXPLANATIONS = f"""\
+- Perplexity: exp of the mean negative log-likelihood of the held-out target tokens. Targets are all
+  but the first token of a text, and the assistant's tokens of a chat.
+- Bits per byte: over the text rows, per byte of their targets.
+- KL to teacher: KL(teacher || student) in nats per target token, over all sources.
+- Top-1 agreement: share of target tokens at which both models have the same most likely token.
+- Start's KL removed: 1 - KL / KL of the start.
+- Gap closed: (start - student) / (start - teacher) in perplexity; negative if worse than the start.
+- "{NOT_RUN}": not measured. "{REFERENCE}": true by definition."""
 
 
 def what_is_not_bold(summary: dict) -> str:
+    """Say in which columns no student is bold, and why."""
     reasons: dict[str, list[str]] = {}
-    for metric, best in summary["best"].items():
+    for key, best in summary["best"].items():
         if best["setting"] is None:
-            reasons.setdefault(best["reason"], []).append(METRICS[metric].label)
+            reasons.setdefault(best["reason"], []).append(COLUMNS[key].label)
     if not reasons:
-        return "Bold: the best student, its range (mean +/- deviation) apart from all others'."
+        return ""
     told = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
-    return (
-        "Bold: the best student where its range (mean +/- deviation) is apart from all others'. "
-        f"No best is marked for: {told}."
-    )
+    return f"No best is marked for: {told}."
 
 
-def read_samples(file: str) -> list[dict]:
-    """Rows {"prompt", "answers": {name: text}}. Raises ValueError naming the line."""
+def read_samples(file: str | None) -> list[dict]:
+    """Read rows {"prompt", "answers": {name: text}}; none without a file.
+
+    Raises ValueError that names the line of a malformed row.
+    """
     rows = []
-    for i, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for i, line in enumerate(Path(file).read_text().splitlines() if file else [], 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -57,126 +64,81 @@ def read_samples(file: str) -> list[dict]:
     return rows
 
 
-def sample_rows(samples: list[dict]) -> list[list[str]]:
-    names = list(dict.fromkeys(name for row in samples for name in row["answers"]))
-    rows = [["prompt", *(["reference"] if "reference" in samples[0] else []), *names]]
-    for row in samples:
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        texts = [prompt, *([row.get("reference", "")] if "reference" in samples[0] else [])]
-        texts += [row["answers"].get(name, NOT_RUN) for name in names]
-        rows.append([as_cell(text) for text in texts])
-    return rows
-
-
-def as_cell(text: str) -> str:
-    """Text as it is, cut, so that no character of it is taken as Markdown or as a column."""
-    text = text if len(text) <= SHOWN_ANSWER else f"{text[:SHOWN_ANSWER]}..."
-    text = re.sub(r"[|*_`\[\]~\\#]", lambda mark: f"&#{ord(mark[0])};", html.escape(text))
-    return text.replace("\n", "<br>") or "(empty)"
-
-
-def origin(files: dict[str, dict]) -> str:
-    """Every file with its settings: what all files of a kind share once, the rest beside the file."""
-    kinds: dict[str, dict[str, dict]] = {}
-    for file, result in files.items():
-        record = result["settings"] | {"versions": result["versions"], "commit": result["commit"]}
-        kind = next(kind for kind in KINDS if f"/{kind}/" in file)
-        kinds.setdefault(kind, {})[file] = record
-    parts = []
-    for kind in KINDS:
-        records = kinds.get(kind)
-        if not records:
-            parts.append(f"{kind}: {NOT_RUN}")
-            continue
-        first = next(iter(records.values()))
-        shared = {k: v for k, v in first.items() if all(r.get(k) == v for r in records.values())}
-        rows = [["file", "its own settings"]]
-        for file, record in records.items():
-            own = {key: value for key, value in record.items() if key not in shared}
-            rows.append([file, as_code(own)])
-        parts.append(f"{kind}, the same for all files: {as_code(shared)}")
-        parts.append(markdown_table(rows))
-    return "\n\n".join(parts)
-
-
-def as_code(settings: dict) -> str:
-    return f"`{json.dumps(settings).replace('|', chr(92) + '|')}`"
-
-
-def warnings(results: dict[str, dict[str, dict]]) -> list[str]:
-    """What makes figures of one table less comparable than they look."""
-    advice = {
-        "vocabulary_hash": "the models' tokenizers differ: of the perplexities compare none, only "
-        "bits per byte",
-        "chat_template_hash": "the models' chat templates differ: so do the tokens before answers",
-        "dtype": "the models were measured in different types",
-        "device": "the models were measured on different devices",
-        "attn_implementation": "the models were measured with different attention",
-    }
-    settings = [r["settings"] for part in results.values() for r in part.values()]
-    return [
-        text for key, text in advice.items() if len({str(found[key]) for found in settings}) > 1
-    ]
+def folded(title: str, *parts: str) -> str:
+    """Return a section that unfolds on a click."""
+    body = "\n\n".join(part for part in parts if part)
+    return f"<details>\n<summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
 def render(
+    results: Results,
     summary: dict,
     comparison: dict[str, dict],
-    results: dict[str, dict[str, dict]],
-    files: dict[str, dict],
     expected: list[str],
-    samples: list[dict] | None,
-    plots: dict[str, bool],
+    samples: list[dict],
+    drawn: set[str],
     histories: dict[str, Path | None],
 ) -> str:
-    """report.md; `plots` tells which of the PNG files beside it were drawn."""
+    """Return the text of report.md; `drawn` are the PNG files next to it."""
 
     def plot(file: str) -> str:
-        return f"![{Path(file).stem.replace('_', ' ')}]({file})" if plots[file] else NOT_RUN
+        return f"![{Path(file).stem.replace('_', ' ')}]({file})" if file in drawn else NOT_RUN
 
-    bars, trade_off, curves = plots
-    speeds = {file: r for file, r in files.items() if "/speed/" in file}
-    missing = [
-        f"Training curve of {name}: {NOT_RUN}" for name, state in histories.items() if state is None
+    def table(rows: list[list[str]]) -> str:
+        return markdown_table(rows) if len(rows) > 1 else NOT_RUN
+
+    speeds = results.of_kind("speed")
+    names = [name for group in summary["settings"].values() for name in group["models"]]
+    states = [
+        f"Training curve of {run}: `{state}`" if state else f"Training curve of {run}: {NOT_RUN}"
+        for run, state in histories.items()
     ]
-    measured = [name for group in summary["settings"].values() for name in group["models"]]
-    notes = [f"Note: {text}." for text in warnings(results)]
+    likelihoods = results.of_kind("perplexity", "agreement")
     sections = [
         "# Report",
-        "## Models",
+        verdict(summary, comparison, expected),
         markdown_table(summary_rows(summary, lambda text: f"**{text}**")),
-        what_is_not_bold(summary),
-        *notes,
-        f'{EXPLANATIONS}\n"{NOT_RUN}": not measured. "{REFERENCE}": so by definition.',
-        "## What the numbers say",
-        what_the_numbers_say(summary, expected),
-        "## By source",
-        markdown_table(source_rows(summary)),
-        "## By item: intervals, and what is lost against the teacher",
-        markdown_table(item_rows(comparison)) if comparison else NOT_RUN,
-        ITEMS_EXPLAINED,
-        answer_accuracy_note(files),
-        "## Students against each other",
-        markdown_table(pair_rows(comparison)) if comparison else NOT_RUN,
-        PAIRS_EXPLAINED,
-        "## Judged",
-        judge_sections(files),
-        "## Speed and size",
-        markdown_table(speed_rows(speeds, measured)) if speeds else NOT_RUN,
-        "## Plots",
-        plot(bars),
-        "### Quality against size and speed",
-        plot(trade_off),
-        "### Training",
-        "Lines: training. Points: held-out rows. Nats a target token.",
-        plot(curves),
-        *missing,
-        "## Sample answers",
-        markdown_table(sample_rows(samples)) if samples else NOT_RUN,
-        "## Where the numbers come from",
-        origin(files),
-        *(f"Training curve of {run}: `{state}`" for run, state in histories.items() if state),
+        CAPTION,
+        *(f"Note: {text}." for text in warnings(likelihoods)),
+        plot(BARS_FILE),
+        folded("How to read the table", EXPLANATIONS, what_is_not_bold(summary)),
+        folded(
+            "What the numbers say",
+            what_the_numbers_say(summary, summary["pairs"], expected),
+        ),
+        folded("By source", table(source_rows(summary))),
+        folded(
+            "By item: intervals, and loss against the teacher",
+            table(item_rows(comparison)),
+            ITEMS_EXPLAINED,
+            open_answers_note(results.of_kind("open_answers")),
+        ),
+        folded("Students against each other", table(pair_rows(comparison)), PAIRS_EXPLAINED),
+        folded("Judged", judge_sections(results.of_kind("judge"))),
+        folded(
+            "Speed and size",
+            markdown_table(speed_rows(speeds, names)) if speeds else NOT_RUN,
+        ),
+        folded("Quality against size and speed", plot(TRADE_OFF_FILE)),
+        folded(
+            "Training curves",
+            "Lines: training. Points: held-out rows. Nats per token.",
+            plot(CURVES_FILE),
+            *states,
+        ),
+        folded("Sample answers", markdown_table(sample_rows(samples)) if samples else NOT_RUN),
+        folded("Where the numbers come from", origin(results.files)),
     ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def report_json(
+    results: Results,
+    summary: dict,
+    comparison: dict[str, dict],
+    histories: dict[str, Path | None],
+) -> dict[str, object]:
+    """Return all numbers of the report, and the settings and versions of every result file."""
+    curves = {run: str(state) if state else NOT_RUN for run, state in histories.items()}
+    origins = {file.path: file.content for file in results.files}
+    return summary | {"items": comparison, "curves": curves, "origin": origins}

@@ -1,0 +1,254 @@
+"""Settings of the evaluation scripts: models, held-out rows, benchmarks, speed and the report."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kd.recipe import parse_json_list, parse_json_object, require_file, setting
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class ModelSelection:
+    """The models to measure, and how to load them."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter"},
+    )
+    batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "Data type of the weights; auto selects bfloat16 on a GPU and float32 on a CPU"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
+        "sdpa", "Attention implementation of every model"
+    )
+    chat_template: str | None = setting(
+        None, "File with a Jinja chat template that replaces the template of every tokenizer"
+    )
+
+    def __post_init__(self) -> None:
+        self.named_models = parse_models(self.models)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size}; wanted 1 or more")
+        require_file("chat_template", self.chat_template)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
+
+
+@dataclass
+class EvaluationSettings(ModelSelection):
+    """The models to measure, and the held-out rows to measure them on."""
+
+    data: str = setting("", "JSON list of data sources: [{path, split, count, columns, ...}, ...]")
+    mixture_seed: int = setting(0, "Seed that selects the rows of every source with a count")
+    max_length: int = setting(1024, "Maximum tokens per row; longer rows are truncated at the end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sources = parse_json_list("data", self.data)
+        if not self.sources:
+            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
+
+
+@dataclass
+class PerplexitySettings:
+    """Settings of eval/perplexity.py."""
+
+    out_dir: str = setting("results", "Folder of the results; writes perplexity/NAME.json in it")
+    rolling: bool = setting(
+        False,
+        "Count text as lm-evaluation-harness does: predict every token, and split long texts into "
+        "windows instead of truncating them at max_length",
+    )
+
+
+@dataclass
+class AgreementSettings:
+    """Settings of eval/agreement.py."""
+
+    teacher: str = setting("", "Hub name or folder of the teacher")
+    teacher_name: str = setting("teacher", "Name of the teacher in the perplexity results")
+    out_dir: str = setting("results", "Folder of the results; writes agreement/NAME.json in it")
+
+    def __post_init__(self) -> None:
+        check_teacher_path(self.teacher)
+
+
+@dataclass
+class TeacherCostSettings:
+    """Settings of eval/teacher_cost.py."""
+
+    teacher: str = setting("", "Hub name or folder of the unquantized teacher")
+    out_dir: str = setting("results", "Folder of the results; writes teacher_cost/NAME.json in it")
+
+    def __post_init__(self) -> None:
+        check_teacher_path(self.teacher)
+
+
+@dataclass
+class BenchmarkSettings:
+    """Settings of eval/benchmarks.py."""
+
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks or task groups of lm-evaluation-harness, such as boolq piqa"},
+    )
+    task_data: str | None = setting(
+        None,
+        "Local rows that replace the hub's data set: JSON object {task: file} or "
+        "{task: {split: file}}",
+    )
+    num_fewshot: int | None = setting(
+        None, "Number of few-shot examples per question; by default the task's own number"
+    )
+    limit: int | None = setting(
+        None, "Measure only the first N documents of each task, for a trial run"
+    )
+    apply_chat_template: bool = setting(
+        False, "Format prompts with the chat template; scores with and without do not compare"
+    )
+    out_dir: str = setting("results", "Folder of the results; writes benchmarks/TASK/NAME.json")
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks: none given; wanted names such as boolq winogrande piqa")
+        files = parse_json_object("task_data", self.task_data)
+        self.files = {
+            task: {"test": found} if isinstance(found, str) else found
+            for task, found in files.items()
+        }
+        for task, splits in self.files.items():
+            for split, file in splits.items():
+                if split not in SPLITS:
+                    raise ValueError(
+                        f"task_data: {task}: split {split}; wanted {', '.join(SPLITS)}"
+                    )
+                if not Path(file).is_file():
+                    raise ValueError(f"task_data: {task}: no file {file}; wanted JSON lines")
+
+
+@dataclass
+class SpeedSettings:
+    """Settings of eval/speed.py."""
+
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8],
+        metadata={"help": "Batch sizes to measure, one measurement for each"},
+    )
+    prompt_tokens: int = setting(128, "Number of tokens per prompt")
+    new_tokens: int = setting(64, "Number of tokens to generate per prompt")
+    repeats: int = setting(5, "Number of timed repetitions; the median is reported")
+    out_dir: str = setting("results", "Folder of the results; writes speed/NAME.json in it")
+
+    def __post_init__(self) -> None:
+        for key, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes: {self.batch_sizes}; wanted numbers of 1 or more")
+
+
+@dataclass
+class AnswerSettings:
+    """Settings of eval/answers.py."""
+
+    count: int = setting(8, "Number of prompts, the first ones of the data")
+    max_new_tokens: int = setting(64, "Maximum number of tokens per answer")
+    out: str = setting("results/answers.jsonl", "File to write the answers to")
+    out_dir: str | None = setting(
+        None,
+        "Folder of the results; if set, also match the answers with the references and write "
+        "open_answers/NAME.json in it",
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("count", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+
+
+@dataclass
+class ReportSettings:
+    """Settings of eval/report.py."""
+
+    results: list[str] = field(
+        default_factory=lambda: ["results"],
+        metadata={"help": "Folders that the evaluation scripts wrote as their out_dir"},
+    )
+    out: str | None = setting(
+        None, "Markdown file to write; by default report.md in the first folder of results"
+    )
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Output folders of the training runs, for their training curves"},
+    )
+    samples: str | None = setting(None, "File of sample answers that eval/answers.py wrote")
+    teacher: str = setting("teacher", "Name of the teacher in the results")
+    start: str = setting("start", "Name of the untrained student in the results")
+    trade_off: str | None = setting(
+        None,
+        "Metric of the plot of quality against size and speed; by default the first that was "
+        "measured",
+    )
+    expected_order: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Expected order of the students, best first; the report checks it"},
+    )
+
+    def __post_init__(self) -> None:
+        self.out = self.out or f"{self.results[0]}/report.md"
+        if not self.out.endswith(".md"):
+            raise ValueError(f"out: {self.out}; wanted the name of a .md file")
+        require_file("samples", self.samples)
+
+
+def parse_models(items: list[str]) -> dict[str, str]:
+    """Parse NAME=PATH items into {name: path}.
+
+    Raises ValueError on a name that cannot name a file, on a duplicate name, on a folder without a
+    model, and on an empty list.
+    """
+    named: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not (equals and path and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name)):
+            raise ValueError(
+                f"models: found {item}; wanted NAME=PATH, NAME of letters, digits and . _ + -"
+            )
+        if name in named:
+            raise ValueError(f"models: {name} is given twice; give every model a different name")
+        check_path(name, path)
+        named[name] = path
+    if not named:
+        raise ValueError("models: none given; wanted NAME=PATH, such as student=runs/student")
+    return named
+
+
+def check_path(name: str, path: str) -> None:
+    """Raise ValueError if `path` looks like a folder and holds no model."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(
+                f"{name}: {path} has neither config.json nor adapter_config.json; wanted the "
+                "folder of a finished training run or of one of its checkpoints"
+            )
+        return
+    parent = folder.parent
+    if path.count("/") > 1 or path[0] in "./~" or (parent != Path(".") and parent.is_dir()):
+        raise ValueError(f"{name}: no folder {path}; wanted the folder of a model or a hub name")
+
+
+def check_teacher_path(path: str) -> None:
+    """Raise ValueError if no teacher is given, or if its folder holds no model."""
+    if not path:
+        raise ValueError("teacher: not given; wanted a hub name or a folder")
+    check_path("teacher", path)
