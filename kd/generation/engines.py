@@ -4,18 +4,13 @@ B batch, T tokens, V vocabulary. kd.generation.server queries a model on a serve
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -24,8 +19,7 @@ from transformers import (
 
 from kd.data.template import render
 from kd.data.tokenizer import generation_config, load_tokenizer, set_template_arguments
-from kd.models.quantized import only_read_here
-from kd.models.sharding import load_unsharded
+from kd.models.frozen import load_frozen
 
 
 @dataclass(frozen=True)
@@ -35,22 +29,6 @@ class Answer:
     text: str
     stopped: bool  # ended with an end token; False if truncated at max_new_tokens
     tokens: int  # generated, including the end token
-
-
-def load_answering_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel | PeftModel:
-    """A model of a hub name or folder, or base and adapter of an adapter's folder, on `device`."""
-    adapter = (Path(name) / "adapter_config.json").is_file()
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path if adapter else name
-    if only_read_here(base):
-        model = load_unsharded(base, "sdpa", str(dtype).split(".")[1], torch.device(device))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device)
-    if adapter:
-        # Not merged: in 16 bits a merge rounds the adapter away in part.
-        model = PeftModel.from_pretrained(model, name, torch_device=device)
-        if (Path(name) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(name)
-    return model.eval()
 
 
 def check_template(
@@ -140,7 +118,7 @@ class LocalEngine:
         for system_prompt in system_prompts or [None]:
             check_template(self.tokenizer, name, system_prompt)
         self.name = name
-        self.model = load_answering_model(name, getattr(torch, dtype), device)
+        self.model = load_frozen(name, dtype, device)
         # End tokens and repetition penalty come from the model's folder; the sampling settings are
         # ours. They are cleared on the model as well, since generate fills None from there.
         self.config = generation_config(self.model, self.tokenizer)

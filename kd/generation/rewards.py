@@ -15,6 +15,7 @@ from kd.generation.filter_report import FilterReport
 from kd.generation.filters import valid_samples, with_answer
 from kd.generation.records import append_record, read_records, record_file
 from kd.generation.sampling import Sample
+from kd.models.frozen import load_frozen
 from kd.settings.generation import FilterSettings, GenerationSettings
 
 
@@ -32,9 +33,9 @@ class RewardModel:
                 "conversation cannot be formatted without it. Put chat_template.jinja into the "
                 "model's folder"
             )
-        self.model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=getattr(torch, dtype), device_map=device
-        ).eval()
+        self.model = load_frozen(
+            name, dtype, device, model_class=AutoModelForSequenceClassification
+        )
         if self.model.config.num_labels != 1:
             raise ValueError(
                 f"reward_model {name}: {self.model.config.num_labels} outputs; wanted a model "

@@ -9,9 +9,9 @@ from kd.generation.engines import (
     GumbelNoise,
     LocalEngine,
     check_template,
-    load_answering_model,
     sampling_processors,
 )
+from kd.models.frozen import load_frozen
 
 
 def engine(name, new: int = 24) -> LocalEngine:
@@ -104,7 +104,7 @@ def test_an_adapter_folder_answers_like_the_merged_model(teacher, tokenizer, pro
     assert adapter == merged != plain
     # The generation config of the adapter's folder overrides that of its base.
     (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [1, 2, 9]}')
-    model = load_answering_model(str(tmp_path / "adapter"), torch.float32, "cpu")
+    model = load_frozen(str(tmp_path / "adapter"), torch.float32, "cpu")
     assert model.generation_config.eos_token_id == [1, 2, 9]
 
 
