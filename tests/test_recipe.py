@@ -1,4 +1,4 @@
-"""One parser for files and flags: precedence, validation, and the derived batch."""
+"""One parser for recipe files and flags: precedence, validation, and the derived batch."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def test_command_line_wins_over_profile_wins_over_recipe_wins_over_default(tmp_p
     assert numbers.count == 4
 
 
-def test_scientific_notation_lists_and_booleans_of_yaml_are_read_as_meant(tmp_path):
+def test_yaml_numbers_lists_and_booleans_are_parsed(tmp_path):
     recipe = write(tmp_path, "rate: 2e-5\nnames: [a, b]\nflag: true\n")
     (numbers,) = parse(Numbers, argv=["--config", recipe])
     assert numbers == Numbers(2e-5, 1, ["a", "b"], True)
@@ -55,7 +55,7 @@ def test_scientific_notation_lists_and_booleans_of_yaml_are_read_as_meant(tmp_pa
         ("rate: [1", "recipe.yaml"),
     ],
 )
-def test_wrong_recipes_are_stopped_with_the_reason(tmp_path, text, message):
+def test_wrong_recipes_are_refused_with_the_reason(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         parse(Numbers, argv=["--config", write(tmp_path, text)])
 
@@ -70,7 +70,7 @@ def test_wrong_recipes_are_stopped_with_the_reason(tmp_path, text, message):
         (["stray"], "stray"),
     ],
 )
-def test_wrong_flags_are_stopped_with_the_reason(argv, message):
+def test_wrong_flags_are_refused_with_the_reason(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(Numbers, argv=argv)
 
@@ -105,13 +105,13 @@ def test_wrong_flags_are_stopped_with_the_reason(argv, message):
         (DataSettings, {"data": '[{"path": "a"}]', "max_length": 1}, "wanted 2 or more"),
     ],
 )
-def test_contradictions_are_found_before_anything_is_loaded(settings, changes, message):
+def test_wrong_settings_are_refused_with_the_reason(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
 
 
-def test_the_ends_of_what_is_allowed_are_allowed():
-    """And a teacher that is the student's own base is not sharded by a profile."""
+def test_limits_of_allowed_ranges_are_allowed():
+    """Also, a profile's sharding does not apply to a teacher that is the student's frozen base."""
     Objective(soft_weight=0.0)
     Objective(soft_weight=1.0, loss_workspace_mb=128)
     OnPolicySettings(student_fraction=1.0, top_p=1.0, top_k=0, generation_temperature=0.0)
@@ -123,18 +123,18 @@ def test_the_ends_of_what_is_allowed_are_allowed():
 
 
 @pytest.mark.parametrize(
-    "given, wanted",
+    "given, expected",
     [
         ((64, 2, 8), (8, 4)),
         ((64, 2, 7), (4, 8)),  # the largest divisor of 32 that is at most 7
         ((6, 2, 8), (3, 1)),
-        ((64, 1, 8, 16), (16, 4)),  # given: taken as it is, over the cap
+        ((64, 1, 8, 16), (16, 4)),  # given: kept, although over the cap
         ((64, 2, 8, None, 16), (2, 16)),
         ((64, 2, 8, 3, 5), (3, 5)),
     ],
 )
-def test_micro_batch_is_the_largest_divisor_under_the_cap(given, wanted):
-    assert derive_batch(*given) == wanted
+def test_micro_batch_is_the_largest_divisor_under_the_cap(given, expected):
+    assert derive_batch(*given) == expected
 
 
 @pytest.mark.parametrize(

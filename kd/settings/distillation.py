@@ -143,7 +143,9 @@ class Objective:
     """
 
     soft_weight: float = setting(
-        1.0, "Weight of the divergence; cross-entropy has the rest. 1: divergence only, 0: SFT."
+        1.0,
+        "Weight of the divergence in the loss; cross-entropy has weight 1 - soft_weight. 1: "
+        "divergence only; 0: cross-entropy only.",
     )
     divergence: Divergence = setting(
         "forward_kl", "Divergence between the teacher's and the student's next-token distributions."

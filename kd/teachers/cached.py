@@ -93,6 +93,7 @@ class CachedCollator:
         self.flat = collator.flat
 
     def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, Tensor]:
+        """A batch, (B, T), with the teacher outputs of its N targets: ids (N, k), scalars (N,)."""
         records = self.cache.records(document for documents in rows for document in documents)
         found = tensors_of(records, self.cache.manifest)
         return self.collator(rows) | {PREFIX + name: tensor for name, tensor in found.items()}

@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
 from kd.data.packing import side_by_side
+from kd.distributed import all_max
 from kd.losses.head import TeacherOutputs
 from kd.models.blocks import blocks_in_parts, layer_states
 from kd.models.frozen import load_teacher, student_base_forward
@@ -47,8 +47,8 @@ class LiveTeacher:
         if settings.teacher == OWN_BASE:
             if student is None:
                 raise ValueError(
-                    "teacher: self needs the student of a training run, and there is none; give the "
-                    "name of the student's base"
+                    "teacher: self needs the student of a training run, and there is none; give "
+                    "the name of the student's base"
                 )
             self.call, self.module = student_base_forward(student), causal_lm(student)
         elif self.sharded:
@@ -103,14 +103,15 @@ class LiveTeacher:
         if not self.sharded or not batches:
             return [(i, i + 1, False) for i in range(len(batches))]
         shapes = torch.tensor([batch["input_ids"].shape for batch in batches], device=self.device)
-        dist.all_reduce(shapes, dist.ReduceOp.MAX)
         # Bytes per position: all states while the teacher runs, then those at the targets.
         position = (2 + layers) * self.width * self.module.dtype.itemsize
         head = self.module.get_output_embeddings().weight
         head_bytes = head.ds_numel * head.dtype.itemsize
         return [
             (start, end, positions * position + head_bytes <= self.workspace)
-            for start, end, positions in groups(shapes.tolist(), self.workspace // position)
+            for start, end, positions in groups(
+                all_max(shapes).tolist(), self.workspace // position
+            )
         ]
 
     @torch.no_grad()

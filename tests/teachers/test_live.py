@@ -1,4 +1,4 @@
-"""One forward over many micro-batches gives what each of them alone gives, to the last bit."""
+"""One forward over several micro-batches gives bit-identical results to separate forwards."""
 
 import weakref
 
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def micro_batches(tokenizer, packed: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Four of different rows and lengths, one of them without a target token."""
+    """Four micro-batches of different sizes; one has no target token."""
     rows, _ = encode_rows(small_rows(12), tokenizer, 512, progress=False)
     blank = EncodedRow.from_labels(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
     collate = Collator(tokenizer.pad_token_id)
@@ -59,18 +59,18 @@ def load(folder, attention: str = "sdpa", **settings) -> LiveTeacher:
 
 def check_equal(together: list[tuple], alone: list[tuple]) -> None:
     assert len(together) == len(alone)
-    for (hidden, layers), (wanted, wanted_layers) in zip(together, alone, strict=True):
-        assert torch.equal(hidden, wanted)
-        assert len(layers) == len(wanted_layers)
-        assert all(torch.equal(a, b) for a, b in zip(layers, wanted_layers, strict=True))
+    for (hidden, layers), (expected, expected_layers) in zip(together, alone, strict=True):
+        assert torch.equal(hidden, expected)
+        assert len(layers) == len(expected_layers)
+        assert all(torch.equal(a, b) for a, b in zip(layers, expected_layers, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_many_micro_batches_at_once_are_those_alone_to_the_last_bit(
+def test_one_forward_over_micro_batches_is_bit_identical_to_separate_ones(
     tmp_path, tokenizer, name, dtype
 ):
-    attention = "eager" if name == "gemma2" else "sdpa"  # it has no other
+    attention = "eager" if name == "gemma2" else "sdpa"  # gemma2 supports no other
     teacher = load(save_architecture(tmp_path, name, tokenizer), attention, teacher_dtype=dtype)
     batches, layers = micro_batches(tokenizer), [0, 2, 3]
     alone = [teacher.states([batch], layers)[0] for batch in batches]
@@ -78,7 +78,9 @@ def test_many_micro_batches_at_once_are_those_alone_to_the_last_bit(
     check_equal(teacher.states(batches, layers), alone)
 
 
-def test_packed_micro_batches_at_once_are_those_alone_to_the_last_bit(tmp_path, tokenizer):
+def test_one_forward_over_packed_micro_batches_is_bit_identical_to_separate_ones(
+    tmp_path, tokenizer
+):
     teacher = load(save_architecture(tmp_path, "qwen2", tokenizer))
     batches = micro_batches(tokenizer, packed=True)
     assert batches[0]["input_ids"].shape[1] != batches[1]["input_ids"].shape[1]
@@ -86,7 +88,7 @@ def test_packed_micro_batches_at_once_are_those_alone_to_the_last_bit(tmp_path, 
     check_equal(teacher.states(batches, [1]), alone)
 
 
-def test_blocks_see_one_micro_batch_at_a_time_and_are_as_before_afterwards(tmp_path, tokenizer):
+def test_blocks_see_one_micro_batch_at_a_time_and_are_restored_afterwards(tmp_path, tokenizer):
     teacher = load(save_architecture(tmp_path, "qwen2", tokenizer))
     wide, shapes = side_by_side(micro_batches(tokenizer)), []
     pieces = [tuple(batch["input_ids"].shape) for batch in micro_batches(tokenizer)]
@@ -100,7 +102,7 @@ def test_blocks_see_one_micro_batch_at_a_time_and_are_as_before_afterwards(tmp_p
     assert not any("forward" in vars(module) for module in teacher.module.model.modules())
 
 
-def test_states_are_freed_with_their_micro_batch(models, tokenizer):
+def test_states_are_freed_after_their_micro_batch(models, tokenizer):
     teacher = load(models / "teacher")
     teacher.passes = lambda batches, layers: [(0, len(batches), False)]
     kept = []
@@ -112,15 +114,15 @@ def test_states_are_freed_with_their_micro_batch(models, tokenizer):
     assert len(kept) == 4
 
 
-def test_micro_batches_are_grouped_as_far_as_the_workspace_goes():
+def test_micro_batches_are_grouped_until_the_workspace_is_full():
     shapes = [[2, 8], [2, 16], [2, 8], [2, 40], [1, 8], [1, 8]]
     assert list(groups(shapes, 64)) == [(0, 2, 64), (2, 3, 16), (3, 4, 80), (4, 6, 16)]
     assert [end - start for start, end, _ in groups(shapes, 0)] == [1] * 6
     assert list(groups(shapes, 10**9)) == [(0, 6, 10 * 40)]
 
 
-def test_an_adapter_beside_its_base_gives_the_logits_of_peft(tmp_path, models, tokenizer):
-    """LoRA on all layers and on the template's tokens, which the tied head has, too."""
+def test_an_unmerged_adapter_gives_the_logits_of_peft(tmp_path, models, tokenizer):
+    """LoRA on all layers and on the template's tokens, which the tied head shares."""
     torch.manual_seed(0)
     config = LoraConfig(
         r=4, target_modules="all-linear", trainable_token_indices=[1, 2], task_type="CAUSAL_LM"
@@ -142,20 +144,20 @@ def test_an_adapter_beside_its_base_gives_the_logits_of_peft(tmp_path, models, t
     positions = batch["labels"][:, 1:] != IGNORE_INDEX
     with torch.no_grad(), teacher.batch_outputs(batch) as (outputs, _):
         found = outputs.head.logits(outputs.hidden, len(tokenizer))
-        wanted, without = (
+        expected, without = (
             m(**inputs).logits[:, :-1, : len(tokenizer)][positions] for m in (peft, plain)
         )
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
-    assert (wanted - without).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert (expected - without).abs().max() > 0.1
 
 
-def test_the_students_own_base_is_read_without_adapters_dropout_or_a_second_copy(
+def test_the_students_frozen_base_has_no_adapters_no_dropout_and_no_second_copy(
     tmp_path, tokenizer
 ):
     save_small(tmp_path, tokenizer, attention_dropout=0.3)
     plain = load(tmp_path)
     batch = micro_batches(tokenizer)[0]
-    with plain.batch_outputs(batch, [0, 1, 2]) as (wanted, wanted_layers):
+    with plain.batch_outputs(batch, [0, 1, 2]) as (expected, expected_layers):
         pass
     settings = ModelSettings(
         dtype="float32", lora_rank=4, lora_dropout=0.5, train_template_tokens=True
@@ -172,16 +174,16 @@ def test_the_students_own_base_is_read_without_adapters_dropout_or_a_second_copy
     random = torch.get_rng_state()
     for _ in range(2):
         with own.batch_outputs(batch, [0, 1, 2]) as (found, layers):
-            assert torch.equal(found.hidden, wanted.hidden)
-            assert torch.equal(found.head.weight, wanted.head.weight)
-            assert all(torch.equal(a, b) for a, b in zip(layers, wanted_layers, strict=True))
+            assert torch.equal(found.hidden, expected.hidden)
+            assert torch.equal(found.head.weight, expected.head.weight)
+            assert all(torch.equal(a, b) for a, b in zip(layers, expected_layers, strict=True))
     assert torch.equal(random, torch.get_rng_state())
     assert student.training and not any("forward" in vars(m) for m in own.module.model.modules())
     assert {name for name, p in student.named_parameters() if p.requires_grad} == trained
     assert any(found.head.weight is parameter for parameter in student.parameters())
 
 
-def test_an_adapter_with_a_head_of_its_own_is_refused(tmp_path, models):
+def test_an_adapter_that_replaces_the_head_is_refused(tmp_path, models):
     config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     base = AutoModelForCausalLM.from_pretrained(models / "teacher")
     get_peft_model(base, config).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The cache's files: what is packed comes back, keys follow the content, damage is named."""
+"""The files of a teacher cache: packing, document keys, manifests and damage."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ MANIFEST = {"format": 1, "vocabulary": 300, "top_k": 8, "dtype": "float32", "tem
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None)
-def test_packed_ids_come_back(vocab_size, k, seed):
+def test_unpacking_restores_packed_ids(vocab_size, k, seed):
     ids = np.random.default_rng(seed).integers(0, vocab_size, (7, k))
     ids[0], ids[1] = vocab_size - 1, 0
     manifest = MANIFEST | {"vocabulary": vocab_size, "top_k": k}
@@ -44,7 +44,7 @@ def test_packed_ids_come_back(vocab_size, k, seed):
 
 @pytest.mark.parametrize("vocab_size", [32_000, 128_256, 151_936, 262_144])
 @pytest.mark.parametrize("k", [8, 64, 256])
-def test_an_entry_has_at_most_five_bytes_all_that_belongs_to_a_token_counted(vocab_size, k):
+def test_a_record_has_at_most_five_bytes_per_id_with_all_scalars_counted(vocab_size, k):
     manifest = MANIFEST | {"vocabulary": vocab_size, "top_k": k, "dtype": "float16"}
     assert record_type(manifest).itemsize <= 5 * k
 
@@ -56,15 +56,17 @@ def document(seed: int, length: int = 12) -> EncodedRow:
     return EncodedRow.from_labels(ids, [IGNORE_INDEX, *labels[1:-1], ids[-1]])
 
 
-def test_a_key_tells_ids_and_targets_apart():
+def test_a_document_key_depends_on_ids_and_on_targets():
     row = document(0)
     other = EncodedRow.from_labels(row.input_ids, [IGNORE_INDEX] * 11 + [int(row.input_ids[-1])])
-    assert document_key(row) == document_key(EncodedRow.from_labels(list(row.input_ids), list(row.labels)))
+    assert document_key(row) == document_key(
+        EncodedRow.from_labels(list(row.input_ids), list(row.labels))
+    )
     assert len({document_key(r) for r in (row, other, document(1))}) == 3
 
 
 def scored(row: EncodedRow, manifest: dict = MANIFEST) -> np.ndarray:
-    """The records of a made-up teacher that knows a document by its ids."""
+    """The records of a random teacher that is seeded by the document's ids."""
     generator = torch.Generator().manual_seed(int(row.input_ids.sum()))
     hidden = torch.randn(row.targets, 6, generator=generator)
     weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0))
@@ -74,7 +76,7 @@ def scored(row: EncodedRow, manifest: dict = MANIFEST) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve documents in several shards of two processes."""
+    """A cache of twelve documents in several shards of two processes."""
     write_manifest(tmp_path, MANIFEST)
     for rank in (0, 1):
         writer = CacheWriter(tmp_path, MANIFEST, rank, shard_bytes=2000)
@@ -90,14 +92,14 @@ def documents() -> list[EncodedRow]:
     return [document(seed, 5 + seed) for seed in range(12)]
 
 
-def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
+def test_records_hold_the_top_k_of_the_softmax_and_the_tail_mass():
     manifest = MANIFEST | {"temperature": 2.0}
     row = document(3)
     records = scored(row, manifest)
     generator = torch.Generator().manual_seed(int(row.input_ids.sum()))
     hidden = torch.randn(row.targets, 6, generator=generator).double()
     weight = torch.randn(310, 6, generator=torch.Generator().manual_seed(0)).double()
-    logits = (hidden @ weight.T)[:, :300]  # the last ten ids are none of the tokenizer's
+    logits = (hidden @ weight.T)[:, :300]  # the last ten ids are padding of the head
     p, warm = logits.softmax(-1), (logits / 2).softmax(-1)
     top, ids = warm.topk(8)
     assert (unpack_ids(records, 300) == ids.numpy()).all()
@@ -111,7 +113,7 @@ def test_what_is_scored_is_the_top_of_the_softmax_and_the_mass_of_the_rest():
 
 
 def by_position(batch: dict, outputs) -> dict:
-    """{(ids up to a target of its document, the target): the teacher's classes there}."""
+    """{(ids of the document up to a target, the target): the teacher outputs there}."""
     positions, labels = target_positions(batch["labels"])
     found = {}
     for n, (row, place) in enumerate(positions.nonzero().tolist()):
@@ -122,19 +124,19 @@ def by_position(batch: dict, outputs) -> dict:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, flat):
+def test_the_same_text_gets_the_same_outputs_however_it_is_shuffled_and_packed(folder, flat):
     cache = TeacherCache(folder)
     rows = documents()
     teacher = CachedTeacher(cache, torch.device("cpu"))
     blank = EncodedRow.from_labels(
         rows[0].input_ids, [IGNORE_INDEX] * len(rows[0])
     )  # fills up a held-out batch
-    wanted: dict = {}
+    expected: dict = {}
     for row in rows:
         batch = CachedCollator(Collator(0), cache)([[row]])
         with teacher.batch_outputs(batch) as (outputs, _):
-            wanted |= by_position(batch, outputs)
-    assert len(wanted) == sum(row.targets for row in rows)
+            expected |= by_position(batch, outputs)
+    assert len(expected) == sum(row.targets for row in rows)
     packed = [[rows[i] for i in bin_] for bin_ in pack_lengths([len(r) for r in rows], 40)]
     assert max(map(len, packed)) > 1
     shuffled = [packed[i] for i in np.random.default_rng(0).permutation(len(packed))]
@@ -143,10 +145,10 @@ def test_shuffled_packed_and_split_the_same_tokens_get_the_same_targets(folder, 
         batch = CachedCollator(Collator(0, flat=flat), cache)(micro)
         with teacher.batch_outputs(batch) as (outputs, _):
             found |= by_position(batch, outputs)
-    assert found == wanted
+    assert found == expected
 
 
-def test_a_batch_without_targets_has_none(folder):
+def test_a_batch_without_targets_has_no_teacher_outputs(folder):
     cache = TeacherCache(folder)
     blank = EncodedRow.from_labels([1, 2, 3], [IGNORE_INDEX] * 3)
     batch = CachedCollator(Collator(0), cache)([[blank]])
@@ -154,7 +156,7 @@ def test_a_batch_without_targets_has_none(folder):
         assert outputs.ids.shape == (0, 8) and outputs.classes.shape == (0, 9)
 
 
-def test_the_first_missing_document_is_named(folder):
+def test_the_error_names_the_first_missing_document(folder):
     cache, rows = TeacherCache(folder), documents()
     cache.check(rows, "training documents", str)
     strangers = [document(77), document(78)]
@@ -164,7 +166,7 @@ def test_the_first_missing_document_is_named(folder):
 
 
 @pytest.mark.parametrize("torn", ["records without index", "half a temporary file"])
-def test_what_a_kill_left_is_removed_and_its_documents_are_missing(folder, torn):
+def test_unfinished_files_are_removed_and_their_documents_are_missing(folder, torn):
     before = len(TeacherCache(folder).places)
     lost = 0
     if torn == "records without index":
@@ -177,14 +179,14 @@ def test_what_a_kill_left_is_removed_and_its_documents_are_missing(folder, torn)
     assert len(TeacherCache(folder).places) == before - lost
 
 
-def test_a_damaged_shard_is_named(folder):
+def test_the_error_names_a_damaged_shard(folder):
     records = sorted(folder.glob("*.records.npy"))[0]
     records.write_bytes(records.read_bytes()[:-10])
     with pytest.raises(ValueError, match=f"{records.name}.*Remove it"):
         TeacherCache(folder)
 
 
-def test_another_manifest_is_refused_by_the_name_of_what_differs(folder, tmp_path):
+def test_a_different_manifest_is_refused_and_the_difference_named(folder, tmp_path):
     write_manifest(folder, MANIFEST)
     for key, value in {"top_k": 9, "temperature": 2.0, "format": 2, "teacher": "other"}.items():
         with pytest.raises(ValueError, match=f"a different {key}"):

@@ -1,4 +1,4 @@
-"""Training from a cache beside training with the live teacher; a cache that was killed; a wrong one."""
+"""A teacher cache: training from it equals training live; interrupted and wrong caches."""
 
 import json
 import random
@@ -39,15 +39,15 @@ WORDS = [
 @pytest.fixture(scope="module")
 def work(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
-    drawn = random.Random(0)
+    generator = random.Random(0)
 
     def text(count: int) -> str:
-        return " ".join(drawn.choice(WORDS) for _ in range(count))
+        return " ".join(generator.choice(WORDS) for _ in range(count))
 
     def row(i: int) -> dict:
         if i % 2:
-            return {"text": text(drawn.randint(10, 60))}
-        return {"prompt": text(5), "completion": text(drawn.randint(10, 40))}
+            return {"text": text(generator.randint(10, 60))}
+        return {"prompt": text(5), "completion": text(generator.randint(10, 40))}
 
     for name, count in (("rows", ROWS), ("heldout", 5)):
         lines = [json.dumps(row(i)) for i in range(count)]
@@ -56,7 +56,7 @@ def work(models, tmp_path_factory) -> Path:
 
 
 def flags(models: Path, work: Path, **changes) -> list[str]:
-    """Every step has all rows, so that no order of them matters."""
+    """Every step has all rows, so that their order does not matter."""
     settings = {
         "student": models / "student",
         "teacher": models / "teacher",
@@ -81,10 +81,10 @@ def flags(models: Path, work: Path, **changes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole_cache(models, work) -> tuple[Path, str]:
-    """Every id in float32, scored by two processes with the teacher sharded over them."""
+    """A cache with every id in float32, scored by two processes that share a sharded teacher."""
     folder = work / "cache"
-    spelt = flags(models, work, teacher_cache=folder, output_dir=work / "none")
-    done = start("launch/cpu.sh", "train/cache_teacher.py", *spelt)
+    arguments = flags(models, work, teacher_cache=folder, output_dir=work / "none")
+    done = start("launch/cpu.sh", "train/cache_teacher.py", *arguments)
     assert f"saved to {folder}" in done.stdout, done.stdout[-6000:]
     return folder, done.stdout
 
@@ -100,8 +100,8 @@ def trained(models: Path, work: Path, name: str, *launcher, **changes) -> dict:
     }
 
 
-def test_students_of_a_full_cache_and_of_the_live_teacher_are_the_same(models, work, whole_cache):
-    """1e-6, every trained tensor: live 1 process x 8 x 20, cached 2 processes x 4 x 20."""
+def test_a_full_cache_trains_the_same_student_as_the_live_teacher(models, work, whole_cache):
+    """To 1e-6, every trained tensor: live 1 process x 8 x 20, cached 2 processes x 4 x 20."""
     cpu = {"use_cpu": "true", "max_per_device_train_batch_size": 8}
     live = trained(models, work, "live", "python", **cpu)
     cpu |= {"max_per_device_train_batch_size": 4, "ddp_backend": "gloo"}
@@ -109,17 +109,17 @@ def test_students_of_a_full_cache_and_of_the_live_teacher_are_the_same(models, w
     cached = trained(models, work, "cached", *two, teacher_cache=whole_cache[0], **cpu)
     assert "no model" in cached["log"]
     start_weights = load_file(models / "student" / "model.safetensors")
-    for name, wanted in live["weights"].items():
-        moved = (wanted - start_weights[name]).norm()
+    for name, expected in live["weights"].items():
+        moved = (expected - start_weights[name]).norm()
         assert moved > 0
-        assert (cached["weights"][name] - wanted).norm() / wanted.norm() < 1e-6, name
+        assert (cached["weights"][name] - expected).norm() / expected.norm() < 1e-6, name
     names = ("divergence", "teacher_cross_entropy", "teacher_label_probability", "top1_agreement")
     for name in (*names, "cross_entropy", "student_entropy", "teacher_entropy"):
-        found, wanted = (run["done"][f"eval_{name}"] for run in (cached, live))
-        assert found == pytest.approx(wanted, rel=1e-5), name
+        found, expected = (run["done"][f"eval_{name}"] for run in (cached, live))
+        assert found == pytest.approx(expected, rel=1e-5), name
 
 
-def test_size_and_error_against_the_live_teacher_are_told(whole_cache):
+def test_the_size_of_a_cache_and_its_error_are_printed(whole_cache):
     printed = whole_cache[1]
     assert "x 320 ids in float32" in printed and "mass of the 320 ids: 100.000%" in printed
     assert "(+0.000%); gradients differ by 0.000% (by norm)" in printed.replace("-0.0", "+0.0")
@@ -143,37 +143,39 @@ def rename_or_die(source, target):
 os.rename = rename_or_die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""  # from outside, a kill between two of its shards would have to hit some milliseconds
+"""  # a kill from outside would have to hit the milliseconds between two shards
 
 
 @pytest.mark.slow
-def test_killed_and_finished_by_two_processes_a_cache_has_the_same_bits(models, work, whole_cache):
+def test_an_interrupted_cache_that_two_processes_finish_has_the_same_bits(
+    models, work, whole_cache
+):
     folder = work / "killed"
-    spelt = flags(
+    arguments = flags(
         models, work, teacher_cache=folder, output_dir=work / "none", use_cpu="true",
         max_per_device_train_batch_size=8,
     )  # fmt: skip
-    killed = start(sys.executable, "-c", KILLED, "train/cache_teacher.py", *spelt)
+    killed = start(sys.executable, "-c", KILLED, "train/cache_teacher.py", *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
     survived = all_records(folder)
-    wanted = all_records(whole_cache[0])
-    assert 0 < len(survived) < len(wanted)
+    expected = all_records(whole_cache[0])
+    assert 0 < len(survived) < len(expected)
 
     partial = start(
-        "python", "train/distill.py", *spelt, "--output_dir", work / "partial"
-    )  # the first missing document is named, and no training starts
+        "python", "train/distill.py", *arguments, "--output_dir", work / "partial"
+    )  # names the first missing document and starts no training
     assert partial.returncode == 2 and "Traceback" not in partial.stdout, partial.stdout
     assert f"of {ROWS} training documents; the first is number" in partial.stdout
     assert "Loading weights" not in partial.stdout
 
-    done = start("launch/cpu.sh", "train/cache_teacher.py", *spelt)
+    done = start("launch/cpu.sh", "train/cache_teacher.py", *arguments)
     assert f"saved to {folder}" in done.stdout, done.stdout[-6000:]
     assert f"{len(survived)} scored already" in done.stdout
     assert "removed 2 unfinished files of an interrupted run" in done.stdout
-    assert all_records(folder) == wanted
+    assert all_records(folder) == expected
 
 
-def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_path):
+def test_a_cache_that_was_made_with_other_settings_is_refused(models, work, whole_cache, tmp_path):
     tokenizer = load_tokenizer(str(models / "student"))
     settings = TeacherSettings(teacher=str(models / "teacher"), teacher_cache=str(whole_cache[0]))
     objective, model = Objective(), ModelSettings()
@@ -196,7 +198,7 @@ def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_pat
     changed = load_tokenizer(str(models / "student"))
     changed.chat_template += " "
     assert "a different chat_template" in refused(tokenizer=changed)
-    changed.chat_template = None  # a base model: it takes the cache's
+    changed.chat_template = None  # a base model takes the template of the cache
     open_cache(settings, objective, model, changed)
     assert changed.chat_template == tokenizer.chat_template
 
@@ -208,7 +210,7 @@ def test_a_cache_of_something_else_is_refused(models, work, whole_cache, tmp_pat
         ("--gpu_memory_gb", "0.1", "the teacher does not fit"),
     ],
 )
-def test_a_teacher_that_cannot_score_is_named_before_it_is_loaded(
+def test_a_teacher_that_cannot_score_is_refused_before_it_is_loaded(
     models, work, tmp_path, flag, value, message
 ):
     cache = {"teacher_cache": tmp_path / "cache", "output_dir": tmp_path / "out"}

@@ -15,7 +15,7 @@ def work(models, tmp_path_factory):
     good = {"prompt": "a", "completion": "b"}
     (folder / "rows.jsonl").write_text(json.dumps(good) + "\n")
     (folder / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"answer": 1}) + "\n")
-    for name in ("student", "teacher"):  # tokenizer and settings, and no weights to load
+    for name in ("student", "teacher"):  # everything except the weights
         (folder / name).mkdir()
         for file in (models / name).iterdir():
             if file.suffix != ".safetensors":
@@ -63,11 +63,11 @@ MISTAKES = {
         ["--teacher", "WORK/adapter", "--teacher_deepspeed", "ds_configs/teacher_zero3.json"],
         "merge it first: python train/merge.py --adapter",
     ),
-    "own answers, packed": (
+    "on-policy, packed": (
         ["--student_fraction", "0.5", "--packing", "true"],
         "a packed row has no room for it; set packing: false",
     ),
-    "own answers, cached teacher": (
+    "on-policy, cached teacher": (
         ["--student_fraction", "0.5", "--teacher_cache", "WORK"],
         "remove teacher_cache, so that the teacher runs in every step",
     ),
@@ -76,7 +76,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_before_anything_is_loaded(work, mistake):
+def test_a_mistake_is_reported_before_a_model_is_loaded(work, mistake):
     flags, message = MISTAKES[mistake]
     data = json.dumps([{"path": str(work / "rows.jsonl")}])
     done = start(
@@ -90,13 +90,13 @@ def test_a_mistake_is_named_before_anything_is_loaded(work, mistake):
     assert "Traceback" not in done.stdout and not (work / "out" / "done.json").exists()
 
 
-def test_fine_tuning_has_no_rows_of_the_students_own(work):
+def test_fine_tuning_has_no_on_policy_rows(work):
     done = start("python", "train/sft.py", "--student_fraction", "0.5")
     assert done.returncode == 2 and "unknown key student_fraction" in done.stdout, done.stdout
 
 
-def test_without_a_mistake_the_same_call_does_look_for_weights(work):
-    """So the errors above came before the models, not instead of them."""
+def test_the_same_command_without_a_mistake_looks_for_weights(work):
+    """The errors above therefore came before the models, not instead of them."""
     data = json.dumps([{"path": str(work / "rows.jsonl")}])
     done = start(
         *("python", "train/distill.py", "--student", work / "student", "--use_cpu", "true"),

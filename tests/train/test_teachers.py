@@ -1,14 +1,14 @@
-"""Every kind of teacher by the real command line: four bits over two processes, an adapter, self."""
+"""Every kind of teacher on the real command line: sharded AWQ, an adapter, the frozen base."""
 
 import json
 
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import ROOT, start
+from scripts import quantize
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
-from kd.models.awq_writer import WriterSettings, write
 from kd.recipe import as_flags
 
 
@@ -34,10 +34,12 @@ def arguments(folder, output, **changes) -> list[str]:
 
 
 def test_an_awq_teacher_sharded_by_zero3_gives_the_losses_of_the_unsharded_one(models, tmp_path):
-    """The flagship, small: beside a QLoRA student under ZeRO-2, two processes."""
-    write(WriterSettings(str(models / "teacher"), str(tmp_path / "awq"), group_size=16))
+    """The main use case, small: a QLoRA student under ZeRO-2 on two processes."""
+    quantize(models / "teacher", tmp_path / "awq", 16)
     shards = json.loads((ROOT / "ds_configs" / "teacher_zero3.json").read_text())
-    shards["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # all tensors are small
+    shards["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        0  # shard even small tensors
+    )
     (tmp_path / "shards.json").write_text(json.dumps(shards))
     settings = {
         "student": models / "student",
@@ -47,7 +49,7 @@ def test_an_awq_teacher_sharded_by_zero3_gives_the_losses_of_the_unsharded_one(m
         "max_steps": 6,
     }
     sharded = arguments(tmp_path, tmp_path / "sharded", **settings)
-    # The launch profile without its flag that shards the teacher.
+    # The launch profile without its flag for sharding the teacher.
     alone = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
     jobs = {
         "sharded": start(
@@ -67,8 +69,8 @@ def test_an_awq_teacher_sharded_by_zero3_gives_the_losses_of_the_unsharded_one(m
     assert all(recipe["gradient_accumulation_steps"] == 2 for recipe in recipes)
 
 
-def test_teacher_self_is_the_student_as_it_was_before_training(models, tmp_path):
-    """Two processes, ZeRO-2, four bits: no divergence at the first step, and then some."""
+def test_teacher_self_is_the_student_before_training(models, tmp_path):
+    """Two processes, ZeRO-2, 4 bits: the divergence is 0 at the first step and grows."""
     settings = {"student": models / "student", "quantization": "nf4", "soft_weight": 0.1}
     command = arguments(tmp_path, tmp_path / "run", teacher="self", **settings)
     job = start("launch/cpu.sh", *command)
@@ -78,7 +80,7 @@ def test_teacher_self_is_the_student_as_it_was_before_training(models, tmp_path)
     assert abs(first) < 1e-6 and all(value > 1e-4 for value in later), (first, later)
 
 
-def test_an_adapter_is_a_teacher_with_its_tokenizer_from_the_base(models, tmp_path):
+def test_an_adapter_as_teacher_takes_the_tokenizer_of_its_base(models, tmp_path):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(models / "teacher")
     adapter = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
@@ -88,5 +90,7 @@ def test_an_adapter_is_a_teacher_with_its_tokenizer_from_the_base(models, tmp_pa
         settings = {"student": models / "student", "teacher": teacher, "hidden_weight": 0.5}
         job = start("python", *arguments(tmp_path, tmp_path / name, **settings))
         assert (tmp_path / name / "done.json").exists(), job.stdout[-6000:]
-        found[name] = figures(tmp_path / name, "divergence")[0]  # projections start at random
+        found[name] = figures(tmp_path / name, "divergence")[
+            0
+        ]  # later steps depend on random projections
     assert found["adapter"] == found["base"]  # LoRA's B starts at 0
