@@ -90,7 +90,7 @@ class GumbelNoise(LogitsProcessor):
         if not self.generators:
             new = [torch.Generator(scores.device) for _ in self.seeds]
             self.generators = [g.manual_seed(s) for g, s in zip(new, self.seeds, strict=True)]
-        # In float32 the noise is at most 16.6 and ties among 150k tokens are common.
+        # float64, since float32 noise is at most 16.6 and ties among 150k tokens are common.
         uniform = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)  # (B, V)
         for row, generator in zip(uniform, self.generators, strict=True):
             row.uniform_(generator=generator)
