@@ -210,7 +210,7 @@ def our_step(batches: list[list[EncodedRow]], tokenizer, divergence: str, own: b
         trainer = make_trainer(STUDENT, tokenizer, objective, OnPolicySettings(0.5), 4, folder)
         items, loss = sum(row.targets for batch in batches for row in batch), 0.0
         made = [
-            trainer.on_policy_rows.collated(
+            trainer.on_policy_rows.collate(
                 rows, range(len(rows)) if own else (), torch.device("cpu")
             )
             for rows in batches

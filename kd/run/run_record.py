@@ -14,21 +14,16 @@ RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
-def write_record(
-    output_dir: str,
-    settings: list,
-    names: dict[str, str] | None = None,
-    plan: dict[str, Any] | None = None,
-) -> None:
+def write_record(output_dir: str, settings: list, plan: dict[str, Any] | None = None) -> None:
     """Write run.json: the value of every key, the command, the commit and the versions.
 
-    `names` holds keys that belong to no dataclass of `settings`; `plan` is the memory plan.
+    `settings` are dataclasses, or objects with `to_dict`; `plan` is the memory plan.
     """
     record = {
         "command": sys.argv,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "recipe": recipe_of(settings, names),
+        "recipe": keys_of(settings),
     } | ({"plan": plan} if plan else {})
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     write_text(Path(output_dir) / RECORD, json.dumps(record, indent=2, default=str) + "\n")
@@ -40,13 +35,12 @@ def earlier_plan(output_dir: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()).get("plan") if path.is_file() else None
 
 
-def recipe_of(settings: list, names: dict[str, str] | None = None) -> dict[str, Any]:
+def keys_of(settings: list) -> dict[str, Any]:
     """Every key of a run with its value."""
-    recipe: dict[str, Any] = dict(names or {})
+    keys: dict[str, Any] = {}
     for part in settings:
-        to_dict = getattr(part, "to_dict", lambda part=part: dataclasses.asdict(part))
-        recipe.update(to_dict())
-    return recipe
+        keys |= part.to_dict() if hasattr(part, "to_dict") else dataclasses.asdict(part)
+    return keys
 
 
 def commit() -> str | None:

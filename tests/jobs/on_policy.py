@@ -6,18 +6,17 @@ WORK/on_policy.json is a list of cells, see `Cell` in gradients.py. Writes WORK/
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
+from kd.distributed import all_gather, barrier, rank, world_size
 from kd.models.heads import causal_lm
 from kd.run.exit import leave
 from kd.settings.distillation import Objective, OnPolicySettings
@@ -76,9 +75,7 @@ def steps(work: Path, cell: Cell) -> dict:
         on_policy_rows=OnPolicyRows(settings, generator, collator, 512),
     )
     trainer.train()
-    filled = [trainer.filled] * args.world_size
-    if dist.is_initialized():
-        dist.all_gather_object(filled, trainer.filled)
+    filled = all_gather(trainer.filled)
     return {
         "gradients": trainer.found,
         "logged": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -92,16 +89,15 @@ def steps(work: Path, cell: Cell) -> dict:
 
 def main() -> None:
     work = Path(sys.argv[1])
-    if int(os.environ["WORLD_SIZE"]) > 1:
+    if world_size() > 1:
         deepspeed.init_distributed("gloo")
     for cell in json.loads((work / "on_policy.json").read_text()):
         found = steps(work, Cell(**cell))
-        if int(os.environ["RANK"]) == 0:
+        if rank() == 0:
             torch.save(found, work / f"{cell['name']}.pt")
 
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     leave(0)

@@ -32,19 +32,19 @@ from kd.training.step_metrics import reproducible
 from kd.training.trainer import DistillationTrainer
 
 ZERO2, ZERO3 = "ds_configs/student_zero2.json", "ds_configs/student_zero3.json"
-ALONE = [Cell("own 1x8x1")]
+ALONE = [Cell("on-policy 1x8x1")]
 TWO = [
-    Cell("own 2x4x1 ddp", micro=4),
-    Cell("own ddp", micro=2, accumulation=2, steps=2),
-    Cell("own zero3", ZERO3, 2, 2, steps=2),
-    Cell("own ddp lora checkpointing", "ddp", 2, 2, mode="lora", checkpointing=True),
-    Cell("own zero2 qlora", ZERO2, 2, 2, mode="qlora", student="untied", steps=2),
-    Cell("own zero3 lora", ZERO3, 2, 2, mode="lora", teacher="sharded", steps=2),
-    Cell("own zero3 qlora", ZERO3, 2, 2, mode="qlora", steps=2),
-    Cell("own zero3 untied", ZERO3, 4, student="untied", checkpointing=True, steps=2),
-    Cell("own self", "ddp", 4, mode="lora", teacher="self", steps=2),
-    Cell("own hidden", ZERO2, 4, hidden="cosine", steps=2),
-    Cell("own zero3 continuous", ZERO3, 2, 2, steps=2),
+    Cell("on-policy 2x4x1 ddp", micro=4),
+    Cell("on-policy ddp", micro=2, accumulation=2, steps=2),
+    Cell("on-policy zero3", ZERO3, 2, 2, steps=2),
+    Cell("on-policy ddp lora checkpointing", "ddp", 2, 2, mode="lora", checkpointing=True),
+    Cell("on-policy zero2 qlora", ZERO2, 2, 2, mode="qlora", student="untied", steps=2),
+    Cell("on-policy zero3 lora", ZERO3, 2, 2, mode="lora", teacher="sharded", steps=2),
+    Cell("on-policy zero3 qlora", ZERO3, 2, 2, mode="qlora", steps=2),
+    Cell("on-policy zero3 untied", ZERO3, 4, student="untied", checkpointing=True, steps=2),
+    Cell("on-policy self", "ddp", 4, mode="lora", teacher="self", steps=2),
+    Cell("on-policy hidden", ZERO2, 4, hidden="cosine", steps=2),
+    Cell("on-policy zero3 continuous", ZERO3, 2, 2, steps=2),
 ]
 
 
@@ -63,17 +63,21 @@ def rows_of(step: list[dict]) -> list[tuple[EncodedRow, bool]]:
     """The rows of a step's micro-batches in order, each with whether it is on-policy."""
     found = []
     for batch in step:
-        own = (
+        on_policy = (
             batch[ON_POLICY].any(-1).tolist()
             if ON_POLICY in batch
             else [False] * len(batch["labels"])
         )
-        found += zip(split_documents(batch), own, strict=True)
+        found += zip(split_documents(batch), on_policy, strict=True)
     return found
 
 
-def own_answers(step: list[dict]) -> list[list[int]]:
-    return [[x for x in row.labels if x != IGNORE_INDEX] for row, own in rows_of(step) if own]
+def completions_of(step: list[dict]) -> list[list[int]]:
+    return [
+        [x for x in row.labels if x != IGNORE_INDEX]
+        for row, on_policy in rows_of(step)
+        if on_policy
+    ]
 
 
 def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> torch.Tensor:
@@ -81,24 +85,24 @@ def true_loss(student, teacher, real: int, step: list[dict], hidden=None) -> tor
     weight, temperature = OBJECTIVE["soft_weight"], OBJECTIVE["temperature"]
     maps = getattr(causal_lm(student), "hidden_projections", None)
     total, tokens = 0.0, 0
-    for row, own in rows_of(step):
+    for row, on_policy in rows_of(step):
         ids, labels = torch.tensor(row.input_ids)[None], torch.tensor(row.labels[1:])
         mask = labels != IGNORE_INDEX
         outputs = student(input_ids=ids, output_hidden_states=True)
         with torch.no_grad():
             if teacher:
-                wanted = teacher(input_ids=ids, output_hidden_states=True)
+                expected = teacher(input_ids=ids, output_hidden_states=True)
             else:
                 with student.disable_adapter():
-                    wanted = student(input_ids=ids)
-        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, wanted))
+                    expected = student(input_ids=ids)
+        ours, theirs = (x.logits[0, :-1, :real][mask] for x in (outputs, expected))
         p, q = log_softmax(theirs / temperature, -1), log_softmax(ours / temperature, -1)
         soft = temperature**2 * kl_div(q, p, reduction="sum", log_target=True)
         hard = cross_entropy(ours, labels[mask], reduction="sum")
-        total = total + (soft if own else weight * soft + (1 - weight) * hard)
+        total = total + (soft if on_policy else weight * soft + (1 - weight) * hard)
         for i, (n, m) in enumerate(hidden.layers if hidden else ()):
             a = maps[i](outputs.hidden_states[n][0, :-1][mask])
-            b = wanted.hidden_states[m][0, :-1][mask]
+            b = expected.hidden_states[m][0, :-1][mask]
             cosine = 1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
             total = total + hidden.weight * cosine.sum() / len(hidden.layers)
         tokens += int(mask.sum())
@@ -119,11 +123,11 @@ def test_the_first_step_equals_full_logits_on_the_same_answers(work, cell):
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
     step = found["filled"][0]
     loss = true_loss(student, teacher, len(tokenizer), step, hidden_objective(cell))
-    wanted = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    expected = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
     tolerance = 2e-6 if cell in ALONE else 1e-5  # float32 rounding, as in test_gradients.py
     assert math.isclose(found["logged"][0]["loss"], loss.item(), rel_tol=2e-6)
-    assert found["gradients"][0].keys() == wanted.keys()
-    for name, gradient in wanted.items():
+    assert found["gradients"][0].keys() == expected.keys()
+    for name, gradient in expected.items():
         apart = (found["gradients"][0][name].double() - gradient.double()).norm()
         assert apart / gradient.double().norm() < tolerance, name
 
@@ -133,14 +137,14 @@ def test_the_same_half_of_the_rows_is_on_policy_for_any_number_of_ranks(work):
     chosen = []
     for step in steps:
         rows = rows_of(step)
-        chosen.append([i for i, (_, own) in enumerate(rows) if own])
+        chosen.append([i for i, (_, on_policy) in enumerate(rows) if on_policy])
         assert len(rows) == 8 and len(chosen[-1]) == FRACTION * 8
     assert all(places == chosen[0] for places in chosen)
     prompts = [
         [
             [x for x, y in zip(r.input_ids, r.labels, strict=True) if y == IGNORE_INDEX]
-            for r, own in s
-            if own
+            for r, on_policy in s
+            if on_policy
         ]
         for s in map(rows_of, steps)
     ]
@@ -149,33 +153,33 @@ def test_the_same_half_of_the_rows_is_on_policy_for_any_number_of_ranks(work):
 
 def test_ranks_with_very_different_lengths_generate_what_they_would_alone(work):
     """DDP and ZeRO-3 with the current weights, before and after the first update."""
-    ddp, zero3 = (torch.load(work / f"own {name}.pt")["filled"] for name in ("ddp", "zero3"))
+    ddp, zero3 = (torch.load(work / f"on-policy {name}.pt")["filled"] for name in ("ddp", "zero3"))
     for n in range(2):
-        answers = own_answers(ddp[n])
-        assert answers == own_answers(zero3[n])
+        answers = completions_of(ddp[n])
+        assert answers == completions_of(zero3[n])
         longest = max(map(len, answers))
         assert LENGTHS[1] < longest <= LENGTHS[0] and min(map(len, answers)) <= LENGTHS[1]
 
 
-def test_figures_of_the_students_rows_are_apart(work):
-    """Cross-entropy and the teacher's probability of the label are of the data alone."""
+def test_metrics_of_on_policy_rows_are_separate(work):
+    """Cross-entropy and the label's probability under the teacher cover the data rows only."""
     tokenizer = load_tokenizer(str(work / "student"))
-    found = torch.load(work / "own ddp.pt")
+    found = torch.load(work / "on-policy ddp.pt")
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(work / name).double()
         for name in ("student", "teacher")
     )
-    hard, entropy, tokens, answers = 0.0, 0.0, [0, 0], own_answers(found["filled"][0])
-    for row, own in rows_of(found["filled"][0]):
+    hard, entropy, tokens, answers = 0.0, 0.0, [0, 0], completions_of(found["filled"][0])
+    for row, on_policy in rows_of(found["filled"][0]):
         labels = torch.tensor(row.labels[1:])
         mask = labels != IGNORE_INDEX
-        tokens[own] += int(mask.sum())
+        tokens[on_policy] += int(mask.sum())
         with torch.no_grad():
             ids = torch.tensor(row.input_ids)[None]
             ours, theirs = (
                 m(input_ids=ids).logits[0, :-1, : len(tokenizer)][mask] for m in (student, teacher)
             )
-        if own:
+        if on_policy:
             entropy += torch.distributions.Categorical(logits=theirs).entropy().sum().item()
         else:
             hard += cross_entropy(ours, labels[mask], reduction="sum").item()
@@ -195,8 +199,8 @@ def test_figures_of_the_students_rows_are_apart(work):
 
 def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, tmp_path):
     """By the real command line; with a share the run differs and logs more metrics."""
-    (models / "own.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
-    data = json.dumps([{"path": str(models / "own.jsonl")}])
+    (models / "rows_on_policy.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
+    data = json.dumps([{"path": str(models / "rows_on_policy.jsonl")}])
     found, curves = {}, {}
     for name, flags in {"off": [], "none": ["0"], "some": ["0.4"]}.items():
         job = start(
@@ -214,8 +218,13 @@ def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, t
         curves[name] = [reproducible(entry) for entry in history if "loss" in entry]
         assert ("on-policy: the student answers 40% of the rows" in job.stdout) == (name == "some")
     assert found["off"] == found["none"] != found["some"] and curves["off"] == curves["none"]
-    own = {"on_policy_divergence", "on_policy_agreement", "generated_length", "generated_cut_share"}
-    assert own <= curves["some"][0].keys() and not own & curves["off"][0].keys()
+    on_policy = {
+        "on_policy_divergence",
+        "on_policy_top1_agreement",
+        "generated_length",
+        "generated_cut_share",
+    }
+    assert on_policy <= curves["some"][0].keys() and not on_policy & curves["off"][0].keys()
 
 
 def trainer_of(student, teacher, tokenizer, rows, folder, settings, **objective):
@@ -300,7 +309,7 @@ def test_a_completion_replaces_one_of_a_rows_answers_within_max_length():
     assert answer_starts(text) == [6]
     assert answer_starts(EncodedRow.from_labels([5, 6], [IGNORE_INDEX, 6])) == [1]
     rows = OnPolicyRows(OnPolicySettings(0.5, 256), None, Collator(0), 12)
-    found = {(len(p.ids), p.limit) for p in (rows.prompt(row, str(i)) for i in range(20))}
+    found = {(len(p.ids), p.limit) for p in (rows.make_prompt(row, str(i)) for i in range(20))}
     assert found == {(3, 9), (9, 3)}
 
 
@@ -320,11 +329,11 @@ def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
     rows, _ = encode_rows(small_rows(5), tokenizer, 512, progress=False)
     for flat in (False, True):
         on_policy_rows = OnPolicyRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
-        batch = on_policy_rows.collated(rows, [1, 4], torch.device("cpu"))
+        batch = on_policy_rows.collate(rows, [1, 4], torch.device("cpu"))
         assert split_documents(batch) == rows
-        own = batch[ON_POLICY] & (batch["labels"] != IGNORE_INDEX)
-        wanted = [x for i in (1, 4) for x in rows[i].labels if x != IGNORE_INDEX]
-        assert batch["labels"][own].tolist() == wanted
+        on_policy = batch[ON_POLICY] & (batch["labels"] != IGNORE_INDEX)
+        expected = [x for i in (1, 4) for x in rows[i].labels if x != IGNORE_INDEX]
+        assert batch["labels"][on_policy].tolist() == expected
 
 
 def test_the_plan_counts_the_key_value_cache_and_the_weights_that_zero3_gathers(models, tokenizer):
@@ -349,8 +358,8 @@ def test_the_plan_counts_the_key_value_cache_and_the_weights_that_zero3_gathers(
         device="cpu",
     )
     assert "the student's generation" not in plan_training(layout).phases
-    own = dataclasses.replace(layout, on_policy=OnPolicySettings(0.25))
-    phase = plan_training(own).phases["the student's generation"]
+    on_policy = dataclasses.replace(layout, on_policy=OnPolicySettings(0.25))
+    phase = plan_training(on_policy).phases["the student's generation"]
     assert phase["keys, values and scores of generated answers"] == 4 * row_bytes(
         model.config, 64, 4
     )
@@ -358,7 +367,7 @@ def test_the_plan_counts_the_key_value_cache_and_the_weights_that_zero3_gathers(
     assert phase["student gathered for generation"] == weights
     # Four rows of a process at once, 256 tokens at most and here 64: so often all weights are read.
     rates = Rates(tflops=1, memory_gb_s=1, link_gb_s=1)
-    (written,) = duration(own, rates).seconds.keys() - duration(layout, rates).seconds.keys()
+    (written,) = duration(on_policy, rates).seconds.keys() - duration(layout, rates).seconds.keys()
     assert "the student's generation" in written
-    assert duration(own, rates).seconds[written] == pytest.approx(64 * weights / 1e9)
-    assert sent_bytes(own)["student gathered for generation"] == weights / 2
+    assert duration(on_policy, rates).seconds[written] == pytest.approx(64 * weights / 1e9)
+    assert sent_bytes(on_policy)["student gathered for generation"] == weights / 2

@@ -46,7 +46,7 @@ def log_history(output) -> list[dict]:
 
 
 @torch.no_grad()
-def heldout_figures(student_folder, models) -> dict[str, float]:
+def heldout_metrics(student_folder, models) -> dict[str, float]:
     """Means over all held-out target tokens, from full logits of one row at a time."""
     tokenizer = load_tokenizer(str(models / "student"))
     rows, _ = encode_rows(small_rows(7), tokenizer, 1024, progress=False)
@@ -67,16 +67,16 @@ def heldout_figures(student_folder, models) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("launcher", [["python"], ["torchrun", "--nproc-per-node", "2"]])
-def test_heldout_figures_are_means_over_tokens_each_row_once(models, tmp_path, launcher):
+def test_heldout_metrics_are_means_over_tokens_with_each_row_once(models, tmp_path, launcher):
     """Two ranks do not divide seven rows: no row may count twice."""
     cpu = {"use_cpu": "true"} | ({"ddp_backend": "gloo"} if len(launcher) > 1 else {})
     job = start(*launcher, "train/distill.py", *flags(models, tmp_path / "run", max_steps=2, **cpu))
     assert (tmp_path / "run" / "done.json").exists(), job.stdout[-4000:]
     done = json.loads((tmp_path / "run" / "done.json").read_text())
-    wanted = heldout_figures(tmp_path / "run", models)
-    for name, value in wanted.items():
-        assert math.isclose(done[f"eval_{name}"], value, rel_tol=1e-4), (name, done, wanted)
-    loss = 0.25 * wanted["divergence"] + 0.75 * wanted["cross_entropy"]
+    expected = heldout_metrics(tmp_path / "run", models)
+    for name, value in expected.items():
+        assert math.isclose(done[f"eval_{name}"], value, rel_tol=1e-4), (name, done, expected)
+    loss = 0.25 * expected["divergence"] + 0.75 * expected["cross_entropy"]
     assert math.isclose(done["eval_loss"], loss, rel_tol=1e-4)
 
 
