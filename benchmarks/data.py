@@ -28,12 +28,12 @@ from texts import read_docs
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from kd.data.encoding import CHUNK
+from kd.data.encoding import ENCODE_BATCH
 from kd.data.packing import Collator
 from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
-from kd.data.workers import SMALL
-from kd.losses.fused import Objective
+from kd.data.workers import MIN_BATCHES
 from kd.recipe import parse, setting
+from kd.settings.distillation import Objective
 from kd.settings.training import TrainingSettings
 from kd.training.trainer import DistillationTrainer
 
@@ -71,7 +71,7 @@ def main() -> None:
             (run, workers)
             for run in (ours_marked, ours_unmarked, *([trl] if found else []))
             for workers in sorted(
-                {1, cores if count >= SMALL * CHUNK else 1}
+                {1, cores if count >= MIN_BATCHES * ENCODE_BATCH else 1}
             )  # small data uses one worker
         ]
         turns = []

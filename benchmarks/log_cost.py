@@ -19,12 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
-from kd.losses.objective import Objective
 from kd.recipe import parse, setting
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.teachers.live import LiveTeacher
-from kd.training.tensorboard import write_no_step_twice
+from kd.training.tensorboard import open_writer
 from kd.training.trainer import DistillationTrainer
 
 TEACHER = str(Path(__file__).parents[1] / "data/quickstart/teacher")
@@ -106,14 +105,14 @@ def make_trainer(settings: BenchmarkSettings, logged: bool, folder: str) -> Dist
     trainer = DistillationTrainer(
         model=AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TEACHER)),
         args=training,
-        train_dataset=[[EncodedRow(row, list(row))] for row in ids],
+        train_dataset=[[EncodedRow.from_labels(row, list(row))] for row in ids],
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         objective=Objective(soft_weight=0.5),
         vocab_size=len(tokenizer),
         teacher=LiveTeacher(TeacherSettings(teacher=TEACHER), model, training.device),
     )
-    write_no_step_twice(trainer, f"{folder}/tensorboard", None)
+    open_writer(trainer, f"{folder}/tensorboard", None)
     return trainer
 
 

@@ -29,8 +29,10 @@ from torch.nn.functional import kl_div, log_softmax
 
 from kd.losses import fused
 from kd.losses.divergences import DIVERGENCES
-from kd.losses.fused import Head, Objective, TeacherOutputs, linear_distillation_loss
+from kd.losses.fused import linear_distillation_loss
+from kd.losses.head import Head, TeacherOutputs
 from kd.recipe import parse, setting
+from kd.settings.distillation import Objective
 
 MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 WIDTHS = {"1.5B->0.5B": (1536, 896), "32B->14B": (5120, 5120)}  # teacher, student

@@ -38,11 +38,10 @@ from kd.data.encoding import IGNORE_INDEX, EncodedRow, Encoder, encode_rows
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
 from kd.data.vocabularies import shared_vocabulary
-from kd.losses.objective import Objective
 from kd.models.heads import LossInputs, return_loss
 from kd.recipe import as_flags, parse, setting
 from kd.run.run_record import commit
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.live import LiveTeacher
 
@@ -144,7 +143,7 @@ def beside_trl(count: int) -> list[dict]:
     encoder = AlignedEncoder(
         Encoder(tokenizer, 256), Encoder(tokenizer, 256), shared_vocabulary(tokenizer, tokenizer)
     )
-    rows = [row.encoded() for row in encoder([("", row) for row in read("chat_heldout", count)])]
+    rows = encoder([("", row) for row in read("chat_heldout", count)])
     found = []
     for divergence, beta in BETA.items():
         trl = {way: gold_losses(rows, tokenizer, beta, way) for way in ("bayesian", "observed")}
@@ -165,7 +164,7 @@ def beside_trl(count: int) -> list[dict]:
 def whole_logits(name: str, row: EncodedRow, vocab_size: int) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.tensor([row.input_ids])).logits[..., :vocab_size]
+        return model(torch.tensor(row.input_ids)[None]).logits[..., :vocab_size]
 
 
 def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> list[float]:
@@ -188,7 +187,7 @@ def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> l
     )
     loss, found = ULDLoss(config, tokenizer, tokenizer), []
     for row in rows:
-        labels, ids = (torch.tensor([x]) for x in (row.labels, row.input_ids))
+        labels, ids = (torch.tensor(x)[None] for x in (row.labels, row.input_ids))
         ends = torch.arange(1, len(row) + 1)
         offsets = torch.stack([ends - 1, ends], -1)[
             None
@@ -278,7 +277,7 @@ def bits_per_byte(folder: Path, part: str, count: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nats, size = 0.0, 0
     for row in rows:
-        logits = model(torch.tensor([row.input_ids])).logits[0, :-1, : len(tokenizer)]
+        logits = model(torch.tensor(row.input_ids)[None]).logits[0, :-1, : len(tokenizer)]
         labels = torch.tensor(row.labels[1:])
         nats += torch.nn.functional.cross_entropy(
             logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -13,8 +13,10 @@ import ctypes
 import gc
 import json
 import os
+import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,16 +25,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from random_checkpoint import qwen_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from kd.losses.objective import Objective
+from kd.distributed import barrier, rank
 from kd.recipe import parse, setting
 from kd.run.exit import leave
-from kd.settings.distillation import DataSettings, ModelSettings, TeacherSettings
-from kd.settings.training import TrainingSettings
-from kd.training import run_training as session
+from kd.training import run_training
 from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -165,28 +164,25 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
 
 
 def run_rank(flags: list[str]) -> None:
-    student, *flags = flags
-    deepspeed.init_distributed(
-        "nccl" if CUDA else "gloo"
-    )  # before DeepSpeed reads the number of ranks
-    kinds = [ModelSettings, DataSettings, TrainingSettings]
-    teacher = "--teacher" in flags
-    kinds += [TeacherSettings, Objective] if teacher else []
-    model, data, training, *more = parse(*kinds, argv=flags)
+    """Run the training script as one rank, and write the peak memory of this process."""
+    # The group must exist before DeepSpeed reads the number of ranks.
+    deepspeed.init_distributed("nccl" if CUDA else "gloo")
     peak = GpuPeak() if CUDA else Peak()
-    load, run = session.load_trained, DistillationTrainer.train
-    session.load_trained = lambda *args: (peak.start(), load(*args))[1]
+    load, train = run_training.load_trained, DistillationTrainer.train
+    run_training.load_trained = lambda *args: (peak.start(), load(*args))[1]
 
-    def run_and_stop(trainer, *args, **options):
-        result = run(trainer, *args, **options)
+    def train_and_stop(trainer, *args, **options):
+        result = train(trainer, *args, **options)
         peak.stop()  # saving gathers a sharded student
         return result
 
-    DistillationTrainer.train = run_and_stop
-    session.train(student, model, data, training, *more)
-    path = Path(training.output_dir) / f"peak-{training.process_index}.json"
-    path.write_text(json.dumps(peak.most - peak.before))
-    dist.barrier()
+    DistillationTrainer.train = train_and_stop
+    script, key = ("distill", "student") if "--teacher" in flags else ("sft", "model")
+    sys.argv = [f"train/{script}.py", f"--{key}", *flags]
+    runpy.run_path(str(ROOT / sys.argv[0]))["main"]()
+    folder = Path(flags[flags.index("--output_dir") + 1])
+    (folder / f"peak-{rank()}.json").write_text(json.dumps(peak.most - peak.before))
+    barrier()
     leave(0)
 
 

@@ -30,11 +30,12 @@ from random_checkpoint import GROUP, qwen_config, write_random
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from kd.losses.fused import Objective, TeacherOutputs
+from kd.losses.head import TeacherOutputs
 from kd.models import awq, awq_writer, sharding
 from kd.models.heads import LossInputs, backbone_only, head_of, return_loss, target_positions
 from kd.recipe import parse, setting
 from kd.run.exit import leave
+from kd.settings.distillation import Objective
 
 DS_CONFIG = "ds_configs/teacher_zero3.json"
 SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads

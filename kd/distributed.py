@@ -87,7 +87,7 @@ def broadcast(value: T) -> T:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """Collective: the sum over all ranks, in a new tensor."""
+    """Collective: the sum over all ranks, in a new tensor of the same shape."""
     values = values.clone()
     if is_initialized():
         dist.all_reduce(values)
@@ -95,7 +95,7 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def all_max(values: Tensor) -> Tensor:
-    """Collective: the maximum over all ranks, element by element, in a new tensor."""
+    """Collective: the element-wise maximum over all ranks, in a new tensor of the same shape."""
     values = values.clone()
     if is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX)

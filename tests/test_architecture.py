@@ -95,3 +95,20 @@ def test_every_room_is_a_layer_and_no_file_is_longer_than_400_lines():
         for file in (ROOT / folder).rglob("*.py"):
             lengths[str(file.relative_to(ROOT))] = len(file.read_text().splitlines())
     assert {file: lines for file, lines in lengths.items() if lines > 400} == {}
+
+
+def test_no_two_places_have_the_same_ten_lines():
+    """Ten consecutive lines of code, without blank lines, imports and indentation."""
+    seen: dict[tuple[str, ...], str] = {}
+    repeated = []
+    for folder in ("kd", "train", "eval", "benchmarks", "launch", "data", "tests"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix not in (".py", ".sh", ".sbatch"):
+                continue
+            lines = [line.strip() for line in file.read_text().splitlines()]
+            code = [line for line in lines if line and not line.startswith(("import ", "from "))]
+            for i in range(len(code) - 9):
+                place = f"{file.relative_to(ROOT)}: {code[i]}"
+                if seen.setdefault(tuple(code[i : i + 10]), place) != place:
+                    repeated.append((seen[tuple(code[i : i + 10])], place))
+    assert repeated == []

@@ -117,7 +117,7 @@ def check_profile(words: list[str], variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:120])
-def test_command_is_accepted_by_what_it_calls(text, recorded):
+def test_command_is_accepted_by_what_it_calls(text, request):
     variables, words = split(text)
     kind = kind_of(words)
     for word in words:
@@ -138,7 +138,7 @@ def test_command_is_accepted_by_what_it_calls(text, recorded):
         assert all(option in (ROOT / words[0]).read_text() for option in options)
         assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/"))
     elif kind == "shell":
-        called = recorded(text)
+        called = request.getfixturevalue("recorded")(text)
         assert called, f"{text} starts nothing"
         for call in called:
             if call[0] in ("sbatch", "tensorboard"):

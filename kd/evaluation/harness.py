@@ -42,7 +42,7 @@ class SharedModel(HFLM):
         return world_size()
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Collective: stack the tensors of all ranks; the result is on the CPU, (ranks, ...)."""
+        """Collective: stack tensors (N, K) of all ranks to (ranks, N, K), on the CPU."""
         if world_size() == 1:
             return tensor
         return torch.stack(all_gather(tensor.cpu()))

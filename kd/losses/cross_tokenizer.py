@@ -184,7 +184,7 @@ def segment_divergence(
 
 
 def scale_gradient_(gradient: Tensor, objective: Objective) -> Tensor:
-    """Turn a divergence's gradient to logits / temperature into the loss's to logits, in place."""
+    """Scale a gradient (*, V) to logits / temperature into the loss's to logits, in place."""
     scale = objective.divergence_scale / objective.temperature
     return gradient.mul_(objective.soft_weight * scale)
 

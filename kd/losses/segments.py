@@ -49,7 +49,7 @@ class TokenClasses:
 
 
 def negligible(like: Tensor) -> float:
-    """Return a log-probability that stands for 0 and stays finite in sums and differences."""
+    """Return a log-probability (scalar) that stands for 0 and stays finite in sums."""
     return torch.finfo(like.dtype).min / 4
 
 
@@ -165,7 +165,7 @@ def segment_log_probs(
 
 
 def index_tensor(indices: np.ndarray, like: Tensor) -> Tensor:
-    """Copy indices to the device of `like`, as int64."""
+    """Copy indices (n,) to the device of `like`, as int64."""
     return torch.from_numpy(indices.astype(np.int64)).to(like.device)
 
 

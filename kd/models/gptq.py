@@ -45,7 +45,7 @@ class GptqLinear(PackedLinear):
 
 
 def unpack(words: Tensor) -> Tensor:
-    """Unpack int32 words, (...), into numbers 0..15, (..., 8)."""
+    """Unpack int32 words (*) into numbers 0..15 (*, 8)."""
     return (words[..., None] >> (4 * torch.arange(8, device=words.device))) & 15
 
 

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the layer: (..., in) to (..., out), in the type of `hidden`."""
+        """Apply the layer: (*, in) to (*, out), in the type of `hidden`."""
         weight = self.dequantized(hidden.dtype)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return nn.functional.linear(hidden, weight, bias)

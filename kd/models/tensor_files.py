@@ -101,7 +101,7 @@ class TensorFiles:
             raise ValueError(f"{found.file}: {name} is {found.shape}; wanted {tuple(expected)}")
 
     def read(self, name: str) -> Tensor:
-        """Read a whole tensor in the type of the file, on the CPU.
+        """Read a whole tensor in the shape and type of the file, on the CPU.
 
         Raises ValueError naming tensor and file if the file cannot be read.
         """

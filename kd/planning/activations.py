@@ -120,7 +120,7 @@ def trace(
 
 
 def drop_gradient(parameter: Tensor) -> None:
-    """Free the gradient of a weight as soon as it has been accumulated."""
+    """Free the gradient of a weight (any shape) as soon as it has been accumulated."""
     parameter.grad = None
 
 

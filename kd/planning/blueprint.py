@@ -126,7 +126,7 @@ def stored_tensors(model: nn.Module) -> list[StoredTensor]:
 
 
 def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
-    """The description of an unpacked tensor."""
+    """The description of an unpacked tensor of any shape."""
     return StoredTensor(name, tensor.numel(), tensor.element_size(), tensor.requires_grad)
 
 

@@ -64,7 +64,10 @@ class AlignedTeacher:
     def outputs(
         self, batches: list[dict], layers: list[int] | None = None
     ) -> Iterator[contextlib.AbstractContextManager[tuple[AlignedTeacherOutputs, list[Tensor]]]]:
-        """Yield one context per batch, as `LiveTeacher.outputs` does; `layers` must be empty."""
+        """Yield one context per batch: (hidden states (N, H) with segments, no layer states).
+
+        `layers` must be empty: hidden states cannot be matched across tokenizers.
+        """
         assert not layers
         names = ("input_ids", "position_ids", "labels")
         theirs = [{name: batch[f"teacher_{name}"] for name in names} for batch in batches]

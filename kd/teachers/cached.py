@@ -108,14 +108,14 @@ class CachedTeacher:
     def outputs(
         self, batches: list[dict[str, Tensor]], layers: list[int] | None = None
     ) -> Iterator[contextlib.AbstractContextManager[tuple[SparseTeacherOutputs, list[Tensor]]]]:
-        """One context per batch, as of a LiveTeacher: (teacher outputs, no hidden states)."""
+        """One context per batch: (top-k outputs of the targets (N, k), no hidden states)."""
         return (self.batch_outputs(batch, layers) for batch in batches)
 
     @contextlib.contextmanager
     def batch_outputs(
         self, batch: dict[str, Tensor], layers: list[int] | None = None
     ) -> Iterator[tuple[SparseTeacherOutputs, list[Tensor]]]:
-        """The context of one batch."""
+        """The context of one batch: (top-k outputs of the targets (N, k), no hidden states)."""
         assert not layers
         names = [field.name for field in fields(SparseTeacherOutputs)]
         tensors = {name: batch[PREFIX + name].to(self.device) for name in names}

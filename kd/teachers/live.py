@@ -148,7 +148,10 @@ class LiveTeacher:
         opens: bool,
         closes: bool,
     ) -> Iterator[Outputs]:
-        """The context of one batch; `opens` gathers the head, `closes` releases it."""
+        """The context of one batch; hidden and the mapped layers' states are (N, H) each.
+
+        `opens` gathers the head, `closes` releases it.
+        """
         if opens and self.sharded:
             import deepspeed
 

@@ -12,7 +12,7 @@ SMALL_WORKSPACE = 128  # MiB, the smallest loss_workspace_mb
 
 @contextlib.contextmanager
 def explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
-    """Turn an allocator's error into a ValueError that lists remedies, cheapest first."""
+    """Raise an allocator's error again as a ValueError that lists remedies, cheapest first."""
     try:
         yield
     except RuntimeError as error:

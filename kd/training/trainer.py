@@ -141,7 +141,10 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_first_batch(self, metrics: Tensor) -> None:
-        """Raise ValueError if a model overflows; a loss scaler would silently skip every step."""
+        """Raise ValueError if a sum of `metrics` (number of METRICS,) is not finite.
+
+        The model has overflowed then, and a loss scaler would silently skip every step.
+        """
         self.first_batch = False
         values = dict(zip(REPORTED, metrics.tolist(), strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]

@@ -31,5 +31,5 @@ def test_the_committed_results_cover_all_formats_and_ranks():
     for row in rows:
         assert row["max_logit_difference"] == 0.0
         assert abs(row["read_share"] * row["ranks"] - 1) < 0.02
-        # Tensors below the threshold of teacher_zero3.json stay whole; their share is tiny at full size.
+        # Small tensors stay whole (threshold of teacher_zero3.json); at full size they vanish.
         assert row["held_share"] < 1 / row["ranks"] + 0.06

@@ -92,11 +92,9 @@ def test_an_adapter_is_measured_with_everything_it_trained(house, rows, tokenize
 
 def test_batch_size_and_padding_do_not_change_the_sums(house, rows, tokenizer):
     for names in (("student", None), ("student", "teacher")):
+        student, teacher = (name and model(house, name) for name in names)
         single, several, whole = (
-            measured(
-                model(house, names[0]), rows, tokenizer, n, names[1] and model(house, names[1])
-            )
-            for n in (1, 3, 100)
+            measured(student, rows, tokenizer, size, teacher) for size in (1, 3, 100)
         )
         torch.testing.assert_close(single, several, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(single, whole, rtol=1e-6, atol=1e-6)
@@ -145,9 +143,8 @@ def test_bits_per_byte_and_perplexity_follow_from_the_rows(house, rows, tokenize
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_agrees_with_itself(house, rows, tokenizer, dtype):
-    sums = summed(
-        model(house, "teacher", dtype), rows, tokenizer, 2, model(house, "teacher", dtype)
-    )
+    teacher, same = (model(house, "teacher", dtype) for _ in range(2))
+    sums = summed(same, rows, tokenizer, 2, teacher)
     overall = agreement_result(rows, sums)["overall"]
     assert overall["forward_kl"] == overall["reverse_kl"] == 0.0
     assert overall["top1_agreement"] == overall["top5_overlap"] == 1.0
@@ -155,10 +152,8 @@ def test_a_model_agrees_with_itself(house, rows, tokenizer, dtype):
 
 
 def test_agreement_equals_kl_div_of_full_logits(house, rows, tokenizer):
-    found = measured(
-        model(house, "student"), rows, tokenizer, teacher=model(house, "teacher")
-    ).tolist()
     student, teacher = model(house, "student"), model(house, "teacher")
+    found = measured(student, rows, tokenizer, teacher=teacher).tolist()
     for row, sums in zip(rows, found, strict=True):
         q, p = (log_softmax(target_logits(m, row, len(tokenizer)), -1) for m in (student, teacher))
         labels = torch.tensor([label for label in row.windows[0].labels if label != IGNORE_INDEX])
@@ -248,9 +243,8 @@ def test_agreement_writes_the_files_that_perplexity_would_write(house, tmp_path)
     common = ["--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--models", *models]
     teacher = ["--teacher", house / "teacher", "--out_dir", tmp_path / "both"]
     inside("agreement.py", *common, *teacher)
-    inside(
-        "perplexity.py", *common, f"teacher={house / 'teacher'}", "--out_dir", tmp_path / "alone"
-    )
+    alone = [f"teacher={house / 'teacher'}", "--out_dir", tmp_path / "alone"]
+    inside("perplexity.py", *common, *alone)
     for name in ("student", "adapter", "teacher"):
         both, alone = (
             json.loads((tmp_path / folder / "perplexity" / f"{name}.json").read_text())
@@ -262,14 +256,7 @@ def test_agreement_writes_the_files_that_perplexity_would_write(house, tmp_path)
 def test_two_processes_write_what_one_writes(house, tmp_path):
     arguments = [
         *("--teacher", house / "teacher", "--models", f"student={house / 'student'}"),
-        *(
-            "--data",
-            json.dumps(sources(house)),
-            "--max_length",
-            str(MAX_LENGTH),
-            "--batch_size",
-            "2",
-        ),
+        *("--data", json.dumps(sources(house)), "--max_length", MAX_LENGTH, "--batch_size", 2),
     ]
     inside("agreement.py", *arguments, "--out_dir", tmp_path / "one")
     # gloo may abort a process that has finished, so the files are checked, not the exit code.

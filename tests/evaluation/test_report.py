@@ -294,4 +294,6 @@ def test_the_first_screen_is_a_verdict_one_table_and_one_plot(report):
         "perplexity."
     )
     assert screen.count("\n| --- ") == 1 and screen.count("![") == 1 and "# Report" in screen
+    header = next(line for line in screen.splitlines() if line.startswith("| model |"))
+    assert header.endswith("| chat gap closed | boolq acc | mt_bench grade |")
     assert report[3].count("<details>") == report[3].count("</details>") == 11

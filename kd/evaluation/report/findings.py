@@ -65,7 +65,8 @@ def order_verdict(summary: dict, ranked: dict[str, list[str]], expected: list[st
         orders = set(map(tuple, ranked.values()))
         if len(orders) > 1:
             return "The metrics do not agree on the order of the students."
-        return f"{joined(list(ranked))} rank the students {' < '.join(next(iter(orders)))}."
+        order = ", ".join(next(iter(orders)))
+        return f"By {joined(list(ranked))}, the order of the students is {order}, best first."
     found, missed, missing = [], [], []
     for label, order in ranked.items():
         if set(expected) - set(order):

@@ -19,7 +19,7 @@ from kd.evaluation.report.sections import (
     speed_rows,
     warnings,
 )
-from kd.evaluation.report.tables import markdown_table, source_rows, summary_rows
+from kd.evaluation.report.tables import first_rows, markdown_table, source_rows
 
 CAPTION = """\
 Mean +/- standard deviation over the n seeds of a model. Bold: the best student, if its range (mean
@@ -97,10 +97,10 @@ def render(
     sections = [
         "# Report",
         verdict(summary, comparison, expected),
-        markdown_table(summary_rows(summary, lambda text: f"**{text}**")),
+        markdown_table(first_rows(summary, comparison)),
         CAPTION,
         *(f"Note: {text}." for text in warnings(likelihoods)),
-        plot(BARS_FILE),
+        plot(BARS_FILE if BARS_FILE in drawn else TRADE_OFF_FILE),
         folded("How to read the table", EXPLANATIONS, what_is_not_bold(summary)),
         folded(
             "What the numbers say",

@@ -57,6 +57,30 @@ def summary_rows(summary: dict, bold: Callable[[str], str] = str) -> list[list[s
     return rows
 
 
+def first_rows(summary: dict, comparison: dict[str, dict]) -> list[list[str]]:
+    """Return the report's first table: the measured columns of `summary_rows`, and all other metrics.
+
+    The best student is bold.
+    """
+    groups = summary["settings"]
+    rows = summary_rows(summary, lambda text: f"**{text}**")
+    kept = [0] + [
+        i
+        for i, key in enumerate(COLUMNS, 1)
+        if any(isinstance(group["metrics"][key], dict) for group in groups.values())
+    ]
+    rows = [[row[i] for i in kept] for row in rows]
+    known = {metric.label for metric in COLUMNS.values()}
+    for label in (label for label in comparison if label not in known):
+        metric = comparison[label]
+        rows[0].append(label)
+        for row, name in zip(rows[1:], groups, strict=True):
+            numbers = metric["settings"][name]
+            measured = isinstance(numbers, dict)
+            row.append(shown(numbers["value"], metric["percent"]) if measured else numbers)
+    return rows
+
+
 def source_rows(summary: dict) -> list[list[str]]:
     """Return a header, and for each source a row of perplexities and one of divergences."""
     names = list(summary["settings"])
