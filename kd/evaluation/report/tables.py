@@ -58,7 +58,7 @@ def summary_rows(summary: dict, bold: Callable[[str], str] = str) -> list[list[s
 
 
 def first_rows(summary: dict, comparison: dict[str, dict]) -> list[list[str]]:
-    """Return the report's first table: the measured columns of `summary_rows`, and all other metrics.
+    """Return the first table: the measured columns of `summary_rows`, and all other metrics.
 
     The best student is bold.
     """
