@@ -14,6 +14,7 @@ from kd.settings.distillation import (
     TeacherSettings,
 )
 from kd.settings.training import derive_batch
+from kd.settings.training_recipe import parse_distillation, parse_sft
 
 
 @dataclass
@@ -149,3 +150,29 @@ def test_micro_batch_is_the_largest_divisor_under_the_cap(given, expected):
 def test_a_batch_that_does_not_divide_is_an_error(given, message):
     with pytest.raises(ValueError, match=message):
         derive_batch(*given)
+
+
+FLAGS = [
+    *("--data", '[{"path": "rows.jsonl"}]', "--output_dir", "runs/none", "--use_cpu", "true"),
+    *("--global_batch_size", "8"),
+]
+
+
+def test_a_recipe_records_the_keys_of_its_script_and_no_others():
+    """Checkpoints compare these records, so a key must not appear or vanish."""
+    recipe, rows_to_print = parse_sft(argv=["--model", "m", *FLAGS])
+    sft = recipe.to_dict()
+    assert sft["model"] == "m" and rows_to_print == 0
+    assert not {"student", "teacher", "soft_weight", "student_fraction", "show_rows"} & sft.keys()
+    assert recipe.objective.soft_weight == 0.0 and recipe.model.dtype == "float32"
+    recipe = parse_distillation(argv=["--student", "s", "--teacher", "t", *FLAGS])
+    distillation = recipe.to_dict()
+    assert distillation["student"] == "s" and "model" not in distillation
+    assert distillation.keys() - sft.keys() >= {"teacher", "soft_weight", "student_fraction"}
+
+
+def test_every_weight_in_half_precision_needs_a_float32_copy():
+    with pytest.raises(ValueError, match="set dtype: float32"):
+        parse_sft(argv=["--model", "m", *FLAGS, "--dtype", "bfloat16"])
+    lora = ["--dtype", "bfloat16", "--lora_rank", "4"]
+    assert parse_sft(argv=["--model", "m", *FLAGS, *lora])[0].model.dtype == "bfloat16"

@@ -27,8 +27,7 @@ def main() -> None:
     rows = load_rows(recipe, tokenizers, resume)
     run = plan_run(recipe, tokenizers, rows, resume)
     with explain_out_of_memory(recipe):
-        student = load_student(run)
-        trainer = make_trainer(run, student)
+        trainer = make_trainer(run, load_student(run))
         metrics = train(trainer, run)
     finish(trainer, run, metrics)
 
