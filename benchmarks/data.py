@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kd.data.encoding import ENCODE_BATCH
 from kd.data.packing import Collator
-from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
+from kd.data.row_cache import RowSettings, tokenised_rows
+from kd.data.tokenised_rows import TokenisedRows
 from kd.data.workers import MIN_BATCHES
 from kd.recipe import parse, setting
 from kd.settings.distillation import Objective

@@ -97,7 +97,7 @@ class EncodingReport:
 
     @property
     def without_target(self) -> int:
-        """The number of rows that were dropped because they had no target token."""
+        """The number of rows dropped for lack of a target token."""
         return self.dropped.get(NO_TARGET, 0)
 
     def drop(self, reasons: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kd.data.encoding import EncodedRow
-from kd.data.row_cache import TokenisedRows
+from kd.data.tokenised_rows import TokenisedRows
 
 BEGIN, END = "[[", "]]"  # around targets
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
-from kd.data.row_cache import TokenisedRows
+from kd.data.tokenised_rows import TokenisedRows
 from kd.losses.sparse import SparseTeacherOutputs
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids

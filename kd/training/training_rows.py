@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.row_cache import RowSettings, TokenisedRows, tokenised_rows
+from kd.data.row_cache import RowSettings, tokenised_rows
 from kd.data.show import shown_rows
+from kd.data.tokenised_rows import TokenisedRows
 from kd.distributed import print_rank0
 from kd.settings.training_recipe import Recipe
 from kd.teachers.aligned_teacher import check_alignment

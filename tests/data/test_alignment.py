@@ -25,7 +25,8 @@ from kd.data import alignment
 from kd.data.alignment import NO_SEGMENT, AlignedCollator, AlignedEncoder, AlignedRow
 from kd.data.encoding import IGNORE_INDEX, Encoder
 from kd.data.packing import Collator
-from kd.data.row_cache import AlignedRows, RowSettings, tokenised_rows
+from kd.data.row_cache import RowSettings, tokenised_rows
+from kd.data.tokenised_rows import AlignedRows
 from kd.data.vocabularies import shared_vocabulary
 
 TEMPLATES = list(itertools.permutations(["headers", "brackets", "thinking"], 2))

@@ -19,8 +19,9 @@ from kd.data import row_cache as cache
 from kd.data.encoding import IGNORE_INDEX, encode_rows
 from kd.data.files import BadRow
 from kd.data.packing import pack
-from kd.data.row_cache import RowSettings, TokenisedRows, fingerprint, is_whole, tokenised_rows
+from kd.data.row_cache import RowSettings, fingerprint, is_whole, tokenised_rows
 from kd.data.sources import load_rows
+from kd.data.tokenised_rows import TokenisedRows
 
 SETTINGS = RowSettings(max_length=48)
 
