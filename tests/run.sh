@@ -11,5 +11,6 @@ tier='not slow'
 if [[ ${1:-} == --all ]]; then tier=''; shift; fi
 source launch/setup.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-ruff check . && ruff format --check .
+ruff check .
+ruff format --check .
 exec python -m pytest -m "$tier" --durations=15 "$@"
