@@ -139,7 +139,7 @@ def test_a_prompt_precedes_the_first_answer_and_that_answer_is_the_gold_one(tmp_
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ('{"text": "a"}', "wanted messages or prompt"),
+        ('{"text": "a"}', "wanted messages, conversations, prompt or instruction"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user message"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content string"),
     ],
