@@ -58,3 +58,28 @@ def test_functions_that_raise_say_so():
         if raises_a_users_error(function) and not re.search(r"\b[Rr]aise", text)
     ]
     assert missing == []
+
+
+def help_texts() -> Iterator[tuple[str, str]]:
+    """(place, help text) of every setting in the library and the scripts."""
+    for folder in ("kd", "train", "eval", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                texts = []
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "setting":
+                    texts = node.args[1:2]
+                elif isinstance(node, ast.Dict):
+                    pairs = zip(node.keys, node.values, strict=True)
+                    texts = [
+                        v for k, v in pairs if isinstance(k, ast.Constant) and k.value == "help"
+                    ]
+                for text in texts:
+                    if isinstance(text, ast.Constant):
+                        yield f"{file.relative_to(ROOT)}:{text.lineno}", text.value
+
+
+def test_every_help_text_is_a_sentence_of_its_own():
+    texts = list(help_texts())
+    assert len(texts) > 200
+    bad = [(place, text) for place, text in texts if not re.fullmatch(r"[A-Z0-9].*\.", text, re.S)]
+    assert bad == []

@@ -27,22 +27,22 @@ from kd.run.run_record import write_record
 class InheritSettings:
     """The parent, and which of its layers the student gets."""
 
-    parent: str = setting("", "Hub name or folder of the unquantized parent")
+    parent: str = setting("", "Hub name or folder of the unquantized parent.")
     layers: list[int] = field(
-        default_factory=list, metadata={"help": "Layers to keep, counted from 0: 0 2 5"}
+        default_factory=list, metadata={"help": "Layers to keep, counted from 0: 0 2 5."}
     )
-    keep: int = setting(0, "Number of layers to keep; --choice decides which ones")
+    keep: int = setting(0, "Number of layers to keep; --choice decides which ones.")
     choice: Literal["even", "first", "last", "angular", "angular_run", "perplexity"] = setting(
-        "even", "How to choose the layers; angular, angular_run and perplexity measure on --data"
+        "even", "How to choose the layers; angular, angular_run and perplexity measure on --data."
     )
     data: str = setting(
-        "", "JSON list of sources for a measured choice: [{path, split, count, ...}, ...]"
+        "", "JSON list of sources for a measured choice: [{path, split, count, ...}, ...]."
     )
-    mixture_seed: int = setting(0, "Seed that draws the rows of data")
-    max_length: int = setting(512, "Maximum number of tokens per measured row")
-    tokens: int = setting(20_000, "Maximum number of measured tokens, over all sources of data")
-    batch_size: int = setting(8, "Rows per forward pass; results do not depend on it")
-    output_dir: str = setting("", "Folder of the student")
+    mixture_seed: int = setting(0, "Seed that draws the rows of data.")
+    max_length: int = setting(512, "Maximum number of tokens per measured row.")
+    tokens: int = setting(20_000, "Maximum number of measured tokens, over all sources of data.")
+    batch_size: int = setting(8, "Rows per forward pass; results do not depend on it.")
+    output_dir: str = setting("", "Folder of the student.")
 
     def __post_init__(self) -> None:
         for key in ("parent", "output_dir"):

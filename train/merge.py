@@ -30,28 +30,28 @@ from kd.run.exit import mark_done, run
 class MergeSettings:
     """The adapter, the merged model's format, and what to measure on it."""
 
-    adapter: str = setting("", "Folder of a LoRA adapter: adapter_config.json and its weights")
-    output_dir: str = setting("", "Folder of the merged model")
+    adapter: str = setting("", "Folder of a LoRA adapter: adapter_config.json and its weights.")
+    output_dir: str = setting("", "Folder of the merged model.")
     base: str | None = setting(
-        None, "Hub name or folder of the base; by default the base that the adapter names"
+        None, "Hub name or folder of the base; by default the base that the adapter names."
     )
-    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "Type of the merged weights")
+    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "Type of the merged weights.")
     quantization: Literal["auto", "none", "nf4"] = setting(
         "auto",
         "Quantization of the base during training; with nf4 the merged model is compared with the "
-        "trained one. auto reads it from run.json",
+        "trained one. auto reads it from run.json.",
     )
     data: str | None = setting(
         None,
-        "JSON list of sources for the comparison; by default the run's held-out or training data",
+        "JSON list of sources for the comparison; by default the run's held-out or training data.",
     )
-    compared_rows: int = setting(16, "Rows of each source in the comparison")
+    compared_rows: int = setting(16, "Rows of each source in the comparison.")
     llama_cpp: str | None = setting(
-        None, "Folder with convert_hf_to_gguf.py; if given, a GGUF file is written as well"
+        None, "Folder with convert_hf_to_gguf.py; if given, a GGUF file is written as well."
     )
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = setting("bf16", "Type of the GGUF weights")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = setting("bf16", "Type of the GGUF weights.")
     results: str | None = setting(
-        None, "Folder of evaluation results for the table in the model card"
+        None, "Folder of evaluation results for the table in the model card."
     )
 
     def __post_init__(self) -> None:

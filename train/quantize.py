@@ -19,9 +19,9 @@ from kd.run.exit import is_done, mark_done, run
 class QuantizeSettings:
     """The model to quantize and the group size."""
 
-    model: str = setting("", "Hub name or folder of the unquantized model")
-    output_dir: str = setting("", "Folder of the AWQ checkpoint")
-    group_size: int = setting(128, "Number of inputs that share one scale and one zero point")
+    model: str = setting("", "Hub name or folder of the unquantized model.")
+    output_dir: str = setting("", "Folder of the AWQ checkpoint.")
+    group_size: int = setting(128, "Number of inputs that share one scale and one zero point.")
 
     def __post_init__(self) -> None:
         for key in ("model", "output_dir"):

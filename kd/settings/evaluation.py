@@ -18,17 +18,17 @@ class ModelSelection:
 
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter"},
+        metadata={"help": "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter."},
     )
-    batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it")
+    batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "Data type of the weights; auto selects bfloat16 on a GPU and float32 on a CPU"
+        "auto", "Data type of the weights; auto selects bfloat16 on a GPU and float32 on a CPU."
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
-        "sdpa", "Attention implementation of every model"
+        "sdpa", "Attention implementation of every model."
     )
     chat_template: str | None = setting(
-        None, "File with a Jinja chat template that replaces the template of every tokenizer"
+        None, "File with a Jinja chat template that replaces the template of every tokenizer."
     )
 
     def __post_init__(self) -> None:
@@ -45,9 +45,9 @@ class ModelSelection:
 class EvaluationSettings(ModelSelection):
     """The models to measure, and the held-out rows to measure them on."""
 
-    data: str = setting("", "JSON list of data sources: [{path, split, count, columns, ...}, ...]")
-    mixture_seed: int = setting(0, "Seed that selects the rows of every source with a count")
-    max_length: int = setting(1024, "Maximum tokens per row; longer rows are truncated at the end")
+    data: str = setting("", "JSON list of data sources: [{path, split, count, columns, ...}, ...].")
+    mixture_seed: int = setting(0, "Seed that selects the rows of every source with a count.")
+    max_length: int = setting(1024, "Maximum tokens per row; longer rows are truncated at the end.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,11 +62,11 @@ class EvaluationSettings(ModelSelection):
 class PerplexitySettings:
     """Settings of eval/perplexity.py."""
 
-    out_dir: str = setting("results", "Folder of the results; writes perplexity/NAME.json in it")
+    out_dir: str = setting("results", "Folder of the results; writes perplexity/NAME.json in it.")
     rolling: bool = setting(
         False,
         "Count text as lm-evaluation-harness does: predict every token, and split long texts into "
-        "windows instead of truncating them at max_length",
+        "windows instead of truncating them at max_length.",
     )
 
 
@@ -74,9 +74,9 @@ class PerplexitySettings:
 class AgreementSettings:
     """Settings of eval/agreement.py."""
 
-    teacher: str = setting("", "Hub name or folder of the teacher")
-    teacher_name: str = setting("teacher", "Name of the teacher in the perplexity results")
-    out_dir: str = setting("results", "Folder of the results; writes agreement/NAME.json in it")
+    teacher: str = setting("", "Hub name or folder of the teacher.")
+    teacher_name: str = setting("teacher", "Name of the teacher in the perplexity results.")
+    out_dir: str = setting("results", "Folder of the results; writes agreement/NAME.json in it.")
 
     def __post_init__(self) -> None:
         check_teacher_path(self.teacher)
@@ -86,8 +86,8 @@ class AgreementSettings:
 class TeacherCostSettings:
     """Settings of eval/teacher_cost.py."""
 
-    teacher: str = setting("", "Hub name or folder of the unquantized teacher")
-    out_dir: str = setting("results", "Folder of the results; writes teacher_cost/NAME.json in it")
+    teacher: str = setting("", "Hub name or folder of the unquantized teacher.")
+    out_dir: str = setting("results", "Folder of the results; writes teacher_cost/NAME.json in it.")
 
     def __post_init__(self) -> None:
         check_teacher_path(self.teacher)
@@ -99,23 +99,23 @@ class BenchmarkSettings:
 
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks or task groups of lm-evaluation-harness, such as boolq piqa"},
+        metadata={"help": "Tasks or task groups of lm-evaluation-harness, such as boolq piqa."},
     )
     task_data: str | None = setting(
         None,
         "Local rows that replace the hub's data set: JSON object {task: file} or "
-        "{task: {split: file}}",
+        "{task: {split: file}}.",
     )
     num_fewshot: int | None = setting(
-        None, "Number of few-shot examples per question; by default the task's own number"
+        None, "Number of few-shot examples per question; by default the task's own number."
     )
     limit: int | None = setting(
-        None, "Measure only the first N documents of each task, for a trial run"
+        None, "Measure only the first N documents of each task, for a trial run."
     )
     apply_chat_template: bool = setting(
-        False, "Format prompts with the chat template; scores with and without do not compare"
+        False, "Format prompts with the chat template; scores with and without do not compare."
     )
-    out_dir: str = setting("results", "Folder of the results; writes benchmarks/TASK/NAME.json")
+    out_dir: str = setting("results", "Folder of the results; writes benchmarks/TASK/NAME.json.")
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -141,12 +141,12 @@ class SpeedSettings:
 
     batch_sizes: list[int] = field(
         default_factory=lambda: [1, 8],
-        metadata={"help": "Batch sizes to measure, one measurement for each"},
+        metadata={"help": "Batch sizes to measure, one measurement for each."},
     )
-    prompt_tokens: int = setting(128, "Number of tokens per prompt")
-    new_tokens: int = setting(64, "Number of tokens to generate per prompt")
-    repeats: int = setting(5, "Number of timed repetitions; the median is reported")
-    out_dir: str = setting("results", "Folder of the results; writes speed/NAME.json in it")
+    prompt_tokens: int = setting(128, "Number of tokens per prompt.")
+    new_tokens: int = setting(64, "Number of tokens to generate per prompt.")
+    repeats: int = setting(5, "Number of timed repetitions; the median is reported.")
+    out_dir: str = setting("results", "Folder of the results; writes speed/NAME.json in it.")
 
     def __post_init__(self) -> None:
         for key, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
@@ -160,13 +160,13 @@ class SpeedSettings:
 class AnswerSettings:
     """Settings of eval/answers.py."""
 
-    count: int = setting(8, "Number of prompts, the first ones of the data")
-    max_new_tokens: int = setting(64, "Maximum number of tokens per answer")
-    out: str = setting("results/answers.jsonl", "File to write the answers to")
+    count: int = setting(8, "Number of prompts, the first ones of the data.")
+    max_new_tokens: int = setting(64, "Maximum number of tokens per answer.")
+    out: str = setting("results/answers.jsonl", "File to write the answers to.")
     out_dir: str | None = setting(
         None,
         "Folder of the results; if set, also match the answers with the references and write "
-        "open_answers/NAME.json in it",
+        "open_answers/NAME.json in it.",
     )
 
     def __post_init__(self) -> None:
@@ -181,26 +181,26 @@ class ReportSettings:
 
     results: list[str] = field(
         default_factory=lambda: ["results"],
-        metadata={"help": "Folders that the evaluation scripts wrote as their out_dir"},
+        metadata={"help": "Folders that the evaluation scripts wrote as their out_dir."},
     )
     out: str | None = setting(
-        None, "Markdown file to write; by default report.md in the first folder of results"
+        None, "Markdown file to write; by default report.md in the first folder of results."
     )
     runs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Output folders of the training runs, for their training curves"},
+        metadata={"help": "Output folders of the training runs, for their training curves."},
     )
-    samples: str | None = setting(None, "File of sample answers that eval/answers.py wrote")
-    teacher: str = setting("teacher", "Name of the teacher in the results")
-    start: str = setting("start", "Name of the untrained student in the results")
+    samples: str | None = setting(None, "File of sample answers that eval/answers.py wrote.")
+    teacher: str = setting("teacher", "Name of the teacher in the results.")
+    start: str = setting("start", "Name of the untrained student in the results.")
     trade_off: str | None = setting(
         None,
         "Metric of the plot of quality against size and speed; by default the first that was "
-        "measured",
+        "measured.",
     )
     expected_order: list[str] = field(
         default_factory=list,
-        metadata={"help": "Expected order of the students, best first; the report checks it"},
+        metadata={"help": "Expected order of the students, best first; the report checks it."},
     )
 
     def __post_init__(self) -> None:

@@ -39,7 +39,8 @@ class JudgeSettings:
         metadata={"help": "Files of existing answers to judge, as NAME=FILE."},
     )
     mode: Literal["score", "pair"] = setting(
-        "score", "score grades each answer from 1 to 10; pair compares it with the baseline's."
+        "score",
+        "Mode score grades each answer from 1 to 10; mode pair compares it with the baseline's.",
     )
     baseline: str | None = setting(
         None, "Name of the model or answers that pair mode compares all others with."
