@@ -15,7 +15,6 @@ def test_every_method_reports_bits_per_byte(docstrings, tmp_path):
     assert [way["soft_weight"] for way in found] == [0.0, 0.5, 1.0] * 2
     assert all(1.0 < way[part] < 10.0 for way in found for part in ("text", "chat"))
     told = [way["alignment"] for way in found]
-    assert "one token for the teacher" in told[1] and told[1] == told[2]
-    assert (
-        told[0] is told[3] is told[4] is told[5] is None
-    )  # the last three share the teacher's tokenizer
+    assert "equal one teacher token" in told[1] and told[1] == told[2]
+    # The last three share the teacher's tokenizer.
+    assert told[0] is told[3] is told[4] is told[5] is None
