@@ -94,10 +94,11 @@ def render(
         for run, state in histories.items()
     ]
     likelihoods = results.of_kind("perplexity", "agreement")
+    first = first_rows(summary, comparison)
     sections = [
         "# Report",
         verdict(summary, comparison, expected),
-        markdown_table(first_rows(summary, comparison)),
+        markdown_table(first) if len(first[0]) > 1 else NOT_RUN,
         CAPTION,
         *(f"Note: {text}." for text in warnings(likelihoods)),
         plot(BARS_FILE if BARS_FILE in drawn else TRADE_OFF_FILE),
