@@ -101,7 +101,7 @@ def counted_rows(settings: CountedSettings) -> list[dict[str, Any]]:
 def markdown(report: dict[str, Any]) -> str:
     lines = ["# Bytes between processes", "", "    " + report["command"], ""]
     lines += [
-        "Counted in one optimizer step of small models, and computed by kd.planning.throughput:",
+        "Counted in one optimizer step of small models, and computed by kd.planning.communication:",
         "",
     ]
     lines += ["| layout | ranks | MB sent per rank | formula / counted |", "|---|---|---|---|"]

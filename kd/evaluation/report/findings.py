@@ -74,12 +74,12 @@ def order_verdict(summary: dict, ranked: dict[str, list[str]], expected: list[st
         else:
             same = [name for name in order if name in expected] == expected
             (found if same else missed).append(label)
-    told = [
+    parts = [
         f"{text} by {joined(labels)}"
         for text, labels in (("holds", found), ("fails", missed), ("is not measured", missing))
         if labels
     ]
-    return f"The expected order, {' < '.join(expected)}, {joined(told)}."
+    return f"The expected order, {' < '.join(expected)}, {joined(parts)}."
 
 
 def joined(parts: list[str]) -> str:
@@ -112,8 +112,8 @@ def agreement_of_orders(summary: dict) -> str:
         return ""
     if len(set(map(tuple, known.values()))) == 1:
         return f"{joined(list(known))} put the students in the same order."
-    told = "; ".join(f"{label}: {' < '.join(order)}" for label, order in known.items())
-    return f"The metrics do not agree on the order of the students: {told}."
+    parts = "; ".join(f"{label}: {' < '.join(order)}" for label, order in known.items())
+    return f"The metrics do not agree on the order of the students: {parts}."
 
 
 def expected_sentence(summary: dict, pairs: list[dict], expected: list[str]) -> str:
@@ -146,14 +146,14 @@ def share_sentences(summary: dict) -> str:
     lines = []
     for name, group in summary["settings"].items():
         metrics = group["metrics"]
-        told = [
+        parts = [
             f"{COLUMNS[key].label} {cell(metrics[key], key)}"
             + (" (worse than the start)" if metrics[key]["mean"] < 0 else "")
             for key in SHARES
             if isinstance(metrics[key], dict)
         ]
-        if told and group["role"] == "student":
-            lines.append(f"- {name}: {', '.join(told)}.")
+        if parts and group["role"] == "student":
+            lines.append(f"- {name}: {', '.join(parts)}.")
     return "\n".join(["Against the start:", "", *lines]) if lines else ""
 
 

@@ -43,8 +43,8 @@ def what_is_not_bold(summary: dict) -> str:
             reasons.setdefault(best["reason"], []).append(COLUMNS[key].label)
     if not reasons:
         return ""
-    told = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
-    return f"No best is marked for: {told}."
+    listed = "; ".join(f"{', '.join(labels)} ({reason})" for reason, labels in reasons.items())
+    return f"No best is marked for: {listed}."
 
 
 def read_samples(file: str | None) -> list[dict]:

@@ -129,8 +129,8 @@ def mean_cell(numbers: dict | None, percent: bool) -> str:
         return NOT_RUN
     scale, unit = (100, " %") if percent else (1, "")
     error = numbers["standard_error"]
-    told = f"{scale * numbers['mean']:.{1 if percent else 2}f}{unit}"
-    return told if error is None else f"{told} (se {scale * error:.{1 if percent else 2}f})"
+    text = f"{scale * numbers['mean']:.{1 if percent else 2}f}{unit}"
+    return text if error is None else f"{text} (se {scale * error:.{1 if percent else 2}f})"
 
 
 def speed_rows(speeds: list[ResultFile], names: list[str]) -> list[list[str]]:
@@ -167,8 +167,8 @@ def as_path(file: ResultFile) -> str:
 
 def open_answers_note(files: list[ResultFile]) -> str:
     """Say how open answers are matched with the reference."""
-    told = {file.content["settings"]["match"] for file in files}
-    return "\n".join(f"Open answers: {text}" for text in sorted(told))
+    methods = {file.content["settings"]["match"] for file in files}
+    return "\n".join(f"Open answers: {method}" for method in sorted(methods))
 
 
 def sample_rows(samples: list[dict]) -> list[list[str]]:
