@@ -34,3 +34,10 @@ def docstrings() -> Path:
     if not (folder / "chat_heldout.jsonl").exists():
         succeed("python", "data/quickstart/docstrings.py", "--out_dir", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart() -> None:
+    """The models and rows that documented commands read; tests/launch has usually made them."""
+    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
+        succeed("launch/quickstart.sh", timeout=1800)

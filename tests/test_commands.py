@@ -18,7 +18,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from command_lines import parse_only
 from documentation import GUIDES, SURE, Command, commands, fenced, in_page, sources
-from processes import ROOT, succeed
+from processes import ROOT
 from torch.distributed.run import get_args_parser
 
 COMMANDS = commands()
@@ -231,13 +231,6 @@ RUN = [
     for text in in_page((ROOT / page).read_text())
     if runnable(Command(page, text))
 ]
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    """What the commands read. tests/launch runs it from its first line, so here it only resumes."""
-    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
-        succeed("launch/quickstart.sh", timeout=1800)
 
 
 @pytest.mark.slow

@@ -13,13 +13,6 @@ README = (ROOT / "README.md").read_text()
 MEMORY = (ROOT / "docs/memory.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-    """The models that the snippets load."""
-    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
-        succeed("launch/quickstart.sh", timeout=1800)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("quickstart")
 @pytest.mark.parametrize("snippet", snippets())
