@@ -1,13 +1,16 @@
 """launch/slurm/ on a real cluster of two nodes. However a job is stopped, no saved step is lost."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from documentation import in_page
 from processes import ROOT
@@ -77,9 +80,34 @@ class Run:
     def restarts(self) -> int:
         return int(self.cluster.field(self.job, "Restarts")[0])
 
-    def ranks(self) -> list:
-        own = [p for p in self.cluster.processes() if job_of(p) == self.job]
-        return [p for p in own if "RANK" in environment(p)]
+    def ranks(self) -> list[psutil.Process]:
+        return ranks_of(self.cluster, self.job)
+
+
+def ranks_of(cluster, job: str) -> list[psutil.Process]:
+    own = [p for p in cluster.processes() if job_of(p) == job]
+    return [p for p in own if "RANK" in environment(p)]
+
+
+@contextlib.contextmanager
+def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
+    """Suspend ranks, because a run of tiny models could end before SLURM acts on it."""
+    assert ranks
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def signalled(rank: psutil.Process) -> bool:
+    """Return whether a suspended rank was sent a signal: SLURM resumes it, or the signal waits."""
+    status = Path(f"/proc/{rank.pid}/status").read_text()
+    waiting = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+    return rank.status() != psutil.STATUS_STOPPED or int(waiting.group(1), 16) != 0
 
 
 def distill(
@@ -126,7 +154,9 @@ def test_warned_job_requeues_itself_during_imports_and_after_a_step(cluster, mod
     assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
     assert run.steps() == 0 and "outcome: none, after a warning" in run.batch_log()
     run.await_steps(5)
-    cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    with standing_still(ranks := run.ranks()):
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        assert wait_for(lambda: any(map(signalled, ranks)), 120), run.told()
     assert run.end() == "COMPLETED", run.told()
     assert run.restarts() == 2 and (run.output / "done.json").exists()
     stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 80", run.printed()).group(1)
@@ -143,7 +173,9 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
     )
     run.await_steps(5)
     high = ("--partition=urgent", "--gpus-per-node=6", "--nodes=2", "--output=/dev/null")
-    urgent = cluster.submit(*high, "--wrap", "srun true")
+    with standing_still(ranks := run.ranks()):
+        urgent = cluster.submit(*high, "--wrap", "srun true")
+        assert wait_for(lambda: any(map(signalled, ranks)), 120), run.told()
     assert cluster.wait(urgent, 300) == ["COMPLETED"]
     assert run.end() == "COMPLETED", run.told()
     assert run.restarts() >= 1 and run.steps() == 80
@@ -264,11 +296,13 @@ def test_pipeline_ends_with_a_report_and_the_last_array_element_requeues_only_it
     log = LOGS / f"students-{students}_2-node0.out"
     begun = lambda: log.exists() and log.read_text().count("'grad_norm'") > 3  # noqa: E731
     assert wait_for(lambda: begun() or cluster.field(students, "JobState")[0] in ENDED, 600)
-    states = {name: cluster.field(job, "JobState") for name, job in jobs.items()}
-    assert begun() and set(states["report"]) == {"PENDING"}, states
-    master = cluster.field(f"{students}_2", "JobId")
-    assert master == [students]  # the last element has the id of the array
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
+    with standing_still(ranks := ranks_of(cluster, students)):
+        states = {name: cluster.field(job, "JobState") for name, job in jobs.items()}
+        assert begun() and set(states["report"]) == {"PENDING"}, states
+        master = cluster.field(f"{students}_2", "JobId")
+        assert master == [students]  # the last element has the id of the array
+        cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
+        assert wait_for(lambda: any(map(signalled, ranks)), 120), log.read_text()
     states = {name: cluster.wait(job, 600) for name, job in jobs.items()}
     assert states == {n: ["COMPLETED"] * (2 if n == "students" else 1) for n in steps}
     first, last = (cluster.field(f"{students}_{i}", "Restarts") for i in (1, 2))
@@ -294,8 +328,9 @@ def test_lost_node_costs_at_most_one_save_interval(cluster, models, tmp_path):
     """Must be the last test: it also takes the node from the job with the time limit."""
     run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=40, save_steps=4)
     run.await_steps(10)
-    cluster.crash("127.0.0.2")
-    before = run.steps()
+    with standing_still(run.ranks()):
+        cluster.crash("127.0.0.2")
+        before = run.steps()
     assert wait_for(lambda: run.restarts() == 1, 120), run.batch_log()
     cluster.start_node("127.0.0.2")
     assert run.end() == "COMPLETED", run.told()
