@@ -10,7 +10,7 @@ python data/quickstart/docstrings.py --out_dir runs/quickstart/data
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,7 @@ class BenchmarkSettings:
     student: str = setting("data/quickstart/student", "Hub name or folder of the student.")
     data: str = setting("runs/quickstart/data/chat_heldout.jsonl", "File of rows.")
     count: int = setting(64, "Number of rows.")
-    top_k: list[int] = field(
-        default_factory=lambda: [4, 16, 64, 256, 0],
-        metadata={"help": "Ids kept per token; 0: all."},
-    )
+    top_k: list[int] = setting([4, 16, 64, 256, 0], "Ids kept per token; 0: all.")
     json: str | None = setting(None, "Output file.")
 
 

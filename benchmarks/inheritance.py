@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,11 @@ METRICS = ("perplexity", "forward_kl", "top1_agreement")
 
 @dataclass
 class InheritanceSettings:
-    choices: list[str] = field(
-        default_factory=lambda: ["even", "first", "angular", "perplexity"],
-        metadata={
-            "help": "Choices of train/inherit.py; the first one is trained with every method."
-        },
+    choices: list[str] = setting(
+        ["even", "first", "angular", "perplexity"],
+        "Choices of train/inherit.py; the first one is trained with every method.",
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the rows and their order."}
-    )
+    seeds: list[int] = setting([0, 1, 2], "Seeds of the rows and their order.")
     keep: int = setting(3, "Layers of a student; the parent has 6.")
     rows: int = setting(400, "Training rows, read once when token budgets are equal.")
     heldout: int = setting(150, "Held-out rows.")

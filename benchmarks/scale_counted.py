@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kd.data.tokenizer import load_tokenizer
 from kd.models.load import load_trained
 from kd.planning.communication import sent_bytes
 from kd.planning.layout import Layout
+from kd.recipe import setting
 from kd.run.exit import leave
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
@@ -65,12 +66,8 @@ CELLS = {
 
 @dataclass
 class CountedSettings:
-    ranks: list[int] = field(
-        default_factory=lambda: [1, 2, 4], metadata={"help": "Numbers of processes."}
-    )
-    layouts: list[str] = field(
-        default_factory=lambda: list(CELLS), metadata={"help": "Names of layouts to count."}
-    )
+    ranks: list[int] = setting([1, 2, 4], "Numbers of processes.")
+    layouts: list[str] = setting(list(CELLS), "Names of layouts to count.")
 
 
 def make_models(work: Path) -> None:

@@ -1,7 +1,7 @@
 """Model the seconds of computation and communication of benchmarks/scale.py on many GPUs."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +23,33 @@ DS_JSON = {  # of the student, by layout
 }
 
 
-@dataclass
-class ModelledSettings:
-    recipes: list[str] = field(
-        default_factory=lambda: recipes_with_models(), metadata={"help": "Recipe files."}
-    )
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=FOLDER of model configurations, where no hub can be reached."},
-    )
-    gpus: list[int] = field(
-        default_factory=lambda: [8, 64, 1024], metadata={"help": "Numbers of GPUs."}
-    )
-    machine_gpus: int = setting(8, "GPUs per machine.")
-    fabrics: list[str] = field(
-        default_factory=lambda: [
-            "NVLink + 8 InfiniBand=450,400",
-            "NVLink + 1 InfiniBand=450,50",
-            "PCIe + Ethernet=25,12.5",
-        ],
-        metadata={"help": "NAME=GB/s per GPU within a machine,GB/s per machine to others."},
-    )
-    tflops: float = setting(989.0, "Matrix rate of a GPU; default: H100 bfloat16 data sheet.")
-    memory_gb_s: float = setting(3350.0, "Memory rate of a GPU; default: H100 data sheet.")
-    efficiency: float = setting(0.5, "Assumed share of the matrix rate that a step reaches.")
-
-
 def recipes_with_models() -> list[str]:
     """The training recipes of the published experiments."""
     files = sorted((ROOT / "recipes").glob("[a-z]_*/*.yaml"))
     keys = {file: yaml.safe_load(file.read_text()) for file in files}
     trained = [f for f in files if {"model", "student"} & keys[f].keys() and "data" in keys[f]]
     return [str(file.relative_to(ROOT)) for file in trained]
+
+
+@dataclass
+class ModelledSettings:
+    recipes: list[str] = setting(recipes_with_models(), "Recipe files.")
+    models: list[str] = setting(
+        [], "NAME=FOLDER of model configurations, where no hub can be reached."
+    )
+    gpus: list[int] = setting([8, 64, 1024], "Numbers of GPUs.")
+    machine_gpus: int = setting(8, "GPUs per machine.")
+    fabrics: list[str] = setting(
+        [
+            "NVLink + 8 InfiniBand=450,400",
+            "NVLink + 1 InfiniBand=450,50",
+            "PCIe + Ethernet=25,12.5",
+        ],
+        "NAME=GB/s per GPU within a machine,GB/s per machine to others.",
+    )
+    tflops: float = setting(989.0, "Matrix rate of a GPU; default: H100 bfloat16 data sheet.")
+    memory_gb_s: float = setting(3350.0, "Memory rate of a GPU; default: H100 data sheet.")
+    efficiency: float = setting(0.5, "Assumed share of the matrix rate that a step reaches.")
 
 
 def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,15 @@ IMPLEMENTATIONS = ("ours", "trl", "naive")
 @dataclass
 class BenchmarkSettings:
     quick: bool = setting(False, "Measure only the first case, once: about 3 minutes on two cores.")
-    cases: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Cases to measure; rows of other cases stay in the file. Choices by device: "
-            + ", ".join(case.name for case in [*CPU_CASES, *GPU_CASES, *TINY_CASES])
-        },
+    cases: list[str] = setting(
+        [],
+        "Cases to measure; rows of other cases stay in the file. Choices by device: "
+        + ", ".join(case.name for case in [*CPU_CASES, *GPU_CASES, *TINY_CASES]),
     )
     steps: int = setting(4, "Steps per process; the first one is not timed.")
     turns: int = setting(2, "Runs of each implementation.")
-    implementations: list[str] = field(
-        default_factory=lambda: list(IMPLEMENTATIONS),
-        metadata={"help": f"Some of {', '.join(IMPLEMENTATIONS)}; ours is always measured."},
+    implementations: list[str] = setting(
+        list(IMPLEMENTATIONS), f"Some of {', '.join(IMPLEMENTATIONS)}; ours is always measured."
     )
     label: str = setting(
         "", "Suffix of the case names, e.g. to mark a measurement before a change."

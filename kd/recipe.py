@@ -17,7 +17,24 @@ from transformers import HfArgumentParser
 
 def setting(default: Any, help: str, **options: Any) -> Any:
     """A dataclass field with its `--help` text; `options` are those of `dataclasses.field`."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help}, **options)
     return field(default=default, metadata={"help": help}, **options)
+
+
+def require_given(settings: object, *keys: str, hint: str = "--help says what it means") -> None:
+    """Raise ValueError for the first of `keys` that is empty."""
+    for key in keys:
+        if not getattr(settings, key):
+            raise ValueError(f"{key}: not given; {hint}")
+
+
+def require_least(settings: object, **least: float) -> None:
+    """Raise ValueError for the first key below its least value; None, if optional, is accepted."""
+    for key, limit in least.items():
+        value = getattr(settings, key)
+        if value is not None and not value >= limit:
+            raise ValueError(f"{key}: {value}; wanted {limit} or more")
 
 
 def require_file(key: str, path: str | None) -> None:

@@ -4,12 +4,13 @@ python train/inherit.py --parent data/quickstart/teacher --keep 3 --output_dir r
 
 --choice selects the layers: even (evenly spaced, with the first and the last), first, last, or by
 measurements on up to --tokens tokens of --data. Of the measured choices, angular removes the layers
-that change the direction of the hidden states least, angular_run the run of layers that does so,
-and perplexity the layers that perplexity needs least. --layers 0 2 5 names the layers instead.
+that change the direction of the hidden states least. angular_run removes the run of consecutive
+layers that changes it least. perplexity removes the layers whose removal raises the perplexity
+least. To name the layers instead, use --layers 0 2 5.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from kd.data.sources import check_sources
@@ -18,7 +19,7 @@ from kd.distributed import device
 from kd.evaluation.influence import MEASURED_CHOICES, choose_by_influence, text_batches
 from kd.models.frozen import load_frozen
 from kd.models.inherit import CHOICES, check_keep, check_layers, inherit, parent_config
-from kd.recipe import parse, parse_json_list, setting
+from kd.recipe import parse, parse_json_list, require_given, setting
 from kd.run.exit import is_done, mark_done, run
 from kd.run.run_record import write_record
 
@@ -28,9 +29,7 @@ class InheritSettings:
     """The parent, and which of its layers the student gets."""
 
     parent: str = setting("", "Hub name or folder of the unquantized parent.")
-    layers: list[int] = field(
-        default_factory=list, metadata={"help": "Layers to keep, counted from 0: 0 2 5."}
-    )
+    layers: list[int] = setting([], "Layers to keep, counted from 0: 0 2 5.")
     keep: int = setting(0, "Number of layers to keep; --choice decides which ones.")
     choice: Literal["even", "first", "last", "angular", "angular_run", "perplexity"] = setting(
         "even", "How to choose the layers; angular, angular_run and perplexity measure on --data."
@@ -45,9 +44,7 @@ class InheritSettings:
     output_dir: str = setting("", "Folder of the student.")
 
     def __post_init__(self) -> None:
-        for key in ("parent", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; --help says what it means")
+        require_given(self, "parent", "output_dir")
         if bool(self.layers) == bool(self.keep):
             found = "both" if self.layers else "neither"
             raise ValueError(

@@ -22,7 +22,7 @@ from kd.models.adapters import model_tokenizer
 from kd.models.card import model_card, read_run
 from kd.models.gguf import check_llama_cpp, compare_gguf, write_gguf
 from kd.models.merging import check_lora, check_unquantized, merge_adapter, merged_before
-from kd.recipe import parse, parse_json_list, setting
+from kd.recipe import parse, parse_json_list, require_given, setting
 from kd.run.exit import mark_done, run
 
 
@@ -55,9 +55,7 @@ class MergeSettings:
     )
 
     def __post_init__(self) -> None:
-        for key in ("adapter", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; wanted a folder")
+        require_given(self, "adapter", "output_dir", hint="wanted a folder")
         adapter_base = check_lora(self.adapter, self.output_dir)
         self.base = self.base or adapter_base
         if self.llama_cpp:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from kd.data.tokenizer import load_tokenizer
 from kd.models.awq_writer import choose_linears, open_unquantized, write_config, write_tensors
-from kd.recipe import parse, setting
+from kd.recipe import parse, require_given, setting
 from kd.run.exit import is_done, mark_done, run
 
 
@@ -24,9 +24,7 @@ class QuantizeSettings:
     group_size: int = setting(128, "Number of inputs that share one scale and one zero point.")
 
     def __post_init__(self) -> None:
-        for key in ("model", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; --help says what it means")
+        require_given(self, "model", "output_dir")
         if self.group_size < 1:
             raise ValueError(f"group_size: {self.group_size}; wanted 1 or more (128, for example)")
 

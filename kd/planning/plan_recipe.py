@@ -10,8 +10,9 @@ import yaml
 from kd.planning.device_rates import Rates, measure_rates
 from kd.planning.layout import GIB
 from kd.planning.machine import Machine, available_memory
-from kd.recipe import parse, require_file, setting
+from kd.recipe import parse, require_file, require_given, setting
 from kd.settings.distillation import (
+    WANTED_MODEL,
     DataSettings,
     ModelSettings,
     Objective,
@@ -92,8 +93,8 @@ def parse_plan(description: str) -> tuple[PlanSettings, Recipe, Machine]:
         description=description,
     )
     name = settings.student or settings.model
-    if settings.student and not teacher.teacher and not teacher.teacher_cache:
-        raise ValueError("teacher: not given; wanted a hub name or a folder")
+    if settings.student and not teacher.teacher_cache:
+        require_given(teacher, "teacher", hint=WANTED_MODEL)
     machine = planned_machine(settings, training)
     training.settle_batch(machine.processes)
     distillation = (teacher, objective, on_policy) if settings.student else ()

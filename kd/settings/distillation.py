@@ -4,12 +4,19 @@ The keys of the optimization are in kd/settings/training.py; all of them togethe
 (kd/settings/training_recipe.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from kd.recipe import parse_json_list, parse_json_object, require_file, setting
+from kd.recipe import (
+    parse_json_list,
+    parse_json_object,
+    require_file,
+    require_given,
+    require_least,
+    setting,
+)
 
 Divergence = Literal[
     "forward_kl",
@@ -21,6 +28,7 @@ Divergence = Literal[
     "soft_cross_entropy",
 ]
 
+WANTED_MODEL = "wanted a hub name or a folder"
 OWN_BASE = "self"  # value of `teacher`: the student's frozen base, with its adapters off
 
 
@@ -39,11 +47,9 @@ class ModelSettings:
     lora_rank: int = setting(0, "Rank of the LoRA adapters; 0 trains every weight.")
     lora_alpha: float = setting(16.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank.")
     lora_dropout: float = setting(0.0, "Dropout probability at the input of each LoRA adapter.")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "Modules with LoRA adapters. all-linear: every linear layer except the LM head."
-        },
+    lora_target_modules: list[str] = setting(
+        ["all-linear"],
+        "Modules with LoRA adapters. all-linear: every linear layer except the LM head.",
     )
     train_template_tokens: bool = setting(
         False, "With LoRA, also train the embeddings of the chat template's special tokens."
@@ -90,7 +96,7 @@ class DataSettings:
     on_long_row: Literal["cut", "cut_left", "drop"] = setting(
         "cut",
         "What to do with rows longer than max_length. cut: keep the first tokens; cut_left: keep "
-        "the last tokens; drop: drop the row. The report counts these rows.",
+        "the last tokens; drop: drop the row. rows.json counts these rows.",
     )
     on_bad_row: Literal["error", "drop"] = setting(
         "error",
@@ -124,11 +130,7 @@ class DataSettings:
         self.eval_sources = parse_json_list("eval_data", self.eval_data)
         if not self.sources:
             raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
-        for key in ("mixture_rows", "train_rows"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+        require_least(self, max_length=2, mixture_rows=1, train_rows=1)
         if self.data_workers < 0:
             raise ValueError(f"data_workers: {self.data_workers}; wanted 0 (all cores) or more")
 
@@ -180,8 +182,7 @@ class Objective:
     )
 
     def __post_init__(self) -> None:
-        if self.hidden_weight < 0.0:
-            raise ValueError(f"hidden_weight: {self.hidden_weight}; wanted 0 or more")
+        require_least(self, hidden_weight=0, loss_workspace_mb=128)
         if not 0.0 <= self.soft_weight <= 1.0:
             raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
         if not self.temperature > 0.0:
@@ -192,8 +193,6 @@ class Objective:
                     f"{key}: {getattr(self, key)}; wanted more than 0 and less than 1 "
                     "(for the limits, set divergence: forward_kl or reverse_kl)"
                 )
-        if self.loss_workspace_mb < 128:
-            raise ValueError(f"loss_workspace_mb: {self.loss_workspace_mb}; wanted 128 or more")
 
     @property
     def divergence_scale(self) -> float:
@@ -261,14 +260,8 @@ class OnPolicySettings:
             raise ValueError(f"student_fraction: {self.student_fraction}; wanted 0 to 1")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: {self.top_p}; wanted more than 0 and at most 1")
-        for key, least in (
-            ("max_new_tokens", 1),
-            ("generation_temperature", 0),
-            ("top_k", 0),
-            ("generation_workspace_mb", 1),
-        ):
-            if not getattr(self, key) >= least:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+        require_least(self, max_new_tokens=1, generation_temperature=0, top_k=0)
+        require_least(self, generation_workspace_mb=1)
 
 
 @dataclass
@@ -281,8 +274,7 @@ class SftSettings:
     )
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: not given; wanted a hub name or a folder")
+        require_given(self, "model", hint=WANTED_MODEL)
 
 
 @dataclass
@@ -292,8 +284,7 @@ class StudentSettings:
     student: str = setting("", "Hub name or folder of the student, the model to train.")
 
     def __post_init__(self) -> None:
-        if not self.student:
-            raise ValueError("student: not given; wanted a hub name or a folder")
+        require_given(self, "student", hint=WANTED_MODEL)
 
 
 @dataclass
@@ -347,11 +338,9 @@ class TeacherSettings:
     )
 
     def __post_init__(self) -> None:
-        if not self.teacher and not self.teacher_cache:
-            raise ValueError("teacher: not given; wanted a hub name or a folder")
-        for key, least in (("cache_top_k", 0), ("cache_check_tokens", 0), ("cache_shard_mb", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+        if not self.teacher_cache:
+            require_given(self, "teacher", hint=WANTED_MODEL)
+        require_least(self, cache_top_k=0, cache_check_tokens=0, cache_shard_mb=1)
         require_file("teacher_deepspeed", self.teacher_deepspeed)
         if self.teacher == OWN_BASE:
             self.teacher_deepspeed = None  # a launch profile sets it for every teacher

@@ -1,13 +1,21 @@
 """Settings of the evaluation scripts: models, held-out rows, benchmarks, speed and the report."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from kd.recipe import parse_json_list, parse_json_object, require_file, setting
+from kd.recipe import (
+    parse_json_list,
+    parse_json_object,
+    require_file,
+    require_given,
+    require_least,
+    setting,
+)
+from kd.settings.distillation import WANTED_MODEL
 
 SPLITS = ("train", "validation", "test")
 
@@ -16,9 +24,8 @@ SPLITS = ("train", "validation", "test")
 class ModelSelection:
     """The models to measure, and how to load them."""
 
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter."},
+    models: list[str] = setting(
+        [], "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter."
     )
     batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
@@ -33,8 +40,7 @@ class ModelSelection:
 
     def __post_init__(self) -> None:
         self.named_models = parse_models(self.models)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: {self.batch_size}; wanted 1 or more")
+        require_least(self, batch_size=1)
         require_file("chat_template", self.chat_template)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.dtype == "auto":
@@ -54,8 +60,7 @@ class EvaluationSettings(ModelSelection):
         self.sources = parse_json_list("data", self.data)
         if not self.sources:
             raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: {self.max_length}; wanted 2 or more")
+        require_least(self, max_length=2)
 
 
 @dataclass
@@ -79,7 +84,8 @@ class AgreementSettings:
     out_dir: str = setting("results", "Folder of the results; writes agreement/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        check_teacher_path(self.teacher)
+        require_given(self, "teacher", hint=WANTED_MODEL)
+        check_path("teacher", self.teacher)
 
 
 @dataclass
@@ -90,16 +96,16 @@ class TeacherCostSettings:
     out_dir: str = setting("results", "Folder of the results; writes teacher_cost/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        check_teacher_path(self.teacher)
+        require_given(self, "teacher", hint=WANTED_MODEL)
+        check_path("teacher", self.teacher)
 
 
 @dataclass
 class BenchmarkSettings:
     """Settings of eval/benchmarks.py."""
 
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tasks or task groups of lm-evaluation-harness, such as boolq piqa."},
+    tasks: list[str] = setting(
+        [], "Tasks or task groups of lm-evaluation-harness, such as boolq piqa."
     )
     task_data: str | None = setting(
         None,
@@ -139,19 +145,14 @@ class BenchmarkSettings:
 class SpeedSettings:
     """Settings of eval/speed.py."""
 
-    batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 8],
-        metadata={"help": "Batch sizes to measure, one measurement for each."},
-    )
+    batch_sizes: list[int] = setting([1, 8], "Batch sizes to measure, one measurement for each.")
     prompt_tokens: int = setting(128, "Number of tokens per prompt.")
     new_tokens: int = setting(64, "Number of tokens to generate per prompt.")
     repeats: int = setting(5, "Number of timed repetitions; the median is reported.")
     out_dir: str = setting("results", "Folder of the results; writes speed/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        for key, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted {least} or more")
+        require_least(self, prompt_tokens=1, new_tokens=2, repeats=1)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes: {self.batch_sizes}; wanted numbers of 1 or more")
 
@@ -170,26 +171,20 @@ class AnswerSettings:
     )
 
     def __post_init__(self) -> None:
-        for key in ("count", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+        require_least(self, count=1, max_new_tokens=1)
 
 
 @dataclass
 class ReportSettings:
     """Settings of eval/report.py."""
 
-    results: list[str] = field(
-        default_factory=lambda: ["results"],
-        metadata={"help": "Folders that the evaluation scripts wrote as their out_dir."},
+    results: list[str] = setting(
+        ["results"], "Folders that the evaluation scripts wrote as their out_dir."
     )
     out: str | None = setting(
         None, "Markdown file to write; by default report.md in the first folder of results."
     )
-    runs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Output folders of the training runs, for their training curves."},
-    )
+    runs: list[str] = setting([], "Output folders of the training runs, for their training curves.")
     samples: str | None = setting(None, "File of sample answers that eval/answers.py wrote.")
     teacher: str = setting("teacher", "Name of the teacher in the results.")
     start: str = setting("start", "Name of the untrained student in the results.")
@@ -198,9 +193,8 @@ class ReportSettings:
         "Metric of the plot of quality against size and speed; by default the first that was "
         "measured.",
     )
-    expected_order: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Expected order of the students, best first; the report checks it."},
+    expected_order: list[str] = setting(
+        [], "Expected order of the students, best first; the report checks it."
     )
 
     def __post_init__(self) -> None:
@@ -245,10 +239,3 @@ def check_path(name: str, path: str) -> None:
     parent = folder.parent
     if path.count("/") > 1 or path[0] in "./~" or (parent != Path(".") and parent.is_dir()):
         raise ValueError(f"{name}: no folder {path}; wanted the folder of a model or a hub name")
-
-
-def check_teacher_path(path: str) -> None:
-    """Raise ValueError if no teacher is given, or if its folder holds no model."""
-    if not path:
-        raise ValueError("teacher: not given; wanted a hub name or a folder")
-    check_path("teacher", path)

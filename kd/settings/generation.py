@@ -1,14 +1,9 @@
 """The keys of a generation recipe: the teacher, its prompts, how it samples, and the filters."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from kd.recipe import parse_json_list, parse_json_object, setting
-
-
-def list_setting(default: Any, help: str) -> Any:
-    """Define a dataclass field that takes one or several values, with its line of `--help`."""
-    return field(default_factory=lambda: [default], metadata={"help": help})
+from kd.recipe import parse_json_list, parse_json_object, require_given, require_least, setting
 
 
 @dataclass
@@ -36,13 +31,14 @@ class GenerationSettings:
         "Number of answers sampled per prompt. Sample i uses the i-th temperature, top_p and seed; "
         "shorter lists are cycled.",
     )
-    temperature: list[float] = list_setting(
-        1.0, "Sampling temperature; 0 is greedy decoding. Overrides the model's generation config."
+    temperature: list[float] = setting(
+        [1.0],
+        "Sampling temperature; 0 is greedy decoding. Overrides the model's generation config.",
     )
-    top_p: list[float] = list_setting(
-        1.0, "Nucleus sampling threshold; 1 disables it. Overrides the model's generation config."
+    top_p: list[float] = setting(
+        [1.0], "Nucleus sampling threshold; 1 disables it. Overrides the model's generation config."
     )
-    seed: list[int] = list_setting(0, "Seed of the sampled answers.")
+    seed: list[int] = setting([0], "Seed of the sampled answers.")
     max_new_tokens: int = setting(
         512, "Maximum number of tokens per answer. A truncated answer is not used for training."
     )
@@ -63,12 +59,8 @@ class GenerationSettings:
         self.arguments = parse_json_object("template_arguments", self.template_arguments)
         if not self.sources:
             raise ValueError("prompts: no source given; wanted a list such as [{path: rows.jsonl}]")
-        for key in ("model", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; --help says what it means")
-        for key in ("samples_per_prompt", "max_new_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+        require_given(self, "model", "output_dir")
+        require_least(self, samples_per_prompt=1, max_new_tokens=1, batch_size=1)
         if min(self.temperature) < 0.0:
             raise ValueError(f"temperature: {self.temperature}; wanted 0 (greedy) or more")
         if not all(0.0 < top_p <= 1.0 for top_p in self.top_p):
@@ -214,9 +206,7 @@ class FilterSettings:
             value = getattr(self, key)
             if value is not None and not 0.0 < value < 1.0:
                 raise ValueError(f"{key}: {value}; wanted more than 0 and less than 1")
-        for key in ("label_copies", "keep_best", "reward_batch_size"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)}; wanted 1 or more")
+        require_least(self, label_copies=1, keep_best=1, reward_batch_size=1)
         for key in ("keep_best", "min_reward"):
             if getattr(self, key) is not None and not self.reward_model:
                 raise ValueError(f"{key}: {getattr(self, key)} without a reward_model; set one")

@@ -1,12 +1,12 @@
 """Settings of eval/judge.py: the questions, the models to judge and the judge."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from kd.recipe import require_file, setting
+from kd.recipe import require_file, require_given, setting
 from kd.settings.evaluation import check_path, parse_models
 
 
@@ -30,14 +30,8 @@ class JudgeSettings:
     benchmark: str = setting(
         "mt_bench", "Name of the benchmark, used for the folder of its answers and results."
     )
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Models that answer the questions first, as NAME=PATH."},
-    )
-    answers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files of existing answers to judge, as NAME=FILE."},
-    )
+    models: list[str] = setting([], "Models that answer the questions first, as NAME=PATH.")
+    answers: list[str] = setting([], "Files of existing answers to judge, as NAME=FILE.")
     mode: Literal["score", "pair"] = setting(
         "score",
         "Mode score grades each answer from 1 to 10; mode pair compares it with the baseline's.",
@@ -85,9 +79,7 @@ class JudgeSettings:
     out_dir: str = setting("results", "Folder of the results; writes judge/BENCHMARK in it.")
 
     def __post_init__(self) -> None:
-        for key in ("questions", "judge"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: not given; --help says what it means")
+        require_given(self, "questions", "judge")
         require_file("instruction_difficulty", self.instruction_difficulty)
         self.named_models = parse_models(self.models) if self.models else {}
         self.named_answers = dict(item.partition("=")[::2] for item in self.answers)
