@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         path = write_conversations(Path(work) / "rows.jsonl", count)
         found = importlib.util.find_spec("trl") is not None
-        runs = [
-            (run, workers)
-            for run in (ours_marked, ours_unmarked, *([trl] if found else []))
-            for workers in sorted(
-                {1, cores if count >= MIN_BATCHES * ENCODE_BATCH else 1}
-            )  # small data uses one worker
-        ]
+        # Small data uses one worker.
+        numbers = sorted({1, cores if count >= MIN_BATCHES * ENCODE_BATCH else 1})
+        implementations = (
+            partial(ours, marked=True),
+            partial(ours, marked=False),
+            *([trl] if found else []),
+        )
+        runs = [(run, workers) for run in implementations for workers in numbers]
         turns = []
         for turn in range(settings.repeats):
             folder = f"{work}/{turn}"
@@ -140,15 +142,7 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in found)
 
 
-def ours_marked(path: str, work: str, max_length: int, workers: int) -> dict:
-    return ours(path, work, max_length, True, workers)
-
-
-def ours_unmarked(path: str, work: str, max_length: int, workers: int) -> dict:
-    return ours(path, work, max_length, False, workers)
-
-
-def ours(path: str, work: str, max_length: int, marked: bool, workers: int) -> dict:
+def ours(path: str, work: str, max_length: int, workers: int, marked: bool) -> dict:
     tokenizer = load_tokenizer(marked)
 
     def prepare() -> TokenisedRows:
@@ -233,7 +227,7 @@ def table_row(
         tokens = targets = 0
         for batch in loader:
             labels = batch["labels"]
-            tokens += int((batch["input_ids"] != loader_pad(loader)).sum())
+            tokens += int((batch["input_ids"] != loader.collate_fn.pad_token_id).sum())
             targets += int((labels != -100).sum())
         return tokens, targets
 
@@ -251,10 +245,6 @@ def table_row(
         "again_s": again,
         "load_s": seconds,
     }
-
-
-def loader_pad(loader: DataLoader) -> int:
-    return loader.collate_fn.pad_token_id
 
 
 def check_equal_tokens(rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from kd.losses import fused
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.fused import linear_distillation_loss
 from kd.losses.head import Head, TeacherOutputs
+from kd.planning.machine import available_memory
 from kd.recipe import parse, setting
 from kd.settings.distillation import Objective
 
@@ -44,18 +45,12 @@ class BenchmarkSettings:
     quick: bool = setting(
         False, "Measure one model pair and two divergences: 5 minutes on two cores."
     )
-    pairs: list[str] = field(
-        default_factory=lambda: list(WIDTHS),
-        metadata={
-            "help": f"Pairs: {', '.join(WIDTHS)}, or hidden sizes, teacher->student: 64->32."
-        },
+    pairs: list[str] = setting(
+        list(WIDTHS), f"Pairs: {', '.join(WIDTHS)}, or hidden sizes, teacher->student: 64->32."
     )
-    tokens: list[int] = field(
-        default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Numbers of target tokens."}
-    )
-    divergences: list[str] = field(
-        default_factory=lambda: ["forward_kl", "reverse_kl", "jensen_shannon"],
-        metadata={"help": f"Divergences: {', '.join(DIVERGENCES)}."},
+    tokens: list[int] = setting([1024, 4096, 16384], "Numbers of target tokens.")
+    divergences: list[str] = setting(
+        ["forward_kl", "reverse_kl", "jensen_shannon"], f"Divergences: {', '.join(DIVERGENCES)}."
     )
     vocabulary: int = setting(152_064, "Vocabulary size: rows of both heads.")
     loss_workspace_mb: int = setting(512, "Workspace of the loss in MiB, as in a recipe.")
@@ -274,11 +269,10 @@ def can_run(name: str, cell: Cell) -> bool:
     return True
 
 
-def available_bytes() -> int:
+def available_bytes() -> float:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return available_memory()
 
 
 def timed(run: Callable, inputs: Inputs, cell: Cell) -> tuple[float, Tensor]:

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -47,11 +47,7 @@ from kd.training.trainer import DistillationTrainer
 
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
 DATA, HELDOUT = (f"runs/quickstart/data/chat_{part}.jsonl" for part in ("train", "heldout"))
-BETA = {
-    "forward_kl": 0.0,
-    "jensen_shannon": 0.5,
-    "reverse_kl": 1.0,
-}  # TRL's name for the divergence
+BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}  # TRL's name of each
 WAYS = {
     "off-policy, forward_kl": ["--divergence", "forward_kl"],
     "off-policy, reverse_kl": ["--divergence", "reverse_kl"],
@@ -62,9 +58,7 @@ WAYS = {
 @dataclass
 class OnPolicyBenchmark:
     rows: int = setting(8, "Rows of the step that is compared with TRL.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the second part."}
-    )
+    seeds: list[int] = setting([0, 1, 2], "Seeds of the second part.")
     stage: bool = setting(True, "Run the second part.")
     first_steps: int = setting(150, "Off-policy steps of 16 rows that precede the stage.")
     steps: int = setting(60, "Steps of 16 rows per method.")

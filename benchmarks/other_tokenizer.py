@@ -18,7 +18,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +48,7 @@ from kd.teachers.live import LiveTeacher
 TEACHER, STUDENT = "data/quickstart/teacher", "data/quickstart/student"
 DATA = "runs/quickstart/data"
 BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
-WAYS = {
-    "text alone": 0.0,
-    "text and teacher": 0.5,
-    "teacher alone": 1.0,
-}  # soft_weight
+WAYS = {"text alone": 0.0, "text and teacher": 0.5, "teacher alone": 1.0}  # soft_weight
 
 
 @dataclass
@@ -62,9 +58,7 @@ class OtherTokenizerBenchmark:
     )
     rows: int = setting(8, "Held-out rows of the comparison with TRL.")
     steps: int = setting(300, "Steps of 16 rows of 256 tokens per method; 0 trains no students.")
-    ways: list[str] = field(
-        default_factory=lambda: list(WAYS), metadata={"help": "Methods to train students with."}
-    )
+    ways: list[str] = setting(list(WAYS), "Methods to train students with.")
     heldout: int = setting(200, "Number of held-out texts, and of conversations.")
     vocabulary: int = setting(2048, "Vocabulary size of the student; the teacher has 4 096.")
     out_dir: str = setting("runs/other_tokenizer", "Folder of the students.")
@@ -189,9 +183,8 @@ def gold_losses(rows: list[EncodedRow], tokenizer, beta: float, merge: str) -> l
     for row in rows:
         labels, ids = (torch.tensor(x)[None] for x in (row.labels, row.input_ids))
         ends = torch.arange(1, len(row) + 1)
-        offsets = torch.stack([ends - 1, ends], -1)[
-            None
-        ]  # one byte per token: only boundaries count
+        # One byte per token: only the boundaries count.
+        offsets = torch.stack([ends - 1, ends], -1)[None]
         logits = [whole_logits(name, row, len(tokenizer)) for name in (STUDENT, TEACHER)]
         found.append(loss(*logits, labels, labels, ids, ids, offsets, offsets).item())
     return found

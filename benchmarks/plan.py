@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -36,13 +36,8 @@ from kd.training.trainer import DistillationTrainer
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
-ZERO2, ZERO3 = (
-    ("--deepspeed", "ds_configs/student_zero2.json"),
-    (
-        "--deepspeed",
-        "ds_configs/student_zero3.json",
-    ),
-)
+ZERO2 = ("--deepspeed", "ds_configs/student_zero2.json")
+ZERO3 = ("--deepspeed", "ds_configs/student_zero3.json")
 SHARDED = ("--teacher_deepspeed", "ds_configs/teacher_zero3.json")
 CHECKPOINTS, BF16 = ("--gradient_checkpointing", "true"), ("--bf16", "true")
 LORA = ("--lora_rank", "16")
@@ -66,16 +61,12 @@ LAYOUTS = {
 
 @dataclass
 class BenchmarkSettings:
-    layouts: list[str] = field(
-        default_factory=lambda: list(LAYOUTS), metadata={"help": "Names of layouts."}
+    layouts: list[str] = setting(list(LAYOUTS), "Names of layouts.")
+    student: list[int] = setting(
+        [640, 6], "Width and layers of the student; the default takes 120 MB in float32."
     )
-    student: list[int] = field(
-        default_factory=lambda: [640, 6],
-        metadata={"help": "Width and layers of the student; the default takes 120 MB in float32."},
-    )
-    teacher: list[int] = field(
-        default_factory=lambda: [768, 8],
-        metadata={"help": "Width and layers of the teacher; the default takes 250 MB in float32."},
+    teacher: list[int] = setting(
+        [768, 8], "Width and layers of the teacher; the default takes 250 MB in float32."
     )
     micro: int = setting(2, "Rows per micro-batch.")
     length: int = setting(256, "Tokens per row.")

@@ -124,15 +124,10 @@ def rows_for_trl(folder: str):
 
 def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
     """Arguments of TRL's trainers that make their run equal to ours."""
-    names = [
-        "output_dir",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-    ]
+    names = ["output_dir", "per_device_train_batch_size", "gradient_accumulation_steps"]
     names += ["learning_rate", "lr_scheduler_type", "train_sampling_strategy", "bf16", "seed"]
     names += ["gradient_checkpointing", "save_strategy", "report_to", "disable_tqdm", "optim"]
-    names += ["logging_steps", "dataloader_num_workers"]
+    names += ["max_steps", "logging_steps", "dataloader_num_workers"]
     return {name: getattr(training, name) for name in names} | {
         "max_length": case.max_length,
         "use_cpu": training.device.type == "cpu",

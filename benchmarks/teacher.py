@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,8 @@ CAP_GB = 24
 @dataclass
 class BenchmarkSettings:
     quick: bool = setting(False, "Use four layers: under 5 minutes on two cores.")
-    ranks: list[int] = field(
-        default_factory=lambda: [2, 3], metadata={"help": "Numbers of processes."}
-    )
-    formats: list[str] = field(
-        default_factory=lambda: ["awq", "nf4", "bf16"], metadata={"help": "Checkpoint formats."}
-    )
+    ranks: list[int] = setting([2, 3], "Numbers of processes.")
+    formats: list[str] = setting(["awq", "nf4", "bf16"], "Checkpoint formats.")
     hidden: int = setting(1024, "Hidden size.")
     intermediate: int = setting(2816, "Hidden size of the MLP.")
     layers: int = setting(24, "Number of layers.")
@@ -74,11 +70,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for row in (
-            gpu_rows(folder, settings.gpu_step)
-            if settings.gpu_parts
-            else rank_rows(settings, folder)
-        ):
+        on_gpu = settings.gpu_parts
+        for row in gpu_rows(folder, settings.gpu_step) if on_gpu else rank_rows(settings, folder):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if settings.json:
@@ -224,9 +217,9 @@ def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
     yield {"part": "step", "cap_gb": CAP_GB, "ranks": found, **machine()}
 
 
-def best_seconds(run, repeats: int = 20) -> float:
+def best_seconds(run) -> float:
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(23):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

@@ -34,11 +34,8 @@ IMAGE = {"torch", "triton", "numpy", "setuptools", "jinja2", "markupsafe", "symp
 UNUSED = {  # dependencies that these parts never import, by the package that requires them
     "huggingface-hub": {"hf-xet"},
     "tensorboard": {"grpcio", "tensorboard-data-server", "werkzeug", "pillow", "markdown"},
-    "trl": {
-        "datasets",
-        "pandas",
-        "pyarrow",
-    },  # only its loss kernel is used; its trainers need 69 MB more
+    # Only its loss kernel is used; its trainers need 69 MB more.
+    "trl": {"datasets", "pandas", "pyarrow"},
 }
 CUDA_LIBRARY = re.compile(r"lib\w+_(cuda|rocm|xpu)(\d+)\.so$")  # bitsandbytes ships one per version
 TAGS = [f"manylinux_2_{minor}_x86_64" for minor in range(40, 4, -1)]

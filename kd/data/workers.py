@@ -22,9 +22,7 @@ from kd.data.files import BadRow
 from kd.run.signals import SIGNALS
 
 MIN_BATCHES = 8  # with fewer, one process is done before others could have started
-START_TIMEOUT = (
-    5.0  # seconds until a worker that has not started is replaced; it takes milliseconds
-)
+START_TIMEOUT = 5.0  # seconds until a worker is replaced; starting takes milliseconds
 
 _encoder: Encoder | AlignedEncoder  # of a worker process
 

@@ -35,10 +35,10 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best_time(lambda: a @ a, device)
 
 
-def best_time(run: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """The shortest of several runs, in seconds."""
+def best_time(run: Callable[[], object], device: str) -> float:
+    """The shortest of five runs, in seconds."""
     times = []
-    for _ in range(repeats + 1):  # the first one loads libraries
+    for _ in range(6):  # the first one loads libraries
         start = time.perf_counter()
         run()
         if device == "cuda":

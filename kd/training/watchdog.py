@@ -59,9 +59,7 @@ class Watchdog(TrainerCallback):
         pause = min(5.0, timeout / 4)
         store = shared_store(timeout=pause)
         while not self.over.wait(pause):
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the store ends with the process that serves it
+            with contextlib.suppress(RuntimeError):  # the store's process may have ended
                 report_alive(store)
             if time.monotonic() - self.moved > timeout:
                 self.end(timeout, describe_silent_ranks(store, 3 * pause))
