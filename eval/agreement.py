@@ -3,11 +3,11 @@
 python eval/agreement.py --teacher runs/teacher --models student=runs/student \
     --data '[{"path": "heldout.jsonl"}]' --out_dir results
 
-Measured are both KL divergences, top-1 agreement, both cross-entropies and calibration, by source
-and by position in the row. The result of each model is OUT_DIR/agreement/NAME.json. The perplexity
-results of all models are written as well, because they follow from the cross-entropies. The teacher
-runs once: its hidden states at the target tokens stay in memory.
-With a launch file in front, the processes share the batches.
+The script measures both KL divergences, top-1 agreement, both cross-entropies and calibration, for
+each source and by position in the row. The result of each model is OUT_DIR/agreement/NAME.json. The
+perplexity results of all models are written as well, because they follow from the cross-entropies.
+The teacher runs once: its hidden states at the target tokens stay in memory. With a launch file in
+front, the processes share the batches.
 """
 
 from pathlib import Path

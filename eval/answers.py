@@ -3,8 +3,8 @@
 python eval/answers.py --models teacher=runs/teacher student=runs/student \
     --data '[{"path": "heldout.jsonl"}]' --count 8 --out results/answers.jsonl
 
-A prompt is the messages of a chat row before its first assistant turn, the reference is that turn.
-With --out_dir the share of answers that contain the reference is written to
+A prompt is the messages of a chat row before its first assistant turn; the reference is that turn.
+With --out_dir, the share of answers that contain the reference is written to
 OUT_DIR/open_answers/NAME.json, and the input files for eval/judge.py to OUT_DIR/open_answers/judge.
 """
 

@@ -7,7 +7,7 @@ A model is a hub name, a folder, or the folder of a LoRA adapter. The rows come 
 from local JSON lines with the same fields: --task_data '{"boolq": "boolq.jsonl"}'. The result of
 each task and model is OUT_DIR/benchmarks/TASK/NAME.json, with the score of every document; a rerun
 measures only missing results. With a launch file in front, the processes share the documents; tasks
-that draw few-shot examples at random then draw others.
+with random few-shot examples then draw other examples.
 """
 
 from kd.distributed import print_rank0, start_gloo

@@ -2,9 +2,9 @@
 
 python eval/speed.py --models teacher=runs/teacher student=runs/student --out_dir results
 
-All models get the same random prompts and generate the same number of tokens. Reported are medians
-after one warm-up repetition. The result of each model is OUT_DIR/speed/NAME.json. Peak memory is
-measured on a GPU only. Timings hold for this machine while nothing else runs on it.
+All models get the same random prompts and generate the same number of tokens. The results are
+medians after one warm-up repetition. The result of each model is OUT_DIR/speed/NAME.json. Peak
+memory is measured on a GPU only. Timings hold for this machine while nothing else runs on it.
 """
 
 from pathlib import Path

@@ -3,9 +3,10 @@
 python eval/teacher_cost.py --teacher runs/teacher --models awq=runs/teacher-awq \
     --data '[{"path": "heldout.jsonl"}]' --out_dir results
 
-KL(unquantized || quantized) in nats per target token, top-1 agreement, both perplexities and both
-checkpoints' bytes. The result of each model is OUT_DIR/teacher_cost/NAME.json. A student that
-learns from the quantized teacher alone cannot come closer to the unquantized one than this.
+The script measures KL(unquantized || quantized) in nats per target token, top-1 agreement, both
+perplexities and both checkpoints' bytes. The result of each model is
+OUT_DIR/teacher_cost/NAME.json. A student that learns from the quantized teacher alone cannot come
+closer to the unquantized one than this.
 """
 
 import math

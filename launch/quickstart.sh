@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to three measured students. Needs two CPU cores, no GPU and no model hub.
+# Train and measure three students, on a fresh machine. Needs two CPU cores, no GPU and no model hub.
 # Teacher: data/quickstart/teacher (5.5 M); student: three of its six layers. Result: distill beats distill+sft beats sft in
 # KL to the teacher (README.md). Time: under 8 minutes on two cores after the installation.
 #   launch/quickstart.sh

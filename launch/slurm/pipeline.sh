@@ -2,8 +2,8 @@
 # Submit all steps of a distillation as SLURM jobs. Each waits for the one before; if one fails, the rest are cancelled.
 # teacher -> (merge) -> answers -> students, a job array -> perplexity and agreement -> report
 #   launch/slurm/pipeline.sh recipes/a_qwen2.5_1.5b_to_0.5b '[{"path": "heldout.jsonl"}]' --partition=gpu --gpus-per-node=2
-# The folder has 1_teacher.yaml, 2_answers.yaml and one 3_*.yaml per student. Then follow held-out rows for eval/, as JSON, and
-# flags of sbatch. Prints one job per line. Run it again to resume: finished steps are skipped.
+# The folder has 1_teacher.yaml, 2_answers.yaml and one 3_*.yaml per student. The second argument is held-out rows for
+# eval/, as JSON; all others are flags of sbatch. Prints one job per line. Run it again to resume: finished steps are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 recipes=${1:?wanted a folder with 1_teacher.yaml, 2_answers.yaml and 3_*.yaml} heldout=${2:?wanted held-out rows, as JSON}

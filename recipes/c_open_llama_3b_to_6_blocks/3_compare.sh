@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Experiment C, step 3: the parent, the student as inherited, and the students after training, in one report. Zero-shot
-# accuracy on boolq, winogrande and piqa (lm-evaluation-harness), loss against the parent, paired tests, speed and size.
+# accuracy on boolq, winogrande and piqa (lm-evaluation-harness), accuracy lost against the parent, paired tests, speed and size.
 #   recipes/c_open_llama_3b_to_6_blocks/3_compare.sh launch/h100.sh
 # Existing measurements are reused; students that were not trained are left out. Reported: at equal resources inheritance
 # and text beat distillation. Ours: not measured yet.

@@ -2,9 +2,9 @@
 # Experiment D: the three students, the official chat model and the teacher in one report. MT-Bench, AlpacaEval 2.0 against
 # the official model, agreement with the teacher on held-out conversations, speed and size.
 #   recipes/d_qwen1.5_32b_to_14b/compare.sh launch/2xa100.sh my_data/judge
-# The folder holds question.jsonl and reference_gpt-4.jsonl of MT-Bench, and alpaca_eval.json (805 instructions; CC BY-NC). A
-# server and a judge may follow; the default is gpt-4o at api.openai.com with the key in OPENAI_API_KEY. About 2 000 judge
-# calls for the grades and 6 500 of one token for the pairs; a rerun asks only what is missing. Reported by GPT-4o:
+# The folder holds question.jsonl and reference_gpt-4.jsonl of MT-Bench, and alpaca_eval.json (805 instructions; CC BY-NC). Two
+# optional arguments are a server and a judge; the default is gpt-4o at api.openai.com with the key in OPENAI_API_KEY. The
+# grades take about 2 000 judge calls, the pairs 6 500 of one token; a rerun requests only what is missing. Reported by GPT-4o:
 # distill > distill+sft and distill > sft; distill against the official model on AlpacaEval 52.17 : 47.83. Ours: not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Small CPU variant of recipes/d_qwen1.5_32b_to_14b/compare.sh: the small students of experiment D.
 #   recipes/small/d_compare.sh my_data/judge http://localhost:8000/v1 small
-# The folder holds question.jsonl, reference_gpt-4.jsonl and alpaca_eval.json; then follow a server and the judge's name on
-# it. First train the students:
+# The folder holds question.jsonl, reference_gpt-4.jsonl and alpaca_eval.json. The other two arguments are a server and the
+# judge's name on it. First train the students:
 #   launch/cpu.sh train/sft.py --config recipes/small/d_sft.yaml
 #   launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 #   launch/cpu.sh train/distill.py --config recipes/small/d_distill_sft.yaml
