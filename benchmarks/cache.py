@@ -42,7 +42,7 @@ def main() -> None:
     (settings,) = parse(BenchmarkSettings, description=__doc__)
     tokenizer = load_tokenizer(settings.teacher)
     rows = load_rows([{"path": settings.data, "count": settings.count}], 0)
-    documents, report = encode_rows(rows, tokenizer, 1024, progress=False)
+    documents, report = encode_rows(rows, tokenizer, 1024)
     print(report)
     cpu, exact = torch.device("cpu"), ModelSettings(dtype="float32")
     teacher = LiveTeacher(

@@ -93,7 +93,7 @@ def heldout_rows(count: int) -> list[dict]:
 def beside_trl(settings: OnPolicyBenchmark) -> list[dict]:
     """TRL's loss of a step and ours on the same tokens, off-policy and on-policy."""
     rows, tokenizer = heldout_rows(settings.rows), load_tokenizer(TEACHER)
-    own, _ = encode_rows(rows, tokenizer, 256, progress=False)
+    own, _ = encode_rows(rows, tokenizer, 256)
     found = []
     for divergence, beta in BETA.items():
         for way, share in (("off-policy", 0.0), ("on-policy", 1.0)):
@@ -250,7 +250,7 @@ def train(
 def measured(folder: Path, settings: OnPolicyBenchmark) -> dict[str, float]:
     """Means over the tokens of held-out rows, and over student-generated tokens."""
     tokenizer = load_tokenizer(str(folder))
-    rows, _ = encode_rows(heldout_rows(settings.heldout), tokenizer, 256, progress=False)
+    rows, _ = encode_rows(heldout_rows(settings.heldout), tokenizer, 256)
     metrics = {}
     with tempfile.TemporaryDirectory() as work:
         for divergence in ("forward_kl", "reverse_kl"):

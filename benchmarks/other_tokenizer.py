@@ -266,7 +266,7 @@ def train(start: Path, folder: Path, weight: float, aligned: bool, steps: int) -
 def bits_per_byte(folder: Path, part: str, count: int) -> float:
     """Bits per byte of the targets: whole texts, answers of conversations."""
     tokenizer = load_tokenizer(str(folder))
-    rows, _ = encode_rows(read(f"{part}_heldout", count), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(read(f"{part}_heldout", count), tokenizer, 512)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nats, size = 0.0, 0
     for row in rows:

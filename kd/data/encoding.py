@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
-from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from kd.data.files import BadRow
@@ -95,11 +94,6 @@ class EncodingReport:
     aligned: int = 0  # target tokens in a segment that both tokenizations share
     one_to_one: int = 0  # target tokens that equal one teacher token
 
-    @property
-    def without_target(self) -> int:
-        """The number of rows dropped for lack of a target token."""
-        return self.dropped.get(NO_TARGET, 0)
-
     def drop(self, reasons: Iterable[str]) -> None:
         """Count one dropped row per reason."""
         self.dropped = dict(Counter(self.dropped) + Counter(reasons))
@@ -139,25 +133,30 @@ class UncutRow(NamedTuple):
 
 
 def encode_rows(
-    rows: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    progress: bool = True,
-    on_long_row: str = "cut",
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_row: str = "cut"
 ) -> tuple[list[EncodedRow], EncodingReport]:
     """Encode rows of `kd.data.sources`; rows without a target are dropped and counted.
 
     Raises ValueError if no row is left, or if there are chat rows and no usable chat template.
     """
-    encoder, encoded, report = Encoder(tokenizer, max_length, on_long_row), [], EncodingReport()
-    placed = [(f"row {i}", row) for i, row in enumerate(rows)]
-    with tqdm(total=len(rows), desc="tokenising", unit="row", disable=not progress) as bar:
-        for start in range(0, len(rows), ENCODE_BATCH):
-            batch = placed[start : start + ENCODE_BATCH]
-            encoded += count_rows(encoder(batch), report)
-            bar.update(len(batch))
+    results, report = encode_each(rows, tokenizer, max_length, on_long_row), EncodingReport()
+    encoded = count_rows(results, report)
     require_rows(report)
     return encoded, report
+
+
+def encode_each(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_row: str = "cut"
+) -> list[EncodedRow | BadRow]:
+    """Encode each row of `kd.data.sources`; a row without a target is a BadRow.
+
+    Raises BadRow if the chat template rejects a row.
+    """
+    encoder, results = Encoder(tokenizer, max_length, on_long_row), []
+    placed = [(f"row {i}", row) for i, row in enumerate(rows)]
+    for start in range(0, len(rows), ENCODE_BATCH):
+        results += encoder(placed[start : start + ENCODE_BATCH])
+    return results
 
 
 def require_rows(report: EncodingReport) -> None:

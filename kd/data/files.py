@@ -6,9 +6,11 @@ Rows stay on disk until they are read, except those of CSV and text files and of
 
 import bisect
 import csv
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -247,19 +249,17 @@ class Concatenation:
 
     def __init__(self, readers: list[Reader]) -> None:
         self.readers = readers
-        self.ends = []
-        for reader in readers:
-            self.ends.append(len(reader) + (self.ends[-1] if self.ends else 0))
+        self.ends = list(itertools.accumulate(map(len, readers)))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def rows(self, indices: Iterable[int]) -> Iterator[tuple[str, dict | BadRow]]:
         """Yield (place, row) for each index."""
-        for i in indices:
-            which = bisect.bisect_right(self.ends, i)
+        # Consecutive rows of one file are read together, so that the file is opened once.
+        for which, group in itertools.groupby(indices, partial(bisect.bisect_right, self.ends)):
             start = self.ends[which - 1] if which else 0
-            yield from self.readers[which].rows([i - start])
+            yield from self.readers[which].rows([i - start for i in group])
 
 
 class FilteredRows:

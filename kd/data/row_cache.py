@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -68,7 +69,8 @@ def tokenised_rows(
     if not is_whole(folder):
         with locked(folder.with_suffix(".lock")):
             if not is_whole(folder):  # the process that held the lock may have prepared it
-                prepare(folder, sources, settings, tokenizer, workers, progress, teacher)
+                encoder = make_encoder(settings, tokenizer, teacher)
+                prepare(folder, sources, settings, encoder, workers, progress)
     return AlignedRows(folder) if teacher else TokenisedRows(folder)
 
 
@@ -165,33 +167,16 @@ def prepare(
     folder: Path,
     sources: list[dict],
     settings: RowSettings,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder | AlignedEncoder,
     workers: int,
     progress: bool,
-    teacher: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write a temporary folder and rename it, so that `folder` is whole or absent."""
+    """Encode the rows of the sources into a temporary folder and rename it to `folder`.
+
+    So `folder` is whole or absent. Raises ValueError as `tokenised_rows` does.
+    """
     for leftover in [*folder.parent.glob(f"{folder.name}.tmp-*"), folder]:
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
-    with atomic_path(folder, folder.with_name(f"{folder.name}.tmp-{os.getpid()}")) as temporary:
-        temporary.mkdir()
-        report = write_rows(temporary, sources, settings, tokenizer, workers, progress, teacher)
-        (temporary / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
-
-
-def write_rows(
-    folder: Path,
-    sources: list[dict],
-    settings: RowSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    workers: int,
-    progress: bool,
-    teacher: PreTrainedTokenizerBase | None,
-) -> EncodingReport:
-    """Encode the rows of the sources into the files of `folder`, all but report.json.
-
-    Raises ValueError as `tokenised_rows` does.
-    """
     bad: Counter = Counter()
     rows = read_rows(
         sources,
@@ -201,12 +186,12 @@ def write_rows(
         mixture_rows=settings.mixture_rows,
         train_rows=settings.train_rows,
     )
-    encoder = make_encoder(settings, tokenizer, teacher)
     report, ends = EncodingReport(), Counter()
-    bar = tqdm(desc="tokenising", unit="row", disable=not progress)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bar)
-        open_file = functools.cache(lambda name: stack.enter_context(open(folder / name, "wb")))
+    unfinished = atomic_path(folder, folder.with_name(f"{folder.name}.tmp-{os.getpid()}"))
+    with unfinished as temporary, contextlib.ExitStack() as stack:
+        temporary.mkdir()
+        bar = stack.enter_context(tqdm(desc="tokenising", unit="row", disable=not progress))
+        open_file = functools.cache(lambda name: stack.enter_context(open(temporary / name, "wb")))
         batches = batched(rows, ENCODE_BATCH)
         for results in encode_in_order(encoder, batches, worker_count(workers)):
             for row in count_rows(results, report):
@@ -216,10 +201,10 @@ def write_rows(
                         ends[name] += len(array)
                         open_file(ENDS[name]).write(np.int64(ends[name]).tobytes())
             bar.update(len(results))
-    report.read += bad.total()
-    report.drop(bad.elements())
-    require_rows(report)
-    return report
+        report.read += bad.total()
+        report.drop(bad.elements())
+        require_rows(report)
+        (temporary / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
 def make_encoder(
@@ -240,11 +225,6 @@ def make_encoder(
 
 def batched(rows: Iterable, size: int) -> Iterator[list]:
     """Yield lists of `size` rows; the last one may be shorter."""
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
         yield batch

@@ -99,13 +99,13 @@ def local_files(path: str) -> list[str] | None:
         base = Path(path)
         found = base.anchor and Path(base.anchor).glob(str(base.relative_to(base.anchor)))
         found = found or Path().glob(path)
-        return sorted(str(file) for file in found if file.suffix in ENDINGS and file.is_file())
-    if Path(path).is_dir():
+    elif Path(path).is_dir():
         found = Path(path).rglob("*")
-        return sorted(str(file) for file in found if file.suffix in ENDINGS and file.is_file())
-    if path.endswith(ENDINGS) or path.startswith(("/", "./", "../", "~")):
+    elif path.endswith(ENDINGS) or path.startswith(("/", "./", "../", "~")):
         return [path] if Path(path).is_file() and path.endswith(ENDINGS) else []
-    return None
+    else:
+        return None
+    return sorted(str(file) for file in found if file.suffix in ENDINGS and file.is_file())
 
 
 def open_source(source: dict) -> Reader:
@@ -279,16 +279,14 @@ def check_id(raw: dict, source: dict, place: str, ids: dict) -> None:
     ids[identity] = place
 
 
-def read_jsonl(path: str) -> tuple[list[dict], Callable[[int], str]]:
-    """Return all rows of a JSON Lines file, and a function from a row's index to its place.
+def read_jsonl(path: str) -> list[dict]:
+    """Return all rows of a JSON Lines file.
 
     Raises BadRow with the line for a row that is not a JSON object.
     """
-    lines = JsonLines(path)
-    places, rows = [], []
-    for place, row in lines.rows(range(len(lines))):
+    lines, rows = JsonLines(path), []
+    for _, row in lines.rows(range(len(lines))):
         if isinstance(row, BadRow):
             raise row
-        places.append(place)
         rows.append(row)
-    return rows, places.__getitem__
+    return rows

@@ -65,7 +65,7 @@ def shuffled_rows(
     random.Random(seed).shuffle(raw)
     for start in range(0, len(raw), ENCODED_ROWS):
         rows = raw[start : start + ENCODED_ROWS]
-        yield from encode_rows(rows, tokenizer, max_length, progress=False)[0]
+        yield from encode_rows(rows, tokenizer, max_length)[0]
 
 
 def angle(first: Tensor, second: Tensor) -> Tensor:
@@ -79,9 +79,7 @@ def angle(first: Tensor, second: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def angular_distances(
-    model: PreTrainedModel, batches: list[Batch], run: int = 1, progress: bool = True
-) -> list[float]:
+def angular_distances(model: PreTrainedModel, batches: list[Batch], run: int = 1) -> list[float]:
     """The mean distance per target token of every run of `run` consecutive layers, L + 1 - run.
 
     The first token of a row is not a target: many models keep a huge, meaningless state there.
@@ -90,7 +88,7 @@ def angular_distances(
     states: list[Tensor] = []  # (N, H) before each layer and before the final norm
     sums = torch.zeros(len(modules) - run, dtype=torch.float64)
     count = 0
-    for batch in tqdm(batches, desc="angular distance", unit="batch", disable=not progress):
+    for batch in tqdm(batches, desc="angular distance", unit="batch"):
         targets = batch.inputs["labels"].to(model.device) != IGNORE_INDEX  # (B, T)
         states.clear()
         with observed_inputs(modules, lambda state, at=targets: states.append(state[at])):
@@ -152,11 +150,7 @@ def perplexity_without(
 
 
 def greedy_removal(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    vocab_size: int,
-    drop: int,
-    progress: bool = True,
+    model: PreTrainedModel, batches: list[Batch], vocab_size: int, drop: int
 ) -> dict[int, float]:
     """Remove `drop` layers, each time the one that raises the perplexity least.
 
@@ -166,7 +160,7 @@ def greedy_removal(
     depth = len(model.base_model.layers)
     removed: dict[int, float] = {}
     passes = sum(depth - n for n in range(drop))
-    with tqdm(total=passes, desc="layers removed", unit="pass", disable=not progress) as bar:
+    with tqdm(total=passes, desc="layers removed", unit="pass") as bar:
         for _ in range(drop):
             costs = {}
             for layer in (n for n in range(depth) if n not in removed):
@@ -178,12 +172,7 @@ def greedy_removal(
 
 
 def choose_by_influence(
-    choice: str,
-    model: PreTrainedModel,
-    batches: list[Batch],
-    vocab_size: int,
-    keep: int,
-    progress: bool = True,
+    choice: str, model: PreTrainedModel, batches: list[Batch], vocab_size: int, keep: int
 ) -> tuple[list[int], dict]:
     """Choose the `keep` layers with the most influence; `choice` is one of MEASURED_CHOICES.
 
@@ -195,11 +184,11 @@ def choose_by_influence(
     if not drop:
         return list(range(depth)), {}
     if choice == "perplexity":
-        removed = greedy_removal(model, batches, vocab_size, drop, progress)
+        removed = greedy_removal(model, batches, vocab_size, drop)
         whole = perplexity_without(model, batches, vocab_size)
         measured = {"perplexity": whole, "perplexity_without": removed}
         return [n for n in range(depth) if n not in removed], measured
-    distances = angular_distances(model, batches, drop if choice == "angular_run" else 1, progress)
+    distances = angular_distances(model, batches, drop if choice == "angular_run" else 1)
     order = sorted(range(len(distances)), key=distances.__getitem__)
     least = range(order[0], order[0] + drop) if choice == "angular_run" else order[:drop]
     return [n for n in range(depth) if n not in least], {"angular_distances": distances}

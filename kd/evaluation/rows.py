@@ -12,7 +12,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from kd.data.encoding import IGNORE_INDEX, EncodedRow, EncodingReport, encode_rows
+from kd.data.encoding import (
+    IGNORE_INDEX,
+    EncodedRow,
+    EncodingReport,
+    count_rows,
+    encode_each,
+    require_rows,
+)
 from kd.data.sources import load_rows
 from kd.distributed import print_rank0
 
@@ -88,12 +95,14 @@ def encode_heldout(
                 continue
         chosen = [i for i, row in enumerate(rows) if row]
         rows = [rows[i] for i in chosen]
-        encoded, report = encode_rows(rows, tokenizer, max_length, progress=False)
+        results, report = encode_each(rows, tokenizer, max_length), EncodingReport()
+        encoded = count_rows(results, report)
+        require_rows(report)
         print_rank0(f"{label}: {report}")
-        kept = kept_indices(rows, tokenizer, max_length, report)
-        sizes = iter(target_bytes([rows[i] for i in kept], encoded, tokenizer))
-        for i, row in zip(kept, encoded, strict=True):
-            heldout.append(HeldoutRow(label, chosen[i], [row], next(sizes)))
+        kept = [i for i, result in enumerate(results) if isinstance(result, EncodedRow)]
+        sizes = target_bytes([rows[i] for i in kept], encoded, tokenizer)
+        for i, row, size in zip(kept, encoded, sizes, strict=True):
+            heldout.append(HeldoutRow(label, chosen[i], [row], size))
     return heldout
 
 
@@ -133,23 +142,6 @@ def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[Encode
         windows.append(EncodedRow.from_labels(sequence[start : end + 1], labels))
         predicted = end
     return windows
-
-
-def kept_indices(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, report: EncodingReport
-) -> list[int]:
-    """Return the indices of the rows that `encode_rows` kept."""
-    if not report.without_target:
-        return list(range(len(rows)))
-
-    def has_target(row: dict) -> bool:
-        try:
-            encode_rows([row], tokenizer, max_length, progress=False)
-        except ValueError:  # the row is valid, so the error is "no row with a target token"
-            return False
-        return True
-
-    return [i for i, row in enumerate(rows) if has_target(row)]
 
 
 def target_bytes(

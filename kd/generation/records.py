@@ -48,7 +48,7 @@ def read_records(output_dir: str, stem: str) -> list[dict]:
     """Read the records of all processes and all earlier runs in a folder."""
     paths = sorted(Path(output_dir).glob(f"{stem}*.jsonl"))
     nonempty = [str(path) for path in paths if path.stat().st_size]
-    return [row for path in nonempty for row in read_jsonl(path)[0]]
+    return [row for path in nonempty for row in read_jsonl(path)]
 
 
 def read_raw_answers(output_dir: str) -> tuple[dict[str, dict], dict[str, str]]:

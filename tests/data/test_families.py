@@ -118,8 +118,8 @@ def test_a_template_that_omits_the_system_prompt_is_rejected():
     )
     messages = [{"role": r, "content": f"the {r}"} for r in ("system", "user", "assistant")]
     with pytest.raises(ValueError, match="leaves out or changes the system message"):
-        encode_rows([{"messages": messages}], tokenizer, 64, progress=False)
-    assert encode_rows([{"messages": messages[1:]}], tokenizer, 64, progress=False)
+        encode_rows([{"messages": messages}], tokenizer, 64)
+    assert encode_rows([{"messages": messages[1:]}], tokenizer, 64)
 
 
 def llama(messages: list[dict]) -> Pieces:

@@ -275,7 +275,7 @@ def test_flash_attention_is_rejected_if_the_device_has_no_kernel(monkeypatch):
 
 
 def batches(tokenizer, way: str) -> list[dict]:
-    rows, _ = encode_rows(small_rows(8), tokenizer, 200, progress=False)
+    rows, _ = encode_rows(small_rows(8), tokenizer, 200)
     alone, collate = [[row] for row in rows], Collator(0)
     if way == "one by one":
         return [collate([row]) for row in alone]

@@ -41,7 +41,7 @@ def test_rows_equal_those_of_encode_rows_and_are_prepared_once(
     source, tmp_path, tokenizer, monkeypatch
 ):
     rows = made(source, tmp_path, tokenizer)
-    wanted, report = encode_rows(load_rows([source], 0), tokenizer, 48, progress=False)
+    wanted, report = encode_rows(load_rows([source], 0), tokenizer, 48)
     assert [documents for documents in rows] == [[row] for row in wanted]
     assert rows.report == report and str(report).startswith("rows: 40 read, 40 kept")
     assert rows.lengths == list(map(len, wanted)) and rows.targets == [r.targets for r in wanted]
@@ -115,7 +115,7 @@ def test_a_row_that_the_template_rejects_is_reported_by_a_worker_or_dropped(tmp_
 @pytest.mark.parametrize("choice, kept", [("cut", 40), ("cut_left", 40), ("drop", 27)])
 def test_long_rows_are_cut_at_either_end_or_dropped_and_counted(source, tmp_path, choice, kept):
     tokenizer = small_tokenizer()
-    whole, _ = encode_rows(load_rows([source], 0), tokenizer, 10**6, progress=False)
+    whole, _ = encode_rows(load_rows([source], 0), tokenizer, 10**6)
     limit = sorted(map(len, whole))[26]
     long = [row for row in whole if len(row) > limit]
     rows = made(source, tmp_path, tokenizer, max_length=limit, on_long_row=choice)

@@ -85,9 +85,7 @@ def test_angular_distances_agree_with_output_hidden_states(parent, batches, run)
             sums[n] += (cosine.clamp(max=1.0).arccos() / math.pi)[targets].sum()
         count += targets.sum()
     expected = (sums / count).tolist()
-    assert angular_distances(parent, batches, run, progress=False) == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert angular_distances(parent, batches, run) == pytest.approx(expected, abs=1e-6)
 
 
 def test_perplexity_without_layers_is_that_of_the_student_without_them(parent, batches, tokenizer):
@@ -100,15 +98,15 @@ def test_perplexity_without_layers_is_that_of_the_student_without_them(parent, b
 
 @pytest.mark.parametrize("choice", ["angular", "angular_run"])
 def test_the_layers_with_the_smallest_angles_are_removed(parent, batches, tokenizer, choice):
-    layers, measured = choose_by_influence(choice, parent, batches, len(tokenizer), 2, False)
+    layers, measured = choose_by_influence(choice, parent, batches, len(tokenizer), 2)
     assert layers == [0, 3] and len(measured["angular_distances"]) == (
         4 if choice == "angular" else 3
     )
-    assert choose_by_influence(choice, parent, batches, len(tokenizer), 4, False)[0] == [0, 1, 2, 3]
+    assert choose_by_influence(choice, parent, batches, len(tokenizer), 4)[0] == [0, 1, 2, 3]
 
 
 def test_each_removed_layer_raises_the_perplexity_least(parent, batches, tokenizer):
-    removed = greedy_removal(parent, batches, len(tokenizer), 2, progress=False)
+    removed = greedy_removal(parent, batches, len(tokenizer), 2)
     students, gone = {}, []
     for layer, perplexity in removed.items():
         students = {
@@ -122,7 +120,7 @@ def test_each_removed_layer_raises_the_perplexity_least(parent, batches, tokeniz
         }
         assert perplexity == students[layer] == min(students.values())
         gone.append(layer)
-    layers, measured = choose_by_influence("perplexity", parent, batches, len(tokenizer), 2, False)
+    layers, measured = choose_by_influence("perplexity", parent, batches, len(tokenizer), 2)
     assert layers == sorted(set(range(4)) - set(gone)) and measured["perplexity_without"] == removed
 
 
@@ -132,6 +130,6 @@ def test_measurements_do_not_depend_on_the_batch_size(parent, tokenizer, tmp_pat
     found = []
     for size in (1, 5):
         batches = text_batches([{"path": str(file)}], tokenizer, 64, 300, size)
-        found.append(angular_distances(parent, batches, progress=False))
+        found.append(angular_distances(parent, batches))
         found[-1].append(perplexity_without(parent, batches, len(tokenizer)))
     assert found[0] == pytest.approx(found[1], rel=1e-5)

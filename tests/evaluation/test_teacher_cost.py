@@ -18,7 +18,7 @@ from kd.models.sharding import load_unsharded
 @torch.no_grad()
 def expected(house) -> dict[str, float]:
     tokenizer = load_tokenizer(str(house / "teacher"))
-    rows, _ = encode_rows(load_rows(sources(house), 0), tokenizer, MAX_LENGTH, progress=False)
+    rows, _ = encode_rows(load_rows(sources(house), 0), tokenizer, MAX_LENGTH)
     one = AutoModelForCausalLM.from_pretrained(house / "teacher")
     other = load_unsharded(str(house / "teacher-awq"), "sdpa", "float32", torch.device("cpu"))
     sums = torch.zeros(4, dtype=torch.float64)

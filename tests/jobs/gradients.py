@@ -180,7 +180,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     tokenizer = load_tokenizer(str(work / "student"))
-    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512)
     if cell.blank:
         rows += [row.without_targets() for row in rows]
     args = training_settings(work, cell)

@@ -54,7 +54,7 @@ def steps(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     tokenizer = load_tokenizer(str(work / "student"))
-    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512)
     args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     engine = "continuous" if "continuous" in cell.name else "generate"

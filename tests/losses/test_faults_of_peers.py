@@ -67,7 +67,7 @@ def test_fault_5_a_target_is_predicted_from_the_previous_position():
 def test_fault_5_the_end_token_is_a_target_but_padding_is_not_if_both_share_an_id():
     tokenizer = small_tokenizer()
     tokenizer.chat_template, tokenizer.pad_token = CHATML, tokenizer.eos_token
-    rows, _ = encode_rows([{"messages": CHAT}, {"text": "A list."}], tokenizer, 99, progress=False)
+    rows, _ = encode_rows([{"messages": CHAT}, {"text": "A list."}], tokenizer, 99)
     batch = Collator(tokenizer.pad_token_id)([[row] for row in rows])
     for row, labels in zip(rows, batch["labels"], strict=True):
         assert row.labels[-1 if row is rows[1] else -2] == tokenizer.eos_token_id

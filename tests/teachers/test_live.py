@@ -33,7 +33,7 @@ SIZES = {
 
 def micro_batches(tokenizer, packed: bool = False) -> list[dict[str, torch.Tensor]]:
     """Four micro-batches of different sizes; one has no target token."""
-    rows, _ = encode_rows(small_rows(12), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(12), tokenizer, 512)
     blank = EncodedRow.from_labels(rows[0].input_ids, [IGNORE_INDEX] * len(rows[0]))
     collate = Collator(tokenizer.pad_token_id)
     if packed:

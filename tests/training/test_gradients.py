@@ -113,7 +113,7 @@ def true_loss(student, teacher, tokenizer, hidden=None) -> torch.Tensor:
     Without a teacher, the student with its adapters disabled takes its place.
     """
     maps = getattr(causal_lm(student), "hidden_projections", None)
-    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512)
     real, temperature = len(tokenizer), OBJECTIVE["temperature"]
     weight, total = OBJECTIVE["soft_weight"], 0.0
     for row in rows:

@@ -259,7 +259,7 @@ def test_the_loss_does_not_scale_with_the_generated_length(tokenizer, tmp_path):
         model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[0]
         model.lm_head.weight.data[tokenizer.eos_token_id] = 0
         model.save_pretrained(tmp_path / name)
-    rows, _ = encode_rows(small_rows(4), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(4), tokenizer, 512)
     found = {}
     for length in (2, 40):
         student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
@@ -279,7 +279,7 @@ def test_the_loss_does_not_scale_with_the_generated_length(tokenizer, tmp_path):
 
 def test_an_empty_answer_is_an_end_token_that_is_trained_on(models, tokenizer, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(models / "student")
-    rows, _ = encode_rows(small_rows(4), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(4), tokenizer, 512)
     trainer = trainer_of(
         student,
         models / "teacher",
@@ -326,7 +326,7 @@ def test_rows_are_chosen_by_seed_and_step_with_the_right_share_on_average():
 
 def test_documents_of_a_flat_batch_are_those_of_a_padded_one(tokenizer):
     """Batches for FlashAttention hold all documents in one row."""
-    rows, _ = encode_rows(small_rows(5), tokenizer, 512, progress=False)
+    rows, _ = encode_rows(small_rows(5), tokenizer, 512)
     for flat in (False, True):
         on_policy_rows = OnPolicyRows(OnPolicySettings(0.5), None, Collator(0, flat=flat), 512)
         batch = on_policy_rows.collate(rows, [1, 4], torch.device("cpu"))

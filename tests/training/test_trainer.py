@@ -49,7 +49,7 @@ def log_history(output) -> list[dict]:
 def heldout_metrics(student_folder, models) -> dict[str, float]:
     """Means over all held-out target tokens, from full logits of one row at a time."""
     tokenizer = load_tokenizer(str(models / "student"))
-    rows, _ = encode_rows(small_rows(7), tokenizer, 1024, progress=False)
+    rows, _ = encode_rows(small_rows(7), tokenizer, 1024)
     student = AutoModelForCausalLM.from_pretrained(student_folder)
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher")
     hard = soft = 0.0
@@ -115,7 +115,7 @@ def test_a_broken_teacher_ends_the_run_at_its_first_batch(models, tmp_path):
 def test_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
     """Reads wait for the device. After the first batch, micro-steps read nothing (fault 13)."""
     tokenizer = load_tokenizer(str(models / "student"))
-    rows, _ = encode_rows(small_rows(4), tokenizer, 256, progress=False)
+    rows, _ = encode_rows(small_rows(4), tokenizer, 256)
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     device = torch.device("cpu")
     teacher = LiveTeacher(
