@@ -26,11 +26,9 @@ def length_controlled_win_rate(
 ) -> float:
     """The length-controlled win rate, between 0 and 1.
 
-    `preferences` are probabilities that the model's answer is better; lengths are in characters.
-    Raises ValueError for fewer than FOLDS judgements.
+    `preferences`, FOLDS or more, are probabilities that the model's answer is better; lengths are
+    in characters.
     """
-    if len(preferences) < FOLDS:
-        raise ValueError(f"{len(preferences)} judgements; wanted {FOLDS} or more")
     wins = np.array(preferences)
     longer = np.array(baseline_lengths, float) - np.array(lengths, float)
     spread = longer.std(ddof=1)

@@ -25,7 +25,7 @@ def verdict(summary: dict, comparison: dict[str, dict], expected: list[str]) -> 
     value = shown(metric["settings"][best]["value"], metric["percent"])
     compared = f" ({', '.join(others)})" if others else ""
     first = f"By {label}, **{best}** is the best student: {value}{compared}."
-    return " ".join([first, runner_up(order, metric), order_verdict(summary, ranked, expected)])
+    return " ".join([first, runner_up(order, metric), order_verdict(ranked, expected)])
 
 
 def rankings(summary: dict, comparison: dict[str, dict]) -> dict[str, list[str]]:
@@ -59,7 +59,7 @@ def runner_up(order: list[str], metric: dict) -> str:
     return f"Its lead over {second} is significant ({p}{caveat})."
 
 
-def order_verdict(summary: dict, ranked: dict[str, list[str]], expected: list[str]) -> str:
+def order_verdict(ranked: dict[str, list[str]], expected: list[str]) -> str:
     """Say whether the expected order was measured, or whether the metrics agree on one."""
     if not expected:
         orders = set(map(tuple, ranked.values()))

@@ -159,7 +159,7 @@ def by_source(results: Results, groups: dict[str, dict]) -> dict[str, dict]:
     }
     sources = dict.fromkeys(source for found in values.values() for source, *_ in found)
 
-    def combined(source: str, model: str, group: dict, key: str) -> dict | str:
+    def combined(source: str, group: dict, key: str) -> dict | str:
         names = group["models"]
         cell = combine([values[key].get((source, *split_seed(n)), NOT_RUN) for n in names])
         by_definition = group["role"] == "teacher" and key == "forward_kl"
@@ -167,7 +167,7 @@ def by_source(results: Results, groups: dict[str, dict]) -> dict[str, dict]:
 
     return {
         source: {
-            model: {key: combined(source, model, group, key) for key in values}
+            model: {key: combined(source, group, key) for key in values}
             for model, group in groups.items()
         }
         for source in sources

@@ -17,7 +17,7 @@ from kd.evaluation.report.result_table import (  # noqa: E402
     Results,
     split_seed,
 )
-from kd.training.checkpoints.checkpoint import last_checkpoint  # noqa: E402
+from kd.training.checkpoints.checkpoint import checkpoints  # noqa: E402
 
 BARS_FILE, CURVES_FILE = "perplexity_and_kl.png", "training_curves.png"
 TRADE_OFF_FILE = "size_and_speed.png"
@@ -130,9 +130,8 @@ def find_histories(runs: list[str]) -> dict[str, Path | None]:
     """Return {run: trainer_state.json} of the run or of its newest checkpoint; None without."""
     found: dict[str, Path | None] = {}
     for run in runs:
-        checkpoint = last_checkpoint(run)
-        candidates = [Path(run)] + ([Path(checkpoint)] if checkpoint else [])
-        files = [folder / "trainer_state.json" for folder in candidates]
+        folders = [Path(run), *checkpoints(Path(run))[:1]]
+        files = [folder / "trainer_state.json" for folder in folders]
         found[run] = next((file for file in files if file.is_file()), None)
     return found
 

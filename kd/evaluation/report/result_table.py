@@ -228,16 +228,11 @@ def read_open_answers(result: dict) -> Iterator[tuple[Metric, Items]]:
     yield Metric("open answers that match", higher_is_better=True, percent=True), items
 
 
-def read_speed(result: dict) -> Iterator[tuple[Metric, Items]]:
-    """Yield nothing: speeds have no items."""
-    yield from ()
-
-
 READERS = {
     "perplexity": read_perplexity,
     "agreement": read_agreement,
     "benchmarks": read_benchmark,
     "judge": read_judge,
     "open_answers": read_open_answers,
-    "speed": read_speed,
+    "speed": lambda result: (),  # speeds have no items
 }

@@ -5,10 +5,9 @@ import json
 import re
 
 from kd.evaluation.report.findings import pair_verdict
-from kd.evaluation.report.result_table import NOT_RUN, ResultFile
+from kd.evaluation.report.result_table import NOT_RUN, READERS, ResultFile
 from kd.evaluation.report.tables import markdown_table, shown, with_interval
 
-KINDS = ("perplexity", "agreement", "benchmarks", "judge", "open_answers", "speed")
 SHOWN_ANSWER = 300  # characters of an answer in the table
 ITEMS_EXPLAINED = """\
 Value [95 % interval]. With one seed: percentiles of 2000 bootstrap draws of the items (rows,
@@ -196,7 +195,7 @@ def as_cell(text: str) -> str:
 def origin(files: list[ResultFile]) -> str:
     """List every file with its settings; settings that all files of a kind share are shown once."""
     parts = []
-    for kind in KINDS:
+    for kind in READERS:
         records = {
             file.path: file.content["settings"]
             | {"versions": file.content["versions"], "commit": file.content["commit"]}

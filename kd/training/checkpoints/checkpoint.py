@@ -39,12 +39,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[len(NAME) :])
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint, not verified; None without one."""
-    newest = next(iter(checkpoints(Path(output_dir))), None)
-    return None if newest is None else str(newest)
-
-
 def usable_checkpoint(output_dir: str) -> tuple[str, dict[str, Any]] | None:
     """Collective: (folder, run identity) of the newest undamaged checkpoint; None without one.
 
