@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -44,14 +45,11 @@ def trace_activations(
     build: Callable[[PretrainedConfig], nn.Module],
     rows: int,
     length: int,
-    *,
-    checkpointing: bool = False,
-    gradients: bool = True,
-    packed: bool = False,
-    autocast: torch.dtype | None = None,
-    device: str = "cuda",
+    **options: Any,
 ) -> Activations:
     """Activations of (rows, length) tokens in the backbone of `build(config)`.
+
+    `options` are those of `trace`.
 
     Raises CannotTrace for models in which a tensor's shape depends on another tensor's values.
     """
@@ -59,9 +57,8 @@ def trace_activations(
     found = []
     for blocks in DEPTHS:
         model = build(truncated(config, blocks))
-        options = (checkpointing, gradients, packed, autocast, device)
         try:
-            found.append(trace(model, rows, length, *options))
+            found.append(trace(model, rows, length, **options))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             kind = type(model).__name__
             raise CannotTrace(f"{kind}: tensor shapes depend on values ({error})") from error
@@ -84,11 +81,12 @@ def trace(
     model: nn.Module,
     rows: int,
     length: int,
-    checkpointing: bool,
-    gradients: bool,
-    packed: bool,
-    autocast: torch.dtype | None,
-    device: str,
+    *,
+    checkpointing: bool = False,
+    gradients: bool = True,
+    packed: bool = False,
+    autocast: torch.dtype | None = None,
+    device: str = "cuda",
 ) -> tuple[int, int, int]:
     """Bytes (kept for the backward, peak of the forward, peak of the backward)."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -51,18 +51,12 @@ def activations(
     `dtype` is the type of the teacher's weights.
     """
     if gradients:
-
-        def build_model(config):
-            return build_student(layout, config)
-
+        build_model: Callable = functools.partial(build_student, layout)
         model_key: tuple = (str(layout.model), casts_weights(layout))
     else:
-
-        def build_model(config):
-            return build(config, dtype, layout.model.attn_implementation)
-
-        model_key = (dtype, layout.model.attn_implementation)
-
+        attention = layout.model.attn_implementation
+        build_model = functools.partial(build, dtype=dtype, attention=attention)
+        model_key = (dtype, attention)
     # DeepSpeed computes in the type of the weights; everything else runs under autocast.
     autocast = getattr(torch, layout.half) if layout.half and not layout.stage else None
     options = {
