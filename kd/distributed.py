@@ -37,6 +37,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank_prefix() -> str:
+    """The prefix "[rank N] " if there are several ranks, else an empty string."""
+    return f"[rank {rank()}] " if world_size() > 1 else ""
+
+
 def print_rank0(text: object) -> None:
     """Print on rank 0 only."""
     if rank() == 0:

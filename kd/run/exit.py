@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from kd.distributed import barrier, is_initialized, rank, world_size
+from kd.distributed import barrier, is_initialized, rank, rank_prefix
 from kd.run.atomic import write_text
 from kd.run.signals import Stopped, report_outcome
 
@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     distributed process exits by os._exit. The done marker, written earlier, signals success.
     """
     exit_with_launcher()
-    prefix = f"[rank {rank()}] " if world_size() > 1 else ""
+    prefix = rank_prefix()
     try:
         main()
     except Stopped as stopped:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from kd.distributed import rank_prefix
+
 SHOWN_CHARACTERS = 60  # of a row that is named
 
 
@@ -54,7 +56,7 @@ class NonFinite(TrainerCallback):
         self.in_a_row += 1
         for i in bad.nonzero().flatten().tolist():
             rows = self.describe_rows(noted[i][0])
-            print(f"{self.rank_prefix()}step {step}: the loss is not finite in {rows}", flush=True)
+            print(f"{rank_prefix()}step {step}: the loss is not finite in {rows}", flush=True)
         if not any_bad and args.process_index == 0:
             print(
                 f"step {step}: the gradient is not finite, although every loss is finite",
@@ -68,11 +70,6 @@ class NonFinite(TrainerCallback):
             raise ValueError(self.with_advice(f"{self.in_a_row} steps in a row were not finite"))
         if args.process_index == 0:
             print(f"step {step} is skipped ({self.in_a_row} of {self.limit} in a row)", flush=True)
-
-    def rank_prefix(self) -> str:
-        """The prefix "[rank N] " if there are several ranks, else an empty string."""
-        args = self.trainer.args
-        return f"[rank {args.process_index}] " if args.world_size > 1 else ""
 
     def describe_rows(self, batch: Tensor) -> str:
         """The rows of a (B, T) micro-batch by number and first words.

@@ -256,14 +256,11 @@ class DistillationTrainer(Trainer):
         projections = {k.split(mark)[1]: v.contiguous() for k, v in state_dict.items() if mark in k}
         rest = {k: v for k, v in state_dict.items() if mark not in k}
         super()._save(output_dir, rest)
+        folder = output_dir or self.args.output_dir
         if self.args.should_save:  # PEFT saves none, and without end tokens generation may not stop
-            causal_lm(self.model).generation_config.save_pretrained(
-                output_dir or self.args.output_dir
-            )
+            causal_lm(self.model).generation_config.save_pretrained(folder)
         if projections and self.args.should_save:
-            save_file(
-                projections, f"{output_dir or self.args.output_dir}/{PROJECTIONS}.safetensors"
-            )
+            save_file(projections, f"{folder}/{PROJECTIONS}.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load the model and the projections of the hidden-state loss."""

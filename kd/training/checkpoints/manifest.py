@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.distributed import all_gather, barrier, broadcast, rank, share_of
+from kd.run.atomic import sync_file
 
 MANIFEST = "manifest.json"
 PATIENCE_S = 60  # network file systems show another node's new files late
@@ -28,10 +29,8 @@ def seal(folder: Path, run_identity: dict[str, Any]) -> None:
         entries |= share
     if rank() == 0:
         text = render({"about": run_identity, "files": dict(sorted(entries.items()))})
-        with open(folder / MANIFEST, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / MANIFEST).write_text(text)
+        sync_file(folder / MANIFEST)
 
 
 def damage(folder: Path) -> str | None:
