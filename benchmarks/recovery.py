@@ -8,12 +8,12 @@ rank 1, the launcher, all processes) and when (between steps, during a save, at 
 interrupted benchmark continues in --work. Each kill costs the start of two processes: 8 to 15 s.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -148,24 +148,18 @@ class Start:
     def wait(self, seconds: float) -> None:
         """Wait for the end of the run, then kill what is left of it."""
         try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
         finally:
             self.kill(self.alive())
 
     def alive(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if (
-                    process.environ().get(MARK) == self.mark
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
+        return [
+            process
+            for process in psutil.process_iter(["environ", "status", "ppid"])
+            if (process.info["environ"] or {}).get(MARK) == self.mark
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        ]
 
     def target(self, name: str) -> list[psutil.Process]:
         if name == "launcher":
@@ -173,29 +167,13 @@ class Start:
         alive = self.alive()
         if name == "all":
             return alive
-        ranks = [p for p in alive if environment(p).get("RANK") == name[-1]]
-        return [p for p in ranks if environment_parent(p) == self.process.pid]
+        ranks = [p for p in alive if p.info["environ"].get("RANK") == name[-1]]
+        return [p for p in ranks if p.info["ppid"] == self.process.pid]
 
     def kill(self, processes: list[psutil.Process]) -> None:
         for process in processes:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-
-
-def environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return {}
-
-
-def environment_parent(process: psutil.Process) -> int:
-    try:
-        return process.ppid()
-    except psutil.NoSuchProcess:
-        return 0
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: int) -> dict:

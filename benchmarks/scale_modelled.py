@@ -62,23 +62,14 @@ def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
             zero = json.loads((ROOT / file).read_text()) if file else None
             layout = f"{name}, teacher {'sharded' if sharded else 'whole'}" if distilled else name
             row: dict[str, Any] = {"recipe": recipe, "layout": layout}
+            options = {"zero": zero, "shards": shards if sharded else None, "settings": settings}
             for gpus in settings.gpus:
-                run = layout_of(recipe, gpus, zero, shards if sharded else None, settings)
-                found = seconds(run, settings)
+                found = seconds(layout_of(recipe, gpus, **options), settings)
                 row |= {f"{key}, {gpus} GPUs": value for key, value in found.items()}
+            runs = {2**i: layout_of(recipe, 2**i, **options) for i in range(1, 11)}
             for fabric in settings.fabrics:
-                row[f"overtakes: {fabric.split('=')[0]}"] = next(
-                    (
-                        gpus
-                        for gpus in (2**i for i in range(1, 11))
-                        if overtakes(
-                            layout_of(recipe, gpus, zero, shards if sharded else None, settings),
-                            fabric,
-                            settings,
-                        )
-                    ),
-                    None,
-                )
+                slower = (gpus for gpus, run in runs.items() if overtakes(run, fabric, settings))
+                row[f"overtakes: {fabric.split('=')[0]}"] = next(slower, None)
             rows.append(row)
     return rows
 
