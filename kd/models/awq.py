@@ -35,13 +35,6 @@ class AwqLinear(PackedLinear):
         return dequantize(self.qweight, self.qzeros, self.scales, dtype).T
 
 
-def awq_layer(linear: nn.Linear, name: str, files: TensorFiles, settings: dict) -> AwqLinear | None:
-    """The packed layer; None if the checkpoint left it unquantized (modules_to_not_convert)."""
-    if f"{name}.qweight" not in files.tensors:
-        return None
-    return AwqLinear(linear, name, files, settings)
-
-
 def check_awq(settings: dict, name: str) -> None:
     """Raise ValueError if quantization_config describes another layout."""
     expected = {"bits": 4, "version": "gemm", "zero_point": True}

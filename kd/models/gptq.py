@@ -57,12 +57,3 @@ def check_gptq(settings: dict, name: str) -> None:
             f"{name}: GPTQ with bits {settings.get('bits')}, checkpoint_format {form}; wanted "
             "bits 4 and gptq or gptq_v2"
         )
-
-
-def gptq_layer(
-    linear: nn.Linear, name: str, files: TensorFiles, settings: dict
-) -> GptqLinear | None:
-    """The packed layer; None if the checkpoint left it unquantized."""
-    if f"{name}.qweight" not in files.tensors:
-        return None
-    return GptqLinear(linear, name, files, settings)

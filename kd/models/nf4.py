@@ -39,6 +39,16 @@ class Nf4Linear(PackedLinear):
             offset = torch.tensor(self.state["nested_offset"])
             self.register_buffer("offset", offset, persistent=False)
 
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, name: str, files: TensorFiles, settings: dict
+    ) -> "Nf4Linear | None":
+        """The packed layer; None if the checkpoint left it unquantized (llm_int8_skip_modules)."""
+        for quant_type in ("nf4", "fp4"):
+            if f"{name}.{STATE}{quant_type}" in files.tensors:
+                return cls(linear, name, files, quant_type)
+        return None
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, (out, in), in `dtype`."""
         state = QuantState(
@@ -57,11 +67,3 @@ class Nf4Linear(PackedLinear):
                 dtype=torch.float32,
             )
         return dequantize_4bit(self.weight.data, state)
-
-
-def nf4_layer(linear: nn.Linear, name: str, files: TensorFiles, settings: dict) -> Nf4Linear | None:
-    """The packed layer; None if the checkpoint left it unquantized (llm_int8_skip_modules)."""
-    for quant_type in ("nf4", "fp4"):
-        if f"{name}.{STATE}{quant_type}" in files.tensors:
-            return Nf4Linear(linear, name, files, quant_type)
-    return None

@@ -23,6 +23,13 @@ class PackedLinear(nn.Module):
         has_bias = linear.bias is not None or f"{name}.bias" in files.tensors
         self.bias = meta_parameter((self.out_features,), linear.weight.dtype) if has_bias else None
 
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, name: str, files: TensorFiles, settings: dict
+    ) -> "PackedLinear | None":
+        """The packed layer; None if the checkpoint left it unquantized (modules_to_not_convert)."""
+        return cls(linear, name, files, settings) if f"{name}.qweight" in files.tensors else None
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, (out, in), in `dtype`."""
         raise NotImplementedError
@@ -32,10 +39,6 @@ class PackedLinear(nn.Module):
         weight = self.dequantized(hidden.dtype)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return nn.functional.linear(hidden, weight, bias)
-
-    def extra_repr(self) -> str:
-        """The sizes, as nn.Linear prints them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def meta_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

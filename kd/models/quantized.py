@@ -11,16 +11,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from kd.models.awq import awq_layer, check_awq
-from kd.models.gptq import check_gptq, gptq_layer
-from kd.models.nf4 import nf4_layer
+from kd.models.awq import AwqLinear, check_awq
+from kd.models.gptq import GptqLinear, check_gptq
+from kd.models.nf4 import Nf4Linear
 from kd.models.packed_linear import PackedLinear
 from kd.models.tensor_files import TensorFiles
 
 READERS = {  # format -> (function that checks its settings, function that makes a layer)
-    "awq": (check_awq, awq_layer),
-    "gptq": (check_gptq, gptq_layer),
-    "bitsandbytes 4-bit": (None, nf4_layer),
+    "awq": (check_awq, AwqLinear.of),
+    "gptq": (check_gptq, GptqLinear.of),
+    "bitsandbytes 4-bit": (None, Nf4Linear.of),
 }
 # Transformers reads these only with another package. For bitsandbytes it needs none, and its layers
 # have kernels for few tokens and are known to PEFT.
