@@ -144,18 +144,17 @@ def hub_table(source: dict):
         ) from error
 
 
-def load_rows(sources: list[dict], seed: int, on_bad_row: str = "error") -> list[dict]:
+def load_rows(
+    sources: list[dict],
+    seed: int,
+    on_bad_row: str = "error",
+    convert: Callable[[dict, dict, str], dict] = to_row,
+) -> list[dict]:
     """Return all rows of a mixture, source by source; the trainer's sampler shuffles them.
 
     Raises ValueError with file and line for a bad row, unless on_bad_row is `drop`.
     """
-    dropped: Counter = Counter()
-    return [row for _, row in read_rows(sources, seed, on_bad_row, dropped)]
-
-
-def source_rows(source: dict, seed: int, convert: Callable[..., dict] = to_row) -> list[dict]:
-    """Return the rows of one source. Raises ValueError with file and line for a bad row."""
-    return [row for _, row in read_rows([source], seed, convert=convert)]
+    return [row for _, row in read_rows(sources, seed, on_bad_row, convert=convert)]
 
 
 def read_rows(

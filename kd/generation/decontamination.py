@@ -2,7 +2,7 @@
 
 from kd.data.conversations import Fields
 from kd.data.near_duplicates import Overlap
-from kd.data.sources import source_rows
+from kd.data.sources import load_rows
 
 PROMPT_KEYS = ("prompt", "turns", "instruction", "question")
 
@@ -29,7 +29,7 @@ def evaluation_texts(sources: list[dict], seed: int) -> list[str]:
             "question (columns: {prompt: its_name} maps other names)"
         )
 
-    rows = [row for source in sources for row in source_rows(source, seed, convert)]
+    rows = [row for source in sources for row in load_rows([source], seed, convert=convert)]
     return [text for row in rows for text in row["texts"]]
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from kd.data.conversations import to_prompt
 from kd.data.near_duplicates import Overlap
-from kd.data.sources import source_rows
+from kd.data.sources import load_rows
 from kd.distributed import print_rank0
 from kd.generation.decontamination import is_contaminated
 from kd.generation.records import digest
@@ -35,7 +35,7 @@ def load_prompts(settings: GenerationSettings) -> list[Prompt]:
     return [
         Prompt(row["messages"], row["answer"], index)
         for index, source in enumerate(settings.sources)
-        for row in source_rows(source, settings.mixture_seed, to_prompt)
+        for row in load_rows([source], settings.mixture_seed, convert=to_prompt)
     ]
 
 

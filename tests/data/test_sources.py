@@ -11,7 +11,7 @@ import yaml
 from processes import ROOT
 
 from kd.data.conversations import to_prompt
-from kd.data.sources import load_rows, read_rows, shares, source_rows
+from kd.data.sources import load_rows, read_rows, shares
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -325,7 +325,7 @@ def test_experiment_a_reads_exactly_its_counts(monkeypatch):
     }
     assert len(load_rows(recipe["eval_data"], 0)) == 100
     answers = yaml.safe_load((A_TEACHER.parent / "2_answers.yaml").read_text())
-    questions = [source_rows(source, 0, to_prompt) for source in answers["prompts"]]
+    questions = [load_rows([source], 0, convert=to_prompt) for source in answers["prompts"]]
     assert sum(map(len, questions)) == 20_000
 
 
