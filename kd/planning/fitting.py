@@ -179,8 +179,7 @@ def changes(layout: Layout, fixed_batch: bool) -> Iterator[Change]:
         yield Change(flags, replace(layout, model=model), cost=OTHER_RESULT)
     half = layout.max_length // 2
     yield Change(f"--max_length {half}", replace(layout, max_length=half), cost=OTHER_RESULT)
-    if layout.device == "cuda":
-        double = replace(layout, processes=2 * layout.processes)
-        if layout.accumulation % 2 == 0:
-            double = replace(double, accumulation=layout.accumulation // 2)
-            yield Change(f"NUM_PROCESSES={double.processes}", double, cost=MORE_GPUS)
+    if layout.device == "cuda" and layout.accumulation % 2 == 0:
+        processes, accumulation = 2 * layout.processes, layout.accumulation // 2
+        double = replace(layout, processes=processes, accumulation=accumulation)
+        yield Change(f"NUM_PROCESSES={processes}", double, cost=MORE_GPUS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kd.distributed import all_max
+from kd.distributed import all_gather
 from kd.planning.layout import GIB
 from kd.settings.training import TrainingSettings
 
@@ -32,10 +32,9 @@ def present_machine(training: TrainingSettings) -> Machine:
     else:
         memory = available_memory() / local
     memory = min(memory, (training.gpu_memory_gb or float("inf")) * GIB)
-    negative = torch.tensor(-memory, dtype=torch.float64, device=training.device)
     plugin = getattr(training, "deepspeed_plugin", None)
     zero = plugin.hf_ds_config.config if plugin else None
-    return Machine(processes, training.device.type, -all_max(negative).item(), zero, local)
+    return Machine(processes, training.device.type, min(all_gather(memory)), zero, local)
 
 
 def available_memory() -> float:

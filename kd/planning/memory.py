@@ -95,8 +95,8 @@ def student_phases(layout: Layout, tensors: list[StoredTensor]) -> dict[str, dic
         teacher = config_of(layout.teacher).get_text_config()
         width = teacher.hidden_size
         size = (config_of(layout.teacher).dtype or torch.float32).itemsize
-        states = teacher_states(layout)
-        forward["teacher's hidden states"] = states
+        waiting = teacher_states(layout)
+        forward["teacher's hidden states"] = waiting
         if layout.hidden_pairs:
             numbers = layout.hidden_pairs * layout.tokens * (width + text.hidden_size)
             forward["hidden-state loss"] = numbers * (size + 4)
@@ -104,10 +104,10 @@ def student_phases(layout: Layout, tensors: list[StoredTensor]) -> dict[str, dic
             forward["teacher's gathered head"] = teacher.vocab_size * width * size
     backward = {"activations": max(traced.kept, traced.backward), **gathered, **loss}
     if layout.teacher and layout.teacher_shards is not None:
-        backward["teacher's hidden states"] = states
-        head = forward["teacher's gathered head"]
-        if states + head <= layout.teacher_workspace:  # it stays gathered
-            backward["teacher's gathered head"] = head
+        backward["teacher's hidden states"] = waiting
+        gathered_head = forward["teacher's gathered head"]
+        if waiting + gathered_head <= layout.teacher_workspace:  # it stays gathered
+            backward["teacher's gathered head"] = gathered_head
     backward["gradient reduction buffers"] = gradient_buffers(layout, tensors)
     if not gradients_persist(layout):  # they grow while the activations are freed
         grown = gradient_bytes(layout, tensors) - backward["activations"]
