@@ -94,7 +94,7 @@ def make_inputs(case: Case, folder: Path, steps: int) -> None:
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """The shipped tokenizer, padded with unused ids up to `vocabulary`."""
+    """The shipped tokenizer, padded with unused ids up to `vocab_size`."""
     described = json.loads(TOKENIZER.read_text())
     ids = described["model"]["vocab"]
     ids |= {f"unused {i}": i for i in range(len(ids), vocab_size)}

@@ -91,7 +91,7 @@ def load_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Docume
 
 
 def print_rows(recipe: Recipe, count: int) -> None:
-    """Print the first rows as training reads them, with their target tokens marked.
+    """Print `count` rows, evenly spaced, as training reads them; their targets are marked.
 
     Raises ValueError for unreadable rows.
     """
