@@ -55,13 +55,19 @@ def linear_distillation_loss(
         or float64 for float64 states.
 
     Raises:
-        ValueError: A head has fewer rows than its tokenizer has ids.
+        ValueError: A head has fewer rows than its tokenizer has ids, or the teacher's outputs are
+            those of another batch.
     """
     assert teacher is not None or objective.soft_weight == 0.0
     _check_rows("student", head, vocab_size)
     live = isinstance(teacher, TeacherOutputs)
     if live:
         _check_rows("teacher", teacher.head, _teacher_vocab_size(teacher, vocab_size))
+        if not isinstance(teacher, AlignedTeacherOutputs) and len(teacher.hidden) != len(labels):
+            raise ValueError(
+                f"the teacher's outputs cover {len(teacher.hidden)} tokens and the batch has "
+                f"{len(labels)} targets; wanted the outputs of the same batch"
+            )
     device = hidden.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         half = torch.get_autocast_dtype(device)

@@ -3,6 +3,7 @@
 N target tokens, H hidden.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -35,11 +36,11 @@ class CacheError:
     gradient: float = 0.0  # norm of the difference / norm of the live gradient
 
     def __str__(self) -> str:
+        relative = f" ({self.cached / self.live - 1:+.3%})" if self.live else ""
         return (
             f"error against the live teacher, {self.tokens} tokens of the untrained student: "
-            f"{self.divergence} {self.cached:.6f} from the cache, {self.live:.6f} live "
-            f"({self.cached / self.live - 1:+.3%}); "
-            f"gradients differ by {self.gradient:.3%} (by norm)"
+            f"{self.divergence} {self.cached:.6f} from the cache, {self.live:.6f} live"
+            f"{relative}; gradients differ by {self.gradient:.3%} (by norm)"
         )
 
 
@@ -89,7 +90,8 @@ class UntrainedStudent:
             gap += (gradient - expected).square().sum().item()
             norm += expected.square().sum().item()
         error.cached, error.live = error.cached / error.tokens, error.live / error.tokens
-        error.gradient = (gap / norm) ** 0.5
+        # A student that equals its teacher has no live gradient.
+        error.gradient = (gap / norm) ** 0.5 if norm else math.inf if gap else 0.0
         return error
 
     def loss_and_gradient(

@@ -1,5 +1,6 @@
 """The fused loss equals float64 autograd on whole logits, for any tiles, dtypes and padding."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -280,6 +281,13 @@ def test_padded_rows_of_a_trained_head_get_no_gradient():
 def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(owner):
     problem = Problem(**{f"{owner}_padding": -1})
     with pytest.raises(ValueError, match=f"{owner}'s head has 52 rows and the tokenizer 53 ids"):
+        problem.fused(Objective(0.5))
+
+
+def test_teacher_outputs_of_another_batch_are_refused():
+    problem = Problem(tokens=6)
+    problem.teacher = replace(problem.teacher, hidden=problem.teacher.hidden[:5])
+    with pytest.raises(ValueError, match="cover 5 tokens and the batch has 6 targets"):
         problem.fused(Objective(0.5))
 
 

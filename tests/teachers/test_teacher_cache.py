@@ -10,6 +10,7 @@ from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import Collator, pack_lengths
 from kd.losses.head import Head, TeacherOutputs
 from kd.models.heads import target_positions
+from kd.teachers.cache_error import CacheError
 from kd.teachers.cache_files import (
     CacheWriter,
     TeacherCache,
@@ -195,3 +196,9 @@ def test_a_different_manifest_is_refused_and_the_difference_named(folder, tmp_pa
         check_manifest("cache", MANIFEST, {"vocabulary": 301})
     with pytest.raises(ValueError, match="run train/cache_teacher.py"):
         TeacherCache(tmp_path / "nowhere")
+
+
+def test_the_error_of_a_cache_is_printed_for_a_student_that_equals_its_teacher():
+    assert "0.000000 live; gradients differ by 0.000%" in str(CacheError("forward_kl", 12))
+    half = CacheError("forward_kl", 12, cached=0.3, live=0.2, gradient=0.5)
+    assert "0.200000 live (+50.000%); gradients differ by 50.000%" in str(half)

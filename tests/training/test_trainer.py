@@ -135,13 +135,13 @@ def test_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
         teacher=teacher,
     )
     batch = trainer.data_collator([[row] for row in rows])
-    (batch, _), items = trainer.get_batch_samples(iter([batch, batch]), 2, device)
-    trainer.compute_loss(student, batch, num_items_in_batch=items).backward()
+    (first, second), items = trainer.get_batch_samples(iter([batch, batch]), 2, device)
+    trainer.compute_loss(student, first, num_items_in_batch=items).backward()
     reads = []
     # Not __bool__: Transformers itself checks in every forward whether the rows are packed.
     for name in ("item", "tolist", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: reads.append(name))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reads.append("empty_cache"))
-    trainer.compute_loss(student, batch, num_items_in_batch=items).backward()
+    trainer.compute_loss(student, second, num_items_in_batch=items).backward()
     monkeypatch.undo()
     assert not reads
