@@ -62,6 +62,13 @@ def device() -> str:
     return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
+def default_dtype() -> str:
+    """float32 on a CPU, bfloat16 on a GPU, and float16 on a GPU that lacks bfloat16, such as T4."""
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
 def barrier() -> None:
     """Collective: wait for all ranks."""
     if is_initialized():

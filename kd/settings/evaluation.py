@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from kd.distributed import default_dtype
 from kd.recipe import (
     parse_json_list,
     parse_json_object,
@@ -29,7 +30,9 @@ class ModelSelection:
     )
     batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "Data type of the weights; auto selects bfloat16 on a GPU and float32 on a CPU."
+        "auto",
+        "Data type of the weights; auto selects bfloat16 on a GPU, float16 on a GPU that lacks it, "
+        "and float32 on a CPU.",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
         "sdpa", "Attention implementation of every model."
@@ -44,7 +47,7 @@ class ModelSelection:
         require_file("chat_template", self.chat_template)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if self.device == "cuda" else "float32"
+            self.dtype = default_dtype()
 
 
 @dataclass

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from kd.distributed import default_dtype
 from kd.recipe import require_file, require_given, setting
 from kd.settings.evaluation import check_path, parse_models
 
@@ -73,8 +72,8 @@ class JudgeSettings:
     seed: int = setting(0, "Seed of the models' sampled answers.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
-        "Data type of the models and of a local judge; auto selects bfloat16 on a GPU and float32 "
-        "on a CPU.",
+        "Data type of the models and of a local judge; auto selects bfloat16 on a GPU, float16 "
+        "on a GPU that lacks it, and float32 on a CPU.",
     )
     out_dir: str = setting("results", "Folder of the results; writes judge/BENCHMARK in it.")
 
@@ -93,5 +92,5 @@ class JudgeSettings:
         if self.server is None:
             check_path("judge", self.judge)
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+            self.dtype = default_dtype()
         self.folder = Path(self.out_dir) / "judge" / self.benchmark
