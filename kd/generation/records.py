@@ -7,6 +7,7 @@ changes once it is written.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +25,12 @@ def record_file(output_dir: str, stem: str, rank: int) -> Path:
     return Path(output_dir) / (f"{stem}.{rank}.jsonl" if rank else f"{stem}.jsonl")
 
 
+def record_files(output_dir: str, stem: str) -> list[Path]:
+    """The existing files of all ranks, without those of a longer stem such as STEM-2."""
+    name = re.compile(re.escape(stem) + r"(\.\d+)?\.jsonl")
+    return sorted(p for p in Path(output_dir).glob("*.jsonl") if name.fullmatch(p.name))
+
+
 def append_record(file: TextIO, row: dict) -> None:
     """Append one record and flush it."""
     file.write(json.dumps(row) + "\n")
@@ -34,7 +41,7 @@ def append_record(file: TextIO, row: dict) -> None:
 def cut_torn_lines(output_dir: str, stem: str) -> int:
     """Remove an incomplete last line from each file. Returns the number of bytes removed."""
     removed = 0
-    for path in sorted(Path(output_dir).glob(f"{stem}*.jsonl")):
+    for path in record_files(output_dir, stem):
         content = path.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete < len(content):
@@ -46,8 +53,7 @@ def cut_torn_lines(output_dir: str, stem: str) -> int:
 
 def read_records(output_dir: str, stem: str) -> list[dict]:
     """Read the records of all processes and all earlier runs in a folder."""
-    paths = sorted(Path(output_dir).glob(f"{stem}*.jsonl"))
-    nonempty = [str(path) for path in paths if path.stat().st_size]
+    nonempty = [str(path) for path in record_files(output_dir, stem) if path.stat().st_size]
     return [row for path in nonempty for row in read_jsonl(path)]
 
 
