@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from processes import succeed
 
 WANTED = [
@@ -18,6 +19,7 @@ WANTED = [
 ]
 
 
+@pytest.mark.slow
 def test_loss_stays_within_its_workspace_at_a_real_vocabulary(tmp_path):
     """V = 152 064 and more tokens than a tile: the peak above the inputs stays within the limit."""
     file = tmp_path / "rows.json"

@@ -3,12 +3,14 @@
 import json
 import sys
 
+import pytest
 from processes import ROOT, succeed
 
 LAYOUTS = ["LoRA, ZeRO-2, sharded teacher", "LoRA, ZeRO-3, checkpointing, sharded teacher"]
 LAYOUTS += ["full, DDP", "full, ZeRO-3, checkpointing"]
 
 
+@pytest.mark.slow
 def test_the_formula_is_within_five_percent_of_bytes_counted_on_two_processes(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "student: data/quickstart/student\nteacher: data/quickstart/teacher\nmax_length: 64\n"

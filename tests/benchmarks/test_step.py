@@ -18,6 +18,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads(file.read_text())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
 def test_first_losses_equal_those_of_full_logits(rows, name):
     """Steps have two micro-batches, so a wrong gradient changes the second loss."""
@@ -26,6 +27,7 @@ def test_first_losses_equal_those_of_full_logits(rows, name):
     assert len(set(ours)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
 def test_a_row_has_speed_memory_and_time_breakdown(rows, name):
     row = rows[name]
@@ -41,6 +43,7 @@ def test_a_row_has_speed_memory_and_time_breakdown(rows, name):
     assert taken == (row["teacher"] is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_distil", "tiny_sft"])
 def test_a_missing_implementation_is_not_run_and_never_zero(rows, name):
     row = rows[name]
