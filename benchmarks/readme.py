@@ -120,8 +120,10 @@ TABLES = {
             "seconds per step (modelled)": "step_s:.2g",
         },
         "plans",
-        command="the file states the command of each plan",
-        note="Modelled from model configurations. None of these runs has been executed on a GPU.",
+        command="GPU_MEMORY_GB=39.4 launch/2xa100.sh train/plan.py "
+        "--config recipes/d_qwen1.5_32b_to_14b/distill.yaml --rows 207865",
+        note="Modelled from model configurations. None of these runs has been executed on a GPU. "
+        "The command is that of the first row; the file states the others.",
     ),
     "scale": Table(
         {
@@ -173,7 +175,7 @@ TABLES = {
     ),
     "recovery": Table(
         {
-            "kills -9": "kills",
+            "SIGKILLs": "kills",
             "steps": "steps",
             "ends bit-equal": "equal",
             "failed starts": "failed_starts",
@@ -304,7 +306,7 @@ def tables(name: str, data: Any) -> list[str]:
             return markdown(shown)
     lines: list[str] = []
     for title, rows in plain(data):
-        lines += ([f"{title}:", ""] if title else []) + markdown(across(rows)) + [""]
+        lines += ([f"{words(title)}:", ""] if title else []) + markdown(across(rows)) + [""]
     return lines
 
 
@@ -369,7 +371,11 @@ def plain(data: Any, title: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 def across(rows: list[dict]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for row in rows for key in row if key not in MACHINE)
-    return {key: [written(row.get(key), "") for row in rows] for key in keys}
+    return {words(key): [written(row.get(key), "") for row in rows] for key in keys}
+
+
+def words(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def markdown(cells: dict[str, list[str]]) -> list[str]:
