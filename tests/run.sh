@@ -3,7 +3,7 @@
 #   tests/run.sh
 #   tests/run.sh --all
 #   tests/run.sh tests/losses
-# --all adds what takes minutes: the quickstart, kills, a real SLURM, a browser, benchmarks, and all commands of the
+# --all adds what takes minutes: the quickstart, kills, a real SLURM, a browser, benchmarks, recipes, and all commands of the
 # documentation.
 # Other arguments go to pytest. Tests marked gpu run where there is a GPU.
 set -euo pipefail

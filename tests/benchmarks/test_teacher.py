@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from processes import ROOT, succeed
 
 KEYS = {
@@ -11,6 +12,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 def test_sharding_changes_no_logit_in_any_format(tmp_path):
     sizes = ["--hidden", 128, "--intermediate", 256, "--layers", 2, "--vocabulary", 512]
     out = tmp_path / "teacher.json"

@@ -79,6 +79,7 @@ def test_no_row_has_the_hidden_system_prompt_and_the_rows_own_is_kept(uninterrup
     assert "be kind" in text
 
 
+@pytest.mark.slow
 def test_a_killed_run_restarted_by_two_processes_writes_the_same_bytes(
     recipe, uninterrupted, tmp_path
 ):

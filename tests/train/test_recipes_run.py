@@ -14,8 +14,7 @@ DATA = ROOT / "runs" / "quickstart" / "data"
 SMALL = ROOT / "runs" / "small"
 D_DISTILL = "recipes/small/d_distill.yaml"
 
-
-pytestmark = pytest.mark.usefixtures("docstrings")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("docstrings")]
 
 
 def run(profile: str, script: str, recipe: str, *flags) -> str:
@@ -45,7 +44,6 @@ def rows_of(name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["imitation", "expansion", "reward"])
 def test_experiment_b_trains_a_student_on_the_teachers_answers(kind):
     shutil.rmtree(SMALL / f"b_{kind}", ignore_errors=True)
@@ -146,7 +144,6 @@ def test_experiment_d_trains_three_students_with_the_teacher_in_the_step(student
         assert "streaming the teacher" in printed and "'divergence'" in printed
 
 
-@pytest.mark.slow
 def test_three_stages_run_by_one_command_that_repeats_nothing():
     stages = ("f_hidden", "f_logits", "f_on_policy")
     for name in stages:
