@@ -33,7 +33,7 @@ def recipes_with_models() -> list[str]:
 
 @dataclass
 class ModelledSettings:
-    recipes: list[str] = setting(recipes_with_models(), "Recipe files.")
+    recipes: list[str] = setting([], "Recipe files; by default those of the published experiments.")
     models: list[str] = setting(
         [], "NAME=FOLDER of model configurations, where no hub can be reached."
     )
@@ -50,6 +50,9 @@ class ModelledSettings:
     tflops: float = setting(989.0, "Matrix rate of a GPU; default: H100 bfloat16 data sheet.")
     memory_gb_s: float = setting(3350.0, "Memory rate of a GPU; default: H100 data sheet.")
     efficiency: float = setting(0.5, "Assumed share of the matrix rate that a step reaches.")
+
+    def __post_init__(self) -> None:
+        self.recipes = self.recipes or recipes_with_models()
 
 
 def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
