@@ -10,7 +10,8 @@ from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import Collator, pack_lengths
 from kd.losses.head import Head, TeacherOutputs
 from kd.models.heads import target_positions
-from kd.teachers.cache_error import CacheError
+from kd.settings.distillation import Objective
+from kd.teachers.cache_error import CacheError, UntrainedStudent
 from kd.teachers.cache_files import (
     CacheWriter,
     TeacherCache,
@@ -199,6 +200,17 @@ def test_a_different_manifest_is_refused_and_the_difference_named(folder, tmp_pa
 
 
 def test_the_error_of_a_cache_is_printed_for_a_student_that_equals_its_teacher():
-    assert "0.000000 live; gradients differ by 0.000%" in str(CacheError("forward_kl", 12))
+    class Equal(UntrainedStudent):
+        def __init__(self):
+            pass
+
+        def states(self, row):
+            return torch.zeros(12, 4), torch.zeros(12)
+
+        def loss_and_gradient(self, *arguments):
+            return 0.0, torch.zeros(12, 4)
+
+    error = Equal().error(Objective(1.0), [(document(0), None, None)])
+    assert "12 tokens" in str(error) and "0.000000 live; gradients differ by 0.000%" in str(error)
     half = CacheError("forward_kl", 12, cached=0.3, live=0.2, gradient=0.5)
     assert "0.200000 live (+50.000%); gradients differ by 50.000%" in str(half)
