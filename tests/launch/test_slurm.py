@@ -105,9 +105,12 @@ def standing_still(ranks: list[psutil.Process]) -> Iterator[None]:
 
 def signalled(rank: psutil.Process) -> bool:
     """Return whether a suspended rank was sent a signal: SLURM resumes it, or the signal waits."""
-    status = Path(f"/proc/{rank.pid}/status").read_text()
-    waiting = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
-    return rank.status() != psutil.STATUS_STOPPED or int(waiting.group(1), 16) != 0
+    try:
+        status = Path(f"/proc/{rank.pid}/status").read_text()
+    except FileNotFoundError:  # resumed, and ended already
+        return True
+    waiting = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE).group(1)
+    return "T (stopped)" not in status or int(waiting, 16) != 0
 
 
 def distill(
