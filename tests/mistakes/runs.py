@@ -1,0 +1,5 @@
+"""Bad surroundings of a run: output folders, earlier runs, disks, environments."""
+
+from mistakes.frame import Case
+
+CASES: list[Case] = []
