@@ -3,9 +3,10 @@
 python data/quickstart/docstrings.py --out_dir runs/quickstart/data
 python data/quickstart/pretrain.py --data_dir runs/quickstart/data --out_dir data/quickstart
 
-First a byte-level BPE tokenizer, then two Qwen2 models from random weights. The teacher is trained
+First a byte-level BPE tokenizer, then two Llama models from random weights. The teacher is trained
 on text and chat. The student is trained on less text and no chat, so that it is a base model with
-something to learn.
+something to learn. They are not of type qwen2, for which Transformers 5 ignores the pre-tokenizer
+of tokenizer.json and cuts text as Qwen does.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE, BLOCK = 4096, 256
 CHAT_TEMPLATE = (
@@ -55,20 +56,21 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def new_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        attention_bias=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **SHAPES[name],
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -79,7 +81,7 @@ def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor
     return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
 
 
-def pretrain(model: Qwen2ForCausalLM, rows: torch.Tensor, steps: int, batch: int, lr: float):
+def pretrain(model: LlamaForCausalLM, rows: torch.Tensor, steps: int, batch: int, lr: float):
     """Train with AdamW and cosine decay after a short warm-up. Every token is a target."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -103,7 +105,7 @@ def pretrain(model: Qwen2ForCausalLM, rows: torch.Tensor, steps: int, batch: int
 
 
 @torch.no_grad()
-def perplexity(model: Qwen2ForCausalLM, rows: torch.Tensor) -> float:
+def perplexity(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
     losses = [model(input_ids=part, labels=part).loss for part in rows.split(16)]
     return torch.stack(losses).mean().exp().item()
 
