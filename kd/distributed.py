@@ -1,30 +1,41 @@
 """Ranks of a job: who this process is, what the ranks share, and output from rank 0 alone.
 
 Every function works without a process group, as the only rank. Functions marked "Collective" must
-be called by all ranks.
+be called by all ranks. Settings are checked before torch is imported, which takes seconds; so this
+file imports torch only inside the functions that need it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 
 def rank() -> int:
     """The rank of this process; without a process group, the rank that the launcher assigned."""
-    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", 0))
+    if is_initialized():
+        import torch.distributed as dist
+
+        return dist.get_rank()
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """The number of ranks; before a process group exists, the number that the launcher started."""
-    return dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if is_initialized():
+        import torch.distributed as dist
+
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
@@ -34,6 +45,10 @@ def local_rank() -> int:
 
 def is_initialized() -> bool:
     """Whether this process has a process group."""
+    if "torch.distributed" not in sys.modules:
+        return False  # nobody can have made one
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized()
 
 
@@ -54,16 +69,22 @@ def start_gloo() -> None:
     The timeout is long because one rank may wait hours for another rank's last batch.
     """
     if world_size() > 1 and not is_initialized():
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def device() -> str:
     """The device of this rank for evaluation and generation."""
+    import torch
+
     return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype() -> str:
     """float32 on a CPU, bfloat16 on a GPU, and float16 on a GPU that lacks bfloat16, such as T4."""
+    import torch
+
     if not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -72,6 +93,8 @@ def default_dtype() -> str:
 def barrier() -> None:
     """Collective: wait for all ranks."""
     if is_initialized():
+        import torch.distributed as dist
+
         dist.barrier()
 
 
@@ -84,6 +107,8 @@ def all_gather(value: T) -> list[T]:
     """Collective: every rank's value, in the order of the ranks. Values are pickled."""
     if not is_initialized():
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -93,6 +118,8 @@ def broadcast(value: T) -> T:
     """Collective: rank 0's value, on every rank. The value is pickled."""
     if not is_initialized():
         return value
+    import torch.distributed as dist
+
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
@@ -102,6 +129,8 @@ def all_sum(values: Tensor) -> Tensor:
     """Collective: the sum over all ranks, in a new tensor of the same shape."""
     values = values.clone()
     if is_initialized():
+        import torch.distributed as dist
+
         dist.all_reduce(values)
     return values
 
@@ -110,6 +139,8 @@ def all_max(values: Tensor) -> Tensor:
     """Collective: the element-wise maximum over all ranks, in a new tensor of the same shape."""
     values = values.clone()
     if is_initialized():
+        import torch.distributed as dist
+
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 

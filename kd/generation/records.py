@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kd.data.sources import read_jsonl
-from kd.run.signals import report_outcome
+from kd.run.outcome import report_outcome
 
 
 def digest(value: object) -> str:

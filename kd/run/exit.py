@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kd.distributed import barrier, is_initialized, rank, rank_prefix
 from kd.run.atomic import write_text
-from kd.run.signals import Stopped, report_outcome
+from kd.run.outcome import Stopped, report_outcome
 
 DONE = "done.json"
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h

@@ -5,7 +5,6 @@ one rank or all, once or twice, so the handler only records it.
 """
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +13,10 @@ from types import FrameType
 from transformers import TrainerCallback, TrainerControl
 
 from kd.distributed import rank
+from kd.run.outcome import Stopped, report_outcome
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = "stopped.json"
-OUTCOME = "KD_OUTCOME"  # the variable with the file that launch/slurm/train.sbatch reads
-
-
-class Stopped(Exception):
-    """A run was stopped by a signal before its last step; its state is saved."""
-
-    def __init__(self, step: int, last: int, number: int):
-        self.step, self.number = step, number
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} after step {step} of {last}; run the same command again to resume"
-        )
 
 
 class StopsOnSignal(TrainerCallback):
@@ -75,9 +63,3 @@ class StopsOnSignal(TrainerCallback):
             text = json.dumps({"step": step, "of": last, "message": str(stopped)}, indent=2)
             (Path(output_dir) / STOPPED).write_text(text + "\n")
         raise stopped
-
-
-def report_outcome(outcome: str) -> None:
-    """Write the outcome (saved, stopped, failed or done) for the job script to act on."""
-    if os.environ.get(OUTCOME):
-        Path(os.environ[OUTCOME]).write_text(outcome + "\n")
