@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from kd.data.template import with_arguments
+from kd.pretrained import check_template_syntax, read_tokenizer
 
 PROBE = (
     "Caf\u00e9 1234567, don't  stop;\n\tif x:\n        "
@@ -19,9 +20,10 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
 
     Raises ValueError if it has no end-of-sequence token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = read_tokenizer(name)
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text()
+        check_template_syntax(tokenizer.chat_template, chat_template)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{name}: the tokenizer has no end-of-sequence token; set eos_token in its "
