@@ -3,7 +3,8 @@
 A document is found by a hash of its ids and targets, so the same text gets the same teacher outputs
 however rows are shuffled, packed, accumulated or spread over processes. A shard is two NumPy files:
 the records, one per target token, read through a memory map, and the index of its documents. The
-index is renamed into place last; records without an index do not count.
+index is renamed into place last; records without an index do not count. The index has a checksum of
+every document's records, which is compared whenever they are read.
 
 N target tokens, k ids.
 """
@@ -11,6 +12,7 @@ N target tokens, k ids.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,12 +21,25 @@ import numpy as np
 from kd.data.encoding import EncodedRow
 from kd.run.atomic import atomic_path, write_text
 
-FORMAT = 1
+FORMAT = 2  # 2: checksums of records and manifest; the teacher's hash covers all of its files
 MANIFEST = "cache.json"
 KEY_BYTES = 16
 SCALARS = ("log_tail", "label_log_probability", "entropy")  # the last two at temperature 1
 LOWEST = -60_000.0  # lowest log-probability that is stored; float16 ends at -65,504
-INDEX = np.dtype([("key", f"V{KEY_BYTES}"), ("start", "<i8"), ("count", "<i4")])
+INDEX = np.dtype(
+    [("key", f"V{KEY_BYTES}"), ("start", "<i8"), ("count", "<i4"), ("checksum", "<u4")]
+)
+NUMBERS = {"float16": "<f2", "float32": "<f4"}
+
+
+class DamagedCache(ValueError):
+    """A file of a cache is not as it was written.
+
+    A DataLoader worker's error reaches the main process as a page whose last line is the message.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text[text.rindex("teacher_cache: ") :].strip())
 
 
 def document_key(row: EncodedRow) -> bytes:
@@ -37,7 +52,7 @@ def document_key(row: EncodedRow) -> bytes:
 
 def record_type(manifest: dict) -> np.dtype:
     """One target token: ids as 16 low and a few high bits, log-probabilities, three scalars."""
-    k, number = manifest["top_k"], {"float16": "<f2", "float32": "<f4"}[manifest["dtype"]]
+    k, number = manifest["top_k"], NUMBERS[manifest["dtype"]]
     return np.dtype(
         [
             ("low", "<u2", (k,)),
@@ -77,6 +92,11 @@ def unpack_ids(records: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids
 
 
+def checksum(key: bytes, records: np.ndarray) -> int:
+    """CRC-32 of a document's key and its records, (N,)."""
+    return zlib.crc32(np.ascontiguousarray(records).view(np.uint8), zlib.crc32(key))
+
+
 class CacheWriter:
     """Collects the documents of one process and writes them as shards."""
 
@@ -109,6 +129,7 @@ class CacheWriter:
         counts = [len(records) for records in self.records]
         index["key"] = np.frombuffer(b"".join(self.keys), f"V{KEY_BYTES}")
         index["count"], index["start"] = counts, np.cumsum([0, *counts[:-1]])
+        index["checksum"] = list(map(checksum, self.keys, self.records))
         stem = self.folder / f"{self.rank:03d}-{number:06d}"
         for name, array in (("records", np.concatenate(self.records)), ("index", index)):
             with (
@@ -135,16 +156,48 @@ def remove_torn_shards(folder: str) -> int:
 def write_manifest(folder: str, manifest: dict) -> None:
     """Write the manifest of a new cache, or check that of an existing one.
 
-    Raises ValueError, naming the difference, if the cache was made with other settings.
+    Raises ValueError, naming the difference, if the cache was made with other settings; ValueError
+    for a manifest that is damaged or of another format.
     """
     path = Path(folder) / MANIFEST
     if path.is_file():
         # The teacher is identified by its weights; its folder may have moved.
         expected = {key: value for key, value in manifest.items() if key != "teacher_name"}
-        check_manifest(folder, json.loads(path.read_text()), expected)
+        check_manifest(folder, read_manifest(folder), expected)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(manifest, indent=2) + "\n")
+    write_text(path, json.dumps(manifest | {"sha256": digest(manifest)}, indent=2) + "\n")
+
+
+def read_manifest(folder: str) -> dict:
+    """Read the manifest of a cache.
+
+    Raises ValueError if there is none, or if it is damaged or of another format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"teacher_cache: no file {path}; run train/cache_teacher.py with this recipe first"
+        )
+    again = f"remove {folder} and run train/cache_teacher.py with this recipe again"
+    try:
+        manifest = json.loads(path.read_bytes())
+        found = manifest["format"]
+        same = found != FORMAT or manifest.pop("sha256") == digest(manifest)
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DamagedCache(f"teacher_cache: {path} has changed since it was written; {again}")
+    if found != FORMAT:
+        raise ValueError(
+            f"teacher_cache: {folder} has the format {found}, this version reads {FORMAT}; {again}"
+        )
+    return manifest
+
+
+def digest(manifest: dict) -> str:
+    """A hash of all entries of a manifest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(folder: str, found: dict, expected: dict) -> None:
@@ -158,6 +211,35 @@ def check_manifest(folder: str, found: dict, expected: dict) -> None:
             )
 
 
+def read_shard(
+    index_file: Path, records_file: Path, kind: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The index, in memory, and the records, (N,) memory-mapped, of a shard.
+
+    Raises ValueError if they are damaged or do not fit each other.
+    """
+    try:
+        index, records = np.load(index_file), np.load(records_file, mmap_mode="r")
+    except Exception as error:  # a damaged header is evaluated as Python, which may raise anything
+        raise damaged(records_file, str(error)) from error
+    if index.dtype != INDEX or records.dtype != kind or index.ndim != 1:
+        raise damaged(records_file, "other fields than cache.json says")
+    starts = np.cumsum([0, *index["count"]])
+    if records.shape != starts[-1:] or (index["start"] != starts[:-1]).any():
+        raise damaged(records_file, "its index does not fit it")
+    return index, records
+
+
+def damaged(file: Path, reason: str) -> DamagedCache:
+    """The error of a damaged shard; `file` are its records."""
+    index = file.name.replace("records", "index")
+    return DamagedCache(
+        f"teacher_cache: {file} is damaged ({reason.splitlines()[0] if reason else 'unreadable'}). "
+        f"Remove it and {index}, and run train/cache_teacher.py again to score the missing "
+        "documents"
+    )
+
+
 class TeacherCache:
     """All shards of a folder, read through memory maps.
 
@@ -166,28 +248,17 @@ class TeacherCache:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            raise ValueError(
-                f"teacher_cache: no file {path}; run train/cache_teacher.py with this recipe first"
-            )
-        self.manifest: dict = json.loads(path.read_text())
-        check_manifest(folder, self.manifest, {"format": FORMAT})
+        self.manifest = read_manifest(folder)
         self.type = record_type(self.manifest)
         self.shards: list[np.ndarray] = []
-        self.places: dict[bytes, tuple[int, int, int]] = {}
+        self.files: list[Path] = []  # of the shards
+        self.places: dict[bytes, tuple[int, int, int, int]] = {}  # shard, start, end, checksum
         for index_file in sorted(self.folder.glob("*.index.npy")):
             records_file = index_file.with_name(index_file.name.replace("index", "records"))
-            try:
-                index, records = np.load(index_file), np.load(records_file, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"teacher_cache: {records_file}: {error}. Remove it and {index_file.name}, "
-                    "and run train/cache_teacher.py again to score the missing documents"
-                ) from error
-            assert records.dtype == self.type and index["count"].sum() == len(records)
-            for key, start, count in index.tolist():
-                self.places[key] = (len(self.shards), start, start + count)
+            self.files.append(records_file)
+            index, records = read_shard(index_file, records_file, self.type)
+            for key, start, count, crc in index.tolist():
+                self.places[key] = (len(self.shards), start, start + count, crc)
             self.shards.append(records)
 
     def __contains__(self, key: bytes) -> bool:
@@ -204,12 +275,18 @@ class TeacherCache:
         return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
 
     def records(self, documents: Iterable[EncodedRow]) -> np.ndarray:
-        """The records, (N,), of the targets of all `documents`, in order."""
+        """The records, (N,), of the targets of all `documents`, in order.
+
+        Raises ValueError, naming the file, if they have changed since they were written.
+        """
         parts = [np.empty(0, self.type)]
         for document in documents:
             if document.targets:
-                shard, start, end = self.places[document_key(document)]
-                parts.append(self.shards[shard][start:end])
+                key = document_key(document)
+                shard, start, end, expected = self.places[key]
+                parts.append(np.array(self.shards[shard][start:end]))
+                if len(parts[-1]) != document.targets or checksum(key, parts[-1]) != expected:
+                    raise damaged(self.files[shard], "the checksum of a document differs")
         return np.concatenate(parts)
 
     def check(

@@ -29,7 +29,7 @@ def open_cache(
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TeacherCache:
-    """Open the cache of a training run; a student without a chat template takes the cache's.
+    """Collective: open a run's cache; a student without a chat template takes the cache's.
 
     Raises ValueError if the cache was made with other settings, and for a hidden-state loss.
     """

@@ -7,14 +7,19 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
+from kd.distributed import broadcast, raise_on_all_ranks, rank
+from kd.models.adapters import adapter_base
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import FORMAT
+from kd.teachers.file_hashes import file_hashes
 
 NO_HIDDEN_STATES = (
     "hidden_weight with teacher_cache: a cache has distributions but no hidden states; remove "
     "hidden_weight, or remove teacher_cache so that the teacher runs in every step"
 )
-BLOCK, BLOCKS = 4096, 64  # bytes per block, evenly spaced blocks per weight file that are read
+CONFIGURATION = ("config.json", "adapter_config.json", "*.index.json")
+SAFETENSORS = ("*.safetensors",)
+PICKLED = ("pytorch_model*.bin", "adapter_model*.bin")
 
 
 def manifest_of(
@@ -23,7 +28,7 @@ def manifest_of(
     model: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
-    """The manifest of a new cache: what it is made from, and its format."""
+    """Collective: the manifest of a new cache: what it is made from, and its format."""
     return {
         **rows_manifest(objective, model, tokenizer),
         "teacher_name": settings.teacher,
@@ -52,31 +57,48 @@ def rows_manifest(
 
 
 def teacher_manifest(name: str) -> dict:
-    """The teacher by its weights if `name` is a local folder, otherwise by its name."""
+    """Collective: the teacher by its weights if `name` is a local folder, otherwise by its name."""
     if Path(name).is_dir():
         return {"teacher": teacher_fingerprint(name)}
     return {"teacher_name": name}
 
 
 def teacher_fingerprint(name: str) -> str:
-    """A hash of the configuration and the weights of a checkpoint.
+    """Collective: a hash of the configuration and of every byte of a checkpoint's weights.
 
-    Of every weight file it covers the name, the size and 64 blocks: fine-tuning changes all of
-    them, and a 60 GB checkpoint need not be read in full.
+    Rank 0 reads the files. Raises ValueError on every rank if it cannot.
     """
-    patterns = ["*.safetensors", "config.json", "adapter_config.json"]
-    local = Path(name).is_dir()
-    folder = Path(name if local else snapshot_download(name, allow_patterns=patterns))
-    content = hashlib.sha256()
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            size = path.stat().st_size
-            content.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as file:
-                for i in range(BLOCKS):
-                    file.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
-                    content.update(file.read(BLOCK))
-    return content.hexdigest()
+    with raise_on_all_ranks():
+        found = checkpoint_hash(name) if rank() == 0 else ""
+    return broadcast(found)
+
+
+def checkpoint_hash(name: str) -> str:
+    """A hash of the names and contents of a checkpoint's files; an adapter's base is included.
+
+    `name` is a folder or a hub name. Raises ValueError if it has no weights, OSError if a file
+    cannot be read or fetched.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns=[*CONFIGURATION, *SAFETENSORS]))
+        if not matching(folder, SAFETENSORS):
+            folder = Path(snapshot_download(name, allow_patterns=[*CONFIGURATION, *PICKLED]))
+    weights = matching(folder, SAFETENSORS + PICKLED)
+    if not weights:
+        raise ValueError(
+            f"teacher: {name} has no weights; wanted *.safetensors or pytorch_model*.bin"
+        )
+    content = file_hashes(folder, matching(folder, CONFIGURATION) + weights)
+    base = adapter_base(str(folder))
+    if base:
+        content["base model"] = checkpoint_hash(base)
+    return hashlib.sha256(json.dumps(sorted(content.items())).encode()).hexdigest()
+
+
+def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files of a folder that match one of the patterns."""
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

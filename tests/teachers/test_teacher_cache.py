@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import Collator, pack_lengths
@@ -13,7 +14,9 @@ from kd.models.heads import target_positions
 from kd.settings.distillation import Objective
 from kd.teachers.cache_error import CacheError, UntrainedStudent
 from kd.teachers.cache_files import (
+    FORMAT,
     CacheWriter,
+    DamagedCache,
     TeacherCache,
     check_manifest,
     document_key,
@@ -26,7 +29,7 @@ from kd.teachers.cache_files import (
 from kd.teachers.cached import CachedCollator, CachedTeacher
 from kd.teachers.scoring import score
 
-MANIFEST = {"format": 1, "vocabulary": 300, "top_k": 8, "dtype": "float32", "temperature": 1.0}
+MANIFEST = {"format": FORMAT, "vocabulary": 300, "top_k": 8, "dtype": "float32", "temperature": 1.0}
 
 
 @given(
@@ -188,9 +191,75 @@ def test_the_error_names_a_damaged_shard(folder):
         TeacherCache(folder)
 
 
+def read_one_by_one(folder) -> list:
+    """The records of every document, or the error that refused them."""
+    try:
+        cache = TeacherCache(folder)
+    except ValueError as error:
+        return [error] * len(documents())
+    found = []
+    for row in documents():
+        try:
+            found.append(cache.records([row]).tobytes())
+        except (ValueError, KeyError) as error:  # KeyError: a document that `check` reports
+            found.append(error)
+    return found
+
+
+def test_no_record_of_a_corrupted_file_is_ever_loaded(folder):
+    """One byte at a time, in every file; a change that nothing reads may go unnoticed."""
+    written, random = read_one_by_one(folder), np.random.default_rng(0)
+    changed, refused = 0, {}
+    for file in sorted(folder.iterdir()):
+        intact = file.read_bytes()
+        for place in random.choice(len(intact), min(len(intact), 60), replace=False):
+            damage = bytearray(intact)
+            damage[place] ^= random.integers(1, 256)
+            file.write_bytes(damage)
+            for found, expected in zip(read_one_by_one(folder), written, strict=True):
+                if isinstance(found, bytes):
+                    changed += found != expected
+                elif isinstance(found, ValueError):
+                    refused[file.name] = refused.get(file.name, 0) + 1
+                    assert "\n" not in str(found) and str(folder) in str(found)
+            file.write_bytes(intact)
+    assert changed == 0
+    assert {file.name for file in folder.iterdir()} == set(refused)
+
+
+def test_a_worker_reports_a_damaged_record_in_one_line(folder):
+    file = sorted(folder.glob("*.records.npy"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    collator = CachedCollator(Collator(0), TeacherCache(folder))
+    loader = DataLoader([[row] for row in documents()], collate_fn=collator, num_workers=1)
+    with pytest.raises(DamagedCache) as error:
+        list(loader)
+    assert str(error.value).startswith(f"teacher_cache: {file} is damaged")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ('{"format": 1, "top_k": 8}', "format 1, this version reads 2"),
+        ("{", "has changed since it was written"),
+        ("[]", "has changed since it was written"),
+        ('{"format": 2, "top_k": 8}', "has changed since it was written"),
+    ],
+)
+def test_an_old_or_damaged_manifest_is_refused_in_one_line(folder, manifest, message):
+    (folder / "cache.json").write_text(manifest)
+    for read in (TeacherCache, lambda path: write_manifest(path, MANIFEST)):
+        with pytest.raises(ValueError, match=message) as error:
+            read(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_different_manifest_is_refused_and_the_difference_named(folder, tmp_path):
     write_manifest(folder, MANIFEST)
-    for key, value in {"top_k": 9, "temperature": 2.0, "format": 2, "teacher": "other"}.items():
+    for key, value in {"top_k": 9, "temperature": 2.0, "teacher": "other"}.items():
         with pytest.raises(ValueError, match=f"a different {key}"):
             write_manifest(folder, MANIFEST | {key: value})
     with pytest.raises(ValueError, match="a different vocabulary: 300, but this run has 301"):

@@ -129,7 +129,7 @@ def all_records(folder: Path) -> dict[bytes, bytes]:
     cache = TeacherCache(str(folder))
     return {
         key: np.asarray(cache.shards[shard][first:last]).tobytes()
-        for key, (shard, first, last) in cache.places.items()
+        for key, (shard, first, last, _) in cache.places.items()
     }
 
 
