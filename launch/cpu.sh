@@ -4,6 +4,7 @@
 #   launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
 set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # more threads compete for the cores
+export DS_ACCELERATOR=cpu  # DeepSpeed would look for one and warn that it found none
 accelerate_config=accelerate_configs/cpu.yaml
 flags=(--use_cpu true --max_per_device_train_batch_size 8)
 distill_flags=(--teacher_deepspeed ds_configs/teacher_zero3.json)
