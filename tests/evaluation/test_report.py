@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ def expected(name, metric):
     text, chat, kl = METRICS[name]
     shares = {
         "kl_removed": lambda: 1 - kl / 0.9,
-        "text_gap_closed": lambda: (45 - text) / (45 - 20),
-        "chat_gap_closed": lambda: (60 - chat) / (60 - 8),
+        "text_gap_closed": lambda: math.log(45 / text) / math.log(45 / 20),
+        "chat_gap_closed": lambda: math.log(60 / chat) / math.log(60 / 8),
     }
     if metric in shares and name in ("teacher", "start"):
         return "reference"
@@ -145,7 +146,9 @@ def test_the_findings_say_what_differs_from_the_expected_order(report):
     assert "By chat perplexity, lowest first: distill" in text
     assert "put the students in the same order" in text
     assert "by text perplexity: found in the means, but not every difference is shown" in text
-    assert "text gap closed -24.0 +/- 4.0 % (n=3) (worse than the start)" in text
+    closed = [100 * expected(name, "text_gap_closed") for name in models_of("sft")]
+    share = f"{statistics.fmean(closed):.1f} +/- {statistics.stdev(closed):.1f} %"
+    assert f"text gap closed {share} (n=3) (worse than the start)" in text
     pairs = section(report[3], "Students against each other")
     (row,) = [r for r in pairs.splitlines() if r.startswith("| KL to teacher | distill | mix |")]
     assert "| -0.04 [" in row and "one seed: no test" in row
@@ -229,7 +232,7 @@ def test_a_teacher_that_is_no_better_than_the_start_leaves_no_gap(tmp_path):
     metrics = {"teacher": (9.0, 5.0, None), "start": (8.0, 6.0, 0.4), "a": (7.0, 5.5, 0.3)}
     found = numbers(tmp_path, metrics)[0]["models"]["a"]
     assert found["text_gap_closed"] == "no gap"
-    assert found["chat_gap_closed"] == pytest.approx(0.5)
+    assert found["chat_gap_closed"] == pytest.approx(math.log(6 / 5.5) / math.log(6 / 5))
 
 
 def test_results_of_different_rows_or_weights_are_refused(tmp_path):

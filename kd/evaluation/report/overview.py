@@ -1,5 +1,6 @@
 """Models, seeds and shares of the gap: the numbers of the report's first table."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -126,13 +127,22 @@ def seed_metrics(
             "chat_gap_closed": ("chat_perplexity", value(teacher, "chat_perplexity")),
         }
         shares = {
-            share: share_closed(found[key], value(start, key), goal)
+            share: share_closed(*(nats(key, x) for x in (found[key], value(start, key), goal)))
             for share, (key, goal) in goals.items()
         }
     if name == teacher:
         for key in ("forward_kl", "top1_agreement"):
             found[key] = REFERENCE if found[key] == NOT_RUN else found[key]
     return found | shares
+
+
+def nats(key: str, value: float | str) -> float | str:
+    """Return the logarithm of a perplexity, and any other metric as it is.
+
+    In perplexity itself a student at 17, of a start at 1948 and a teacher at 3.7, would have closed
+    99 % of the gap; in nats it is 76 %.
+    """
+    return math.log(value) if METRICS[key].perplexity and value != NOT_RUN else value
 
 
 def share_closed(value: float | str, start: float | str, goal: float | str) -> float | str:

@@ -31,7 +31,8 @@ EXPLANATIONS = f"""\
 - KL to teacher: KL(teacher || student) in nats per target token, over all sources.
 - Top-1 agreement: share of target tokens at which both models have the same most likely token.
 - Start's KL removed: 1 - KL / KL of the start.
-- Gap closed: (start - student) / (start - teacher) in perplexity; negative if worse than the start.
+- Gap closed: (start - student) / (start - teacher) in nats per token, that is in the logarithm of
+  perplexity; negative if worse than the start.
 - "{NOT_RUN}": not measured. "{REFERENCE}": true by definition."""
 
 
