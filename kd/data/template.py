@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from kd.data.render_limit import limit_rendering
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PLACEHOLDERS = range(0xE000, 0xF8FF)  # private-use code points, which texts hardly ever contain
 Span = tuple[int, int]  # half-open range of characters or tokens
@@ -21,8 +23,12 @@ SpanFinder = Callable[[list[dict], list | None], tuple[str, list[Span]]]
 
 
 def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **kwargs) -> str:
-    """Render messages as text with the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    """Render messages as text with the tokenizer's chat template.
+
+    Raises ValueError for a template that loops forever.
+    """
+    with limit_rendering(tokenizer.name_or_path):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
 def with_arguments(template: str, arguments: dict) -> str:
@@ -211,11 +217,12 @@ def spans_by_markers(
     messages: list[dict], tools: list | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
     """Render a conversation and find the assistant's turns by the template's generation markers."""
-    (text,), (spans,) = render_jinja_template(
-        [messages],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    with limit_rendering(tokenizer.name_or_path):
+        (text,), (spans,) = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
     return text, [(start, end) for start, end in spans]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from kd.data.template import with_arguments
+from kd.data.template import render, with_arguments
 from kd.pretrained import check_template_syntax, read_tokenizer
 
 PROBE = (
@@ -86,7 +86,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is None:
         return []
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+    ids = tokenizer(render(messages, tokenizer))["input_ids"]
     return sorted(set(ids) & special_ids(tokenizer))
 
 
@@ -101,7 +101,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = render(messages, tokenizer)
     after = text[text.rindex("answer") + len("answer") :]
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
