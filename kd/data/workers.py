@@ -110,6 +110,7 @@ def encode_in_order(
 def _start_worker(encoder: Encoder | AlignedEncoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a broken pool ends its workers by signal
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()

@@ -1,10 +1,12 @@
 """Stop a run on a signal: all ranks finish the step, save a checkpoint, and exit together.
 
-SLURM, Kubernetes and torchrun send SIGTERM or SIGUSR1 before they kill a job. The signal may reach
-one rank or all, once or twice, so the handler only records it.
+SLURM, Kubernetes and torchrun send SIGTERM or SIGUSR1 before they kill a job; Ctrl-C sends SIGINT.
+The signal may reach one rank or all, once or twice, so the handler only records it. A second Ctrl-C
+ends the run at once: here in a process without a launcher, and otherwise in launch/start.py.
 """
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl
 from kd.distributed import rank
 from kd.run.outcome import Stopped, report_outcome
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED = "stopped.json"
 
 
@@ -35,7 +37,15 @@ class StopsOnSignal(TrainerCallback):
         self.earlier = {number: signal.signal(number, self.record) for number in SIGNALS}
 
     def record(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal by recording its number."""
+        """Handle a signal by recording its number.
+
+        Raises KeyboardInterrupt on a second Ctrl-C in a process without a launcher.
+        """
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            if self.received == number:
+                raise KeyboardInterrupt
+            # print is not allowed in a handler: it may have interrupted another print
+            os.write(2, b"SIGINT: saving after this step; Ctrl-C again ends at once\n")
         self.received = number
 
     def end_step(self, number: int, control: TrainerControl) -> None:
