@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from kd.recipe import as_flags, parse, setting
-from kd.run.exit import is_done
+from kd.run.finished import is_done
 from kd.run.run_record import commit
 from kd.training.checkpoints.checkpoint import NAME, SAVING, checkpoints, step_of
 from kd.training.checkpoints.manifest import MANIFEST

@@ -4,13 +4,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from kd.credentials import check_key_variable
 from kd.distributed import barrier, print_rank0, rank
 from kd.generation.estimate import estimate, usage
 from kd.generation.filter_report import FilterReport
 from kd.generation.records import cut_torn_lines, read_raw_answers
 from kd.generation.sampling import Sample
 from kd.run.atomic import write_text
-from kd.run.exit import DONE, mark_done
+from kd.run.finished import DONE, mark_done
+from kd.run.folder_lock import lock_folder
 from kd.run.run_record import write_record
 from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
 
@@ -23,8 +25,10 @@ def start_run(
     A finished run is not skipped: with other filters the same answers give other training rows.
     """
     folder = settings.output_dir
+    if server.server:
+        check_key_variable(server.key_variable)  # before run.json records it
+    lock_folder("output_dir", folder)
     if rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         removed = cut_torn_lines(folder, "raw") + cut_torn_lines(folder, "rewards")
         if removed:
             print(f"removed an incomplete last line of {removed} bytes")

@@ -16,6 +16,8 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
+from kd.credentials import check_key_variable
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds, as in the openai package
 
 
@@ -55,6 +57,7 @@ class ChatServer:
     ) -> None:
         self.url, self.key_variable = url, key_variable
         self.host = check_url(url)
+        check_key_variable(key_variable)
         self.key = os.environ.get(key_variable, "")
         if not self.key and self.host == "api.openai.com":
             raise ValueError(

@@ -1,15 +1,13 @@
 """Merge a LoRA adapter into the unquantized weights of its base."""
 
-import json
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kd.models.adapters import is_adapter
 from kd.models.frozen import load_frozen
-from kd.run.exit import DONE, is_done
+from kd.pretrained import load_config, read_adapter_config
 
 
 def check_lora(adapter: str, output_dir: str) -> str:
@@ -26,7 +24,7 @@ def check_lora(adapter: str, output_dir: str) -> str:
         raise ValueError(
             f"output_dir: {output_dir} is the adapter's own folder; give another folder"
         )
-    config = PeftConfig.from_pretrained(adapter)
+    config = read_adapter_config(adapter)
     if config.peft_type != "LORA":
         raise ValueError(
             f"adapter: found {config.peft_type.value}; only LORA adapters can be merged"
@@ -34,23 +32,9 @@ def check_lora(adapter: str, output_dir: str) -> str:
     return config.base_model_name_or_path
 
 
-def merged_before(output_dir: str, settings: dict) -> bool:
-    """Whether output_dir is the finished merge of these settings.
-
-    Raises ValueError if it is the finished merge of other settings.
-    """
-    if not is_done(output_dir):
-        return False
-    if json.loads((Path(output_dir) / DONE).read_text()) != settings:
-        raise ValueError(
-            f"output_dir: {output_dir} was merged with other settings; give another folder"
-        )
-    return True
-
-
 def check_unquantized(base: str) -> None:
     """Raise ValueError if the weights of `base` are stored quantized."""
-    quantization = AutoConfig.from_pretrained(base).to_dict().get("quantization_config")
+    quantization = load_config(base).to_dict().get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
         raise ValueError(

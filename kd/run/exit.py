@@ -10,11 +10,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from kd.credentials import without_credentials
 from kd.distributed import barrier, is_initialized, rank, rank_prefix
-from kd.run.atomic import write_text
+from kd.run.folder_lock import release_locks
+from kd.run.launcher import check_launcher, prints_mistakes
 from kd.run.outcome import Stopped, report_outcome
 
-DONE = "done.json"
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
@@ -30,6 +31,7 @@ def run(main: Callable[[], None]) -> None:
     exit_with_launcher()
     prefix = rank_prefix()
     try:
+        check_launcher()
         main()
     except Stopped as stopped:
         barrier()  # rank 0 has written its files; srun ends all ranks when the first one exits
@@ -37,15 +39,24 @@ def run(main: Callable[[], None]) -> None:
             print(stopped, flush=True)
             report_outcome("stopped")
         leave(128 + stopped.number)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(
+                "stopped by SIGINT; what was saved is kept, and the same command goes on from it",
+                flush=True,
+            )
+        leave(128 + signal.SIGINT)
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        write_launcher_error(error, f"{type(error).__name__}: {error}")
-        print(f"{prefix}error: {error}", file=sys.stderr)
+        text = without_credentials(str(error))
+        write_launcher_error(error, f"error: {text}")
+        if not prints_mistakes():
+            print(f"{prefix}error: {text}", file=sys.stderr)
         report_outcome("failed")  # a restart would fail again
         leave(2)
     except Exception as error:
-        trace = traceback.format_exc()
+        trace = without_credentials(traceback.format_exc())
         write_launcher_error(error, trace)
         sys.stderr.write("".join(f"{prefix}{line}\n" for line in trace.split("\n")))
         leave(1)
@@ -59,7 +70,8 @@ def write_launcher_error(error: Exception, text: str) -> None:
     """Write an error to the file from which torchrun and accelerate report the first failure."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}}
+        message = without_credentials(f"{type(error).__name__}: {error}")
+        content = {"message": {"message": message, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
 
 
@@ -74,18 +86,9 @@ def exit_with_launcher() -> None:
 
 def leave(code: int) -> None:
     """Flush the output and exit the process with `code`."""
+    release_locks()
     sys.stdout.flush()
     sys.stderr.flush()
     if not is_initialized() and code == 0:
         return  # gloo has no threads here, so an ordinary exit is safe
     os._exit(code)
-
-
-def is_done(output_dir: str) -> bool:
-    """Whether the run of this folder has finished."""
-    return (Path(output_dir) / DONE).is_file()
-
-
-def mark_done(output_dir: str, summary: dict) -> None:
-    """Write the done marker: the last file of a successful run."""
-    write_text(Path(output_dir) / DONE, json.dumps(summary, indent=2) + "\n")

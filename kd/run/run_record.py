@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kd.credentials import without_credentials
 from kd.run.atomic import write_text
+from kd.run.finished import read_json
 
 RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
@@ -26,13 +28,24 @@ def write_record(output_dir: str, settings: list, plan: dict[str, Any] | None = 
         "recipe": keys_of(settings),
     } | ({"plan": plan} if plan else {})
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_text(Path(output_dir) / RECORD, json.dumps(record, indent=2, default=str) + "\n")
+    text = without_credentials(json.dumps(record, indent=2, default=str))
+    write_text(Path(output_dir) / RECORD, text + "\n")
 
 
 def earlier_plan(output_dir: str) -> dict[str, Any] | None:
     """The memory plan of an earlier run in this folder, None without one."""
-    path = Path(output_dir) / RECORD
-    return json.loads(path.read_text()).get("plan") if path.is_file() else None
+    return read_record(output_dir).get("plan")
+
+
+def recorded_settings(output_dir: str) -> dict[str, Any]:
+    """Every key of an earlier run in this folder with its value; {} without one."""
+    return read_record(output_dir).get("recipe", {})
+
+
+def read_record(output_dir: str | Path) -> dict[str, Any]:
+    """The run.json of a folder; {} without one. Raises ValueError if it is damaged."""
+    remedy = "restore it, or remove it: then the run is taken for one with the present settings"
+    return read_json(Path(output_dir) / RECORD, remedy)
 
 
 def keys_of(settings: list) -> dict[str, Any]:

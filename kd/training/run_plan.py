@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kd.data.show import write_summary
@@ -11,6 +12,7 @@ from kd.planning.fitting import fit, fit_scoring, layout_of
 from kd.planning.layout import Plan
 from kd.planning.machine import present_machine
 from kd.planning.throughput import matrix_work
+from kd.run.finished import DONE
 from kd.run.run_record import earlier_plan, write_record
 from kd.settings.training_recipe import Recipe
 from kd.teachers.cached import Documents
@@ -54,6 +56,7 @@ def plan_run(
         training.use_batch(plan.layout.micro, plan.layout.accumulation)
         print_rank0(plan)
     if rank() == 0:
+        (Path(training.output_dir) / DONE).unlink(missing_ok=True)  # of a shorter run
         write_record(training.output_dir, [recipe], plan=plan and plan.record())
         write_summary(training.output_dir, rows.train, rows.heldout)
     work = matrix_work(plan.layout, training.device) if plan else None

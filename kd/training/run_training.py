@@ -15,12 +15,13 @@ from kd.losses.hidden import add_projections
 from kd.models.heads import causal_lm
 from kd.models.layer_pairs import hidden_objective
 from kd.models.load import load_trained, parameter_counts
-from kd.run.exit import mark_done
+from kd.run.finished import mark_done
 from kd.settings.training import TrainingSettings
 from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedCollator, CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoints.checkpoint import open_to_umask
+from kd.training.longer_run import LongerRun
 from kd.training.on_policy import OnPolicyRows
 from kd.training.overfit_check import report_check
 from kd.training.rollouts import RolloutGenerator
@@ -95,8 +96,11 @@ def make_trainer(
     )
     board = f"{training.output_dir}/tensorboard"
     open_writer(trainer, board, run.resume.checkpoint)
-    if rank() == 0 and "tensorboard" in training.report_to:
+    first_start = not run.resume.checkpoint
+    if rank() == 0 and first_start and "tensorboard" in training.report_to:
         log_lengths(run.rows.train, board)
+    if run.resume.longer:
+        trainer.add_callback(LongerRun())
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStopping(training.early_stopping_patience))
     return trainer
@@ -133,7 +137,7 @@ def finish(trainer: DistillationTrainer, run: Run, metrics: dict[str, float]) ->
     if rank() == 0:
         open_to_umask(Path(training.output_dir).glob("*.safetensors"))
         if "tensorboard" in training.report_to:
-            write_hparams(f"{training.output_dir}/tensorboard", run.recipe.to_dict(), metrics)
+            write_hparams(f"{training.output_dir}/tensorboard", run.recipe.to_dict())
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")
 

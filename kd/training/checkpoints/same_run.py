@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kd.run.finished import changed_settings, describe_changes
 from kd.settings.training import TrainingSettings
 from kd.training.checkpoints.manifest import read_manifest
+from kd.training.longer_run import LENGTH, is_longer
 
 # Keys that affect reports, stored files or speed, but no weight. All other keys must be equal.
 FREE = {
@@ -17,11 +19,9 @@ FREE = {
     "per_device_eval_batch_size", "max_per_device_train_batch_size", "max_skipped_steps",
     "push_to_hub", "hub_token", "hub_model_id", "data_cache", "data_workers",
     "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
-    "teacher_workspace_mb",
+    "teacher_workspace_mb", "gpu_memory_gb",
     "deepspeed",  # its ZeRO stage is compared separately
 }  # fmt: skip
-# These two may also change if no learning rate depends on the run's length.
-LENGTH = {"max_steps", "num_train_epochs"}
 
 
 def identify_run(
@@ -47,16 +47,15 @@ def check_same_run(checkpoint: str, then: dict[str, Any], now: dict[str, Any]) -
                 "the saved optimizer shards cannot be redistributed. Start with "
                 f"{what}: {then[key]}, or use a new output_dir"
             )
-    free = FREE | (LENGTH if constant_schedule(then["recipe"]) else set())
-    both = [k for k in then["recipe"] if k in now["recipe"] and k not in free]
-    changed = [k for k in both if then["recipe"][k] != now["recipe"][k]]
-    if changed:
-        lines = [f"  {k}: {then['recipe'][k]!r} then, {now['recipe'][k]!r} now" for k in changed]
+    may_end_later = constant_schedule(then["recipe"]) or is_longer(now["recipe"], Path(checkpoint))
+    free = FREE | (LENGTH if may_end_later else set())
+    changes = changed_settings(then["recipe"], now["recipe"], free)
+    if changes:
         reason = "; the learning rate of every step depends on the length of the run"
         raise ValueError(
             f"{checkpoint} was written with different settings"
-            f"{reason if LENGTH & set(changed) else ''}. Revert them, or use a new output_dir:\n"
-            + "\n".join(lines)
+            f"{reason if LENGTH & changes.keys() else ''}. Revert them, or use a new output_dir:\n"
+            f"{describe_changes(changes)}"
         )
 
 
