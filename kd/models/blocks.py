@@ -14,8 +14,24 @@ from transformers import PreTrainedModel
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder blocks of a CausalLM."""
-    return model.base_model.layers
+    """Return the decoder blocks of a CausalLM. Raises ValueError if they cannot be found."""
+    return _part_of(model, ("layers", "h"))  # GPT-2, GPT-J and Falcon call them h
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm behind the last decoder block. Raises ValueError if it cannot be found."""
+    return _part_of(model, ("norm", "ln_f", "final_layernorm", "final_layer_norm"))
+
+
+def _part_of(model: PreTrainedModel, names: tuple[str, ...]) -> Any:
+    backbone = model.base_model
+    found = next((getattr(backbone, name) for name in names if hasattr(backbone, name)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}): its {type(backbone).__name__} "
+            f"has no {' or '.join(names)}; wanted a decoder-only model such as Llama or Qwen"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -51,7 +67,7 @@ def blocks_in_parts(model: PreTrainedModel, parts: list[tuple[int, int]]) -> Ite
     part at a time besides its hidden states, and computes each part in the shape that it has alone.
     Only for right-padded rows without gradient: the result of a part overwrites its input.
     """
-    modules = [*decoder_blocks(model), model.base_model.norm]
+    modules = [*decoder_blocks(model), final_norm(model)]
     for module in modules:
         module.forward = partial(_part_by_part, module.forward, parts)
     try:
@@ -62,7 +78,7 @@ def blocks_in_parts(model: PreTrainedModel, parts: list[tuple[int, int]]) -> Ite
 
 
 def _part_by_part(
-    forward: Callable[..., Tensor], parts: list[tuple[int, int]], hidden: Tensor, **inputs
+    forward: Callable[..., Tensor], parts: list[tuple[int, int]], hidden: Tensor, *more, **inputs
 ) -> Tensor:
     """Apply a block's forward to hidden states (B, T, H) in place, part by part."""
     assert not torch.is_grad_enabled() and len(hidden) == sum(rows for rows, _ in parts)
@@ -70,7 +86,8 @@ def _part_by_part(
     for count, length in parts:
         rows = slice(start, start + count)
         sliced = {name: _slice(value, rows, length) for name, value in inputs.items()}
-        hidden[rows, :length] = forward(_slice(hidden, rows, length), **sliced)
+        others = [_slice(value, rows, length) for value in more]
+        hidden[rows, :length] = forward(_slice(hidden, rows, length), *others, **sliced)
         start += count
     return hidden
 

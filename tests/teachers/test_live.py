@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, side_by_side
-from kd.models.blocks import blocks_in_parts
+from kd.models.blocks import blocks_in_parts, decoder_blocks
 from kd.models.load import load_trained
 from kd.settings.distillation import ModelSettings, TeacherSettings
 from kd.teachers.live import LiveTeacher, groups
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "olmo2")
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "olmo2", "gpt2")
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -100,6 +100,13 @@ def test_blocks_see_one_micro_batch_at_a_time_and_are_restored_afterwards(tmp_pa
     assert shapes == [*pieces, *pieces]
     del teacher.module.model.layers[1].mlp.forward
     assert not any("forward" in vars(module) for module in teacher.module.model.modules())
+
+
+def test_a_model_whose_blocks_are_not_found_is_refused():
+    sizes = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = AutoConfig.for_model("roberta", vocab_size=320, is_decoder=True, **sizes)
+    with pytest.raises(ValueError, match=r"RobertaForCausalLM \(roberta\): .* no layers or h;"):
+        decoder_blocks(AutoModelForCausalLM.from_config(config))
 
 
 def test_states_are_freed_after_their_micro_batch(models, tokenizer):
