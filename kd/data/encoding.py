@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from kd.data.control_tokens import ControlTokens
 from kd.data.files import BadRow
 from kd.data.template import Span, SpanFinder, span_finder
 
@@ -133,26 +134,36 @@ class UncutRow(NamedTuple):
 
 
 def encode_rows(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_row: str = "cut"
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_long_row: str = "cut",
+    control_tokens: str = "split",
 ) -> tuple[list[EncodedRow], EncodingReport]:
     """Encode rows of `kd.data.sources`; rows without a target are dropped and counted.
 
     Raises ValueError if no row is left, or if there are chat rows and no usable chat template.
     """
-    results, report = encode_each(rows, tokenizer, max_length, on_long_row), EncodingReport()
+    results = encode_each(rows, tokenizer, max_length, on_long_row, control_tokens)
+    report = EncodingReport()
     encoded = count_rows(results, report)
     require_rows(report)
     return encoded, report
 
 
 def encode_each(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_row: str = "cut"
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_long_row: str = "cut",
+    control_tokens: str = "split",
 ) -> list[EncodedRow | BadRow]:
     """Encode each row of `kd.data.sources`; a row without a target is a BadRow.
 
     Raises BadRow if the chat template rejects a row.
     """
-    encoder, results = Encoder(tokenizer, max_length, on_long_row), []
+    encoder = Encoder(tokenizer, max_length, on_long_row, control_tokens=control_tokens)
+    results: list[EncodedRow | BadRow] = []
     placed = [(f"row {i}", row) for i, row in enumerate(rows)]
     for start in range(0, len(rows), ENCODE_BATCH):
         results += encoder(placed[start : start + ENCODE_BATCH])
@@ -185,7 +196,8 @@ class Encoder:
 
     `on_long_row`: `cut` keeps the first max_length tokens, `cut_left` the last ones, and `drop`
     drops the row. `on_bad_row`: `error` raises BadRow for a row that the chat template rejects,
-    `drop` returns it.
+    `drop` returns it. `control_tokens`: `split` encodes control tokens in the text of a row as
+    ordinary text, `keep` as control tokens.
     """
 
     def __init__(
@@ -194,9 +206,11 @@ class Encoder:
         max_length: int,
         on_long_row: str = "cut",
         on_bad_row: str = "error",
+        control_tokens: str = "split",
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.on_long_row, self.on_bad_row = on_long_row, on_bad_row
+        self.control_tokens = ControlTokens(tokenizer) if control_tokens == "split" else None
         self.find_spans: SpanFinder | None = None  # made on first use: texts need no chat template
 
     def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[EncodedRow | BadRow]:
@@ -224,8 +238,11 @@ class Encoder:
         """Encode text rows; every token is a target."""
         if not rows:
             return
-        eos = self.tokenizer.eos_token_id
-        for ids in self.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]:
+        eos, texts = self.tokenizer.eos_token_id, [row["text"] for row in rows]
+        batch = self.tokenizer(texts, verbose=False)["input_ids"]
+        for text, ids in zip(texts, batch, strict=True):
+            if self.control_tokens and self.control_tokens.found_in(text):
+                ids = self.control_tokens.encode_text(text).ids
             # eos may also be the padding id: masks, not ids, tell targets from padding.
             ids = np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32)
             yield UncutRow(ids, [(0, len(ids))])
@@ -235,33 +252,47 @@ class Encoder:
         if not rows:
             return
         rendered = [self._render(place, row) for place, row in rows]
-        texts = [result[0] for result in rendered if not isinstance(result, BadRow)]
+        done = UncutRow | BadRow
+        texts = [result[0] for result in rendered if not isinstance(result, done)]
         out = iter(())
         if texts:
             # The template has written the special tokens already.
             batch = self.tokenizer(texts, add_special_tokens=False, verbose=False)
             out = enumerate(batch["input_ids"])
         for result in rendered:
-            if isinstance(result, BadRow):
+            if isinstance(result, done):
                 yield result
                 continue
             i, ids = next(out)
             yield UncutRow(np.array(ids, np.int32), token_spans(batch, i, result[1], len(ids)))
 
-    def _render(self, place: str, row: dict) -> tuple[str, list[Span]] | BadRow:
-        """Return the rendered conversation and the character spans of its assistant turns."""
+    def _render(self, place: str, row: dict) -> tuple[str, list[Span]] | UncutRow | BadRow:
+        """Return the rendered conversation and the character spans of its assistant turns.
+
+        A row with control tokens in its text is encoded at once.
+        """
         if self.find_spans is None:
             self.find_spans = span_finder(self.tokenizer)
+        typed = self.control_tokens and self.control_tokens.found_in(row)
+        shown = self.control_tokens.guarded(row) if typed else row
         try:
-            text, spans = self.find_spans(row["messages"], row.get("tools"))
-            check_prompts_rendered(row["messages"], text)
-            return text, spans
+            text, spans = self.find_spans(shown["messages"], shown.get("tools"))
+            check_prompts_rendered(shown["messages"], text)
+            return self._encode_guarded(row, text, spans) if typed else (text, spans)
         except (TemplateError, ValueError, TypeError) as error:
             message = f"the chat template rejects this row: {error}"
             bad = BadRow(place, "refused by the chat template", message)
             if self.on_bad_row == "error":
                 raise bad from error
             return bad
+
+    def _encode_guarded(self, row: dict, text: str, spans: list[Span]) -> UncutRow:
+        """Encode the rendering of a guarded row, as `kd.data.control_tokens` explains."""
+        self.control_tokens.check_rendered(text, row["messages"], tools=row.get("tools"))
+        text, spans = self.control_tokens.named(text, spans)
+        batch = self.control_tokens.encode_named([text])
+        ids = batch["input_ids"][0]
+        return UncutRow(np.array(ids, np.int32), token_spans(batch, 0, spans, len(ids)))
 
     @property
     def kept_tokens(self) -> slice:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kd.data.control_tokens import ControlTokens
 from kd.evaluation.models import model_for, tokenizer_for
 from kd.evaluation.results import describe, is_measured, write_result, write_text
 from kd.evaluation.rows import text_hash
@@ -88,14 +89,15 @@ def sample_answers(
             f"{description}: {tokenizer.name_or_path} has no chat template; set chat_template to a "
             "file with one"
         )
+    control_tokens = ControlTokens(tokenizer)
     config = greedy_config(model.generation_config, max_new_tokens, tokenizer.pad_token_id)
     answers = []
     for messages in tqdm(prompts, desc=description, unit="answer"):
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
-        ids = model.generate(**inputs, generation_config=config)  # (1, T + new)
-        new = ids[0, inputs["input_ids"].shape[1] :]
+        prompt = control_tokens.conversation_ids(messages, add_generation_prompt=True)
+        inputs = torch.tensor([prompt], device=model.device)  # (1, T)
+        mask = torch.ones_like(inputs)
+        ids = model.generate(input_ids=inputs, attention_mask=mask, generation_config=config)
+        new = ids[0, len(prompt) :]  # of (1, T + new)
         answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     return answers
 

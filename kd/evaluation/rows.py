@@ -1,7 +1,7 @@
 """Held-out rows, encoded as in training, each with its source and its number of bytes.
 
 With `rolling`, text is encoded as in lm-evaluation-harness: every token is predicted, including the
-first, and a long text is split into windows.
+first, a control token in the text counts as one, and a long text is split into windows.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from kd.data.control_tokens import ControlTokens
 from kd.data.encoding import (
     IGNORE_INDEX,
     EncodedRow,
@@ -152,6 +153,7 @@ def target_bytes(
     The first token, which is not predicted, and truncated text do not count. The end-of-sequence
     token has no bytes.
     """
+    control_tokens = ControlTokens(tokenizer)  # as `Encoder` encodes texts
     texts = [row["text"] for row in rows if "text" in row]
     offsets = iter(
         tokenizer(texts, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -163,7 +165,10 @@ def target_bytes(
         if "text" not in row:
             sizes.append(None)
             continue
-        spans = next(offsets)[: len(ids)]
+        spans = next(offsets)
+        if control_tokens.found_in(row["text"]):
+            spans = control_tokens.encode_text(row["text"]).offsets
+        spans = spans[: len(ids)]
         start = spans[0][1] if spans else 0
         end = max((right for _, right in spans), default=0)
         sizes.append(len(row["text"][start:end].encode()))

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from kd.data.control_tokens import ControlTokens
 from kd.data.template import render
 from kd.data.tokenizer import generation_config, load_tokenizer, set_template_arguments
 from kd.models.frozen import load_frozen
@@ -117,7 +118,7 @@ class LocalEngine:
         set_template_arguments(self.tokenizer, template_arguments or {})
         for system_prompt in system_prompts or [None]:
             check_template(self.tokenizer, name, system_prompt)
-        self.name = name
+        self.name, self.control_tokens = name, ControlTokens(self.tokenizer)
         self.model = load_frozen(name, dtype, device)
         # End tokens and repetition penalty come from the model's folder; the sampling settings are
         # ours. They are cleared on the model as well, since generate fills None from there.
@@ -132,13 +133,10 @@ class LocalEngine:
 
         Raises ValueError if prompt and answer exceed the model's positions.
         """
-        texts = [render(c, self.tokenizer, add_generation_prompt=True) for c in conversations]
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,  # the template contains them
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
+        encode = self.control_tokens.conversation_ids
+        ids = [encode(messages, add_generation_prompt=True) for messages in conversations]
+        batch = self.tokenizer.pad(
+            {"input_ids": ids}, padding_side="left", return_tensors="pt", verbose=False
         ).to(self.model.device)
         width, new = batch["input_ids"].shape[1], self.config.max_new_tokens
         limit = self.model.config.get_text_config().to_dict().get("max_position_embeddings")

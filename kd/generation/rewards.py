@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from kd.data.control_tokens import ControlTokens
 from kd.data.near_duplicates import Overlap
-from kd.data.template import render
 from kd.data.tokenizer import load_tokenizer
 from kd.distributed import barrier, device, rank, share_of
 from kd.generation.filter_report import FilterReport
@@ -33,6 +33,7 @@ class RewardModel:
                 "conversation cannot be formatted without it. Put chat_template.jinja into the "
                 "model's folder"
             )
+        self.control_tokens = ControlTokens(self.tokenizer)
         self.model = load_frozen(
             name, dtype, device, model_class=AutoModelForSequenceClassification
         )
@@ -50,16 +51,12 @@ class RewardModel:
     @torch.inference_mode()
     def score(self, conversations: list[list[dict]]) -> list[float]:
         """The reward of the last answer of each conversation."""
-        texts = [render(conversation, self.tokenizer) for conversation in conversations]
-        groups = [[text] for text in texts] if self.pad_is_eos else [texts]
+        rows = [self.control_tokens.conversation_ids(messages) for messages in conversations]
+        groups = [[ids] for ids in rows] if self.pad_is_eos else [rows]
         scores: list[float] = []
         for group in groups:
-            batch = self.tokenizer(
-                group,
-                add_special_tokens=False,  # the template contains them
-                padding=not self.pad_is_eos,
-                padding_side="right",
-                return_tensors="pt",
+            batch = self.tokenizer.pad(
+                {"input_ids": group}, padding_side="right", return_tensors="pt", verbose=False
             ).to(self.model.device)
             out = self.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]

@@ -17,7 +17,6 @@ SPECIAL = [
     "<|start|>",
     "<|stop|>",
     "<|eot|>",
-    "<think>",
 ]
 
 

@@ -5,6 +5,7 @@ tokenizers are skipped.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ PARTS = st.one_of(
          "### END", "[INST]", "model", "{{ x }}", "\r\n", "word " * 300]
     ),
 )  # fmt: skip
+TYPED = "\U000f1234"
 INNOCENT = st.lists(PARTS, max_size=4).map("".join)
 EVIL = st.lists(PARTS | st.sampled_from(SPECIAL), max_size=5).map("".join)
 
@@ -45,19 +47,40 @@ def conversations(draw, contents) -> list[dict]:
 def tokenizer_of(name: str):
     family = FAMILIES[name]
     tokenizer = small_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, "</think>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.add_tokens(["<think>", "</think>"])  # not special, as in Qwen3 and DeepSeek-R1
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = with_arguments(family.template, dict(family.arguments))
     return tokenizer
 
 
 def expected(pieces: Pieces, tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of the whole text, and whether any of their characters is the assistant's."""
+    """Tokens of the whole text, and whether any of their characters is the assistant's.
+
+    The text between two of the template's control tokens is encoded alone, as ordinary text.
+    """
     text = "".join(part for part, _ in pieces)
     whose = [target for part, target in pieces for _ in part]
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [any(whose[start:end]) for start, end in out["offset_mapping"]]
-    return out["input_ids"], [False, *mask[1:]]
+    ids, mask, at = [], [], 0
+    for part in re.split(f"({'|'.join(map(re.escape, SPECIAL))})", text):
+        out = tokenizer(
+            part.replace(TYPED, "<"),
+            add_special_tokens=False,
+            split_special_tokens=part not in SPECIAL,
+            return_offsets_mapping=True,
+        )
+        ids += out["input_ids"]
+        mask += [any(whose[at + start : at + end]) for start, end in out["offset_mapping"]]
+        at += len(part)
+    return ids, [False, *mask[1:]]
+
+
+def pieces_of(name: str, messages: list[dict]) -> Pieces:
+    """The reference's pieces, with TYPED in place of the `<` of every typed control token."""
+    typed = re.compile("|".join(f"<(?={re.escape(token[1:])})" for token in SPECIAL))
+    return FAMILIES[name].pieces(
+        [message | {"content": typed.sub(TYPED, message["content"])} for message in messages]
+    )
 
 
 def check(encoder: Encoder, pieces: Pieces, messages: list[dict]) -> bool:
@@ -79,19 +102,19 @@ def test_masks_equal_those_of_an_independent_construction(name):
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(conversations(INNOCENT))
     def compare(messages):
-        assert check(encoder, FAMILIES[name].pieces(messages), messages)
+        assert check(encoder, pieces_of(name, messages), messages)
 
     compare()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_contents_that_look_like_the_template_are_encoded_correctly_or_rejected(name):
+def test_control_tokens_in_a_text_are_encoded_as_text(name):
     encoder = Encoder(tokenizer_of(name), 10**6, on_bad_row="drop")
 
     @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     @given(conversations(EVIL))
     def compare(messages):
-        check(encoder, FAMILIES[name].pieces(messages), messages)
+        assert check(encoder, pieces_of(name, messages), messages)
 
     compare()
 
