@@ -127,7 +127,7 @@ def check_weights(name: str | Path) -> None:
             places = read_json(folder / index).get("weight_map", {})
             files |= {folder / file for file in places.values()}
     if not files:
-        raise ValueError(f"{name}: the folder has no weights; wanted model.safetensors")
+        raise ValueError(f"{name}: no file named model.safetensors; wanted the weights")
     for file in sorted(files):
         if not file.is_file():
             raise ValueError(f"{file}: missing, but the index names it; fetch it again")

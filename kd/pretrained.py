@@ -133,16 +133,16 @@ def load_adapter(
     return loaded
 
 
-def hub_folder(name: str, patterns: list[str]) -> Path:
-    """The folder of a hub model's files that match `patterns`, downloaded if they are not cached.
+def hub_folder(name: str, patterns: list[str], cached: bool = False) -> Path:
+    """The folder of a hub model's files that match `patterns`, fetched unless they are `cached`.
 
     Raises ValueError if they cannot be had.
     """
     from huggingface_hub import snapshot_download
 
-    options = {"local_files_only": check_files(name, CONFIG)["local_files_only"]}
+    local = cached or check_files(name, CONFIG)["local_files_only"]
     with one_line(name, "files"):
-        return Path(snapshot_download(name, allow_patterns=patterns, **options))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
 
 
 def check_template_syntax(template: str | dict | None, origin: str) -> None:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from kd.data.tokenizer import load_tokenizer
+from kd.pretrained import read_adapter_config
 
 
 def is_adapter(name: str) -> bool:
@@ -15,7 +15,7 @@ def is_adapter(name: str) -> bool:
 
 def adapter_base(name: str) -> str | None:
     """The name of the base model if `name` is the folder of a PEFT adapter, else None."""
-    return PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else None
+    return read_adapter_config(name).base_model_name_or_path if is_adapter(name) else None
 
 
 def model_tokenizer(name: str, base: str | None = None) -> PreTrainedTokenizerBase:

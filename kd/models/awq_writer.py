@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from kd.models.awq import pack
 from kd.models.quantized import check_readable, empty_model, quantization_settings
 from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import INDEX, TensorFiles, read_header
+from kd.pretrained import load_config
 from kd.run.atomic import atomic_path
 
 FILE_BYTES = 2**31  # approximate size of an output file
@@ -32,7 +33,7 @@ def open_unquantized(model: str) -> tuple[PretrainedConfig, TensorFiles]:
     Raises ValueError if the model is quantized already or cannot be read.
     """
     folder = checkpoint_folder(model)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     if quantization_settings(config):
         raise ValueError(
             f"model: {model} is quantized already; wanted the unquantized model that it was made "

@@ -13,10 +13,8 @@ from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -26,6 +24,7 @@ from kd.models.heads import backbone_only, causal_lm
 from kd.models.load import disable_cpu_repacking
 from kd.models.quantized import NEED_EXTRA_PACKAGE, READERS, check_readable, packed_format
 from kd.models.sharding import load_unsharded, without_zero_init
+from kd.pretrained import load_adapter, load_config, load_generation_config, load_model
 from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 
 
@@ -66,8 +65,9 @@ def load_frozen(
             attention = attn_implementation or "sdpa"
             model = load_unsharded(base, attention, dtype, torch.device(device))
         else:
-            model = model_class.from_pretrained(
+            model = load_model(
                 base,
+                model_class,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 device_map={"": device},
@@ -76,9 +76,9 @@ def load_frozen(
         if quantization_config is not None:
             disable_cpu_repacking(model)
         if is_adapter(name):
-            model = PeftModel.from_pretrained(model, name, torch_device=str(device))
+            model = load_adapter(model, name, device)
             if (Path(name) / "generation_config.json").is_file():
-                config = GenerationConfig.from_pretrained(name)
+                config = load_generation_config(name)
                 causal_lm(model).generation_config = config
     return model.eval().requires_grad_(False)
 
@@ -142,7 +142,7 @@ def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:
     if is_adapter(teacher.teacher):
         return
     if teacher.teacher_deepspeed is not None or packed_format(teacher.teacher):
-        check_readable(AutoConfig.from_pretrained(teacher.teacher), teacher.teacher)
+        check_readable(load_config(teacher.teacher), teacher.teacher)
 
 
 def teacher_base(teacher: TeacherSettings, student: str) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+
+from kd.pretrained import load_model
 
 CONVERTER = "convert_hf_to_gguf.py"
 PROBE_TOKENS = 256
@@ -46,9 +48,7 @@ def compare_gguf(model: PreTrainedModel, file: Path) -> dict:
 
     Raises ValueError if the file holds a different model.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
+    loaded = load_model(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     vocab_size = min(len(m.get_output_embeddings().weight) for m in (model, loaded))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator)

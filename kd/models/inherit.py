@@ -7,9 +7,10 @@ The student's config.json records which layers it has, so that models trained fr
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kd.models.adapters import is_adapter
+from kd.pretrained import load_config
 
 # Their layers are the list model.layers, have equal shapes, and depend on their position only
 # through PER_LAYER.
@@ -72,7 +73,7 @@ def parent_config(name: str) -> PreTrainedConfig:
             f"parent: {name} is a LoRA adapter; wanted a whole model: python train/merge.py "
             f"--adapter {name} --output_dir MERGED, then --parent MERGED"
         )
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     check_parent(config)
     return config
 

@@ -1,10 +1,9 @@
 """The layers of student and teacher that a recipe's hidden-state loss compares."""
 
-from transformers import AutoConfig
-
 from kd.losses.hidden import HiddenObjective, layer_map
 from kd.models.frozen import teacher_base
 from kd.models.inherit import inherited_pairs
+from kd.pretrained import load_config
 from kd.settings.training_recipe import Recipe
 
 
@@ -18,7 +17,7 @@ def hidden_objective(recipe: Recipe) -> HiddenObjective | None:
     if not recipe.live_teacher or not objective.hidden_weight:
         return None
     names = (recipe.model_name, teacher_base(recipe.live_teacher, recipe.model_name))
-    configs = [AutoConfig.from_pretrained(name).get_text_config() for name in names]
+    configs = [load_config(name).get_text_config() for name in names]
     pairs = objective.hidden_layers or inherited_pairs(*configs)
     layers = layer_map(pairs, *(config.num_hidden_layers for config in configs))
     return HiddenObjective(objective.hidden_weight, objective.hidden_loss, layers)

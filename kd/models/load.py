@@ -3,13 +3,13 @@
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from kd.data.tokenizer import generation_config, template_tokens, untrained_tokens
+from kd.pretrained import load_model
 from kd.settings.distillation import ModelSettings
 
 
@@ -33,7 +33,7 @@ def load_trained(
 ) -> PreTrainedModel | PeftModel:
     """Load the model of a hub name or folder, ready for the Trainer."""
     dtype = getattr(torch, settings.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_model(
         name,
         dtype=dtype,
         quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from kd.models.awq import AwqLinear, check_awq
@@ -16,6 +16,7 @@ from kd.models.gptq import GptqLinear, check_gptq
 from kd.models.nf4 import Nf4Linear
 from kd.models.packed_linear import PackedLinear
 from kd.models.tensor_files import TensorFiles
+from kd.pretrained import load_config
 
 READERS = {  # format -> (function that checks its settings, function that makes a layer)
     "awq": (check_awq, AwqLinear.of),
@@ -57,7 +58,7 @@ def quantization_format(settings: dict) -> str:
 
 def packed_format(name: str) -> str | None:
     """The key in READERS of the checkpoint's format; None if not quantized or not read here."""
-    settings = quantization_settings(AutoConfig.from_pretrained(name))
+    settings = quantization_settings(load_config(name))
     found = quantization_format(settings) if settings else None
     return found if found in READERS else None
 

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 import transformers.integrations.deepspeed as integration
-from huggingface_hub import snapshot_download
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kd.distributed import local_rank, print_rank0, raise_on_all_ranks, rank, world_size
+from kd.distributed import local_rank, raise_on_all_ranks, rank, world_size
 from kd.models.blocks import decoder_blocks
 from kd.models.heads import backbone_only
 from kd.models.quantized import StoredParameter, check_readable, empty_model
 from kd.models.tensor_files import TensorFiles
+from kd.pretrained import hub_folder, load_config, load_generation_config, tell_unread
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors"]
-COMPUTED = "rotary_emb.inv_freq"  # older checkpoints store it; it is computed from the config
 
 
 def load_sharded(
@@ -104,7 +103,7 @@ def load_unsharded(
     fill_model(parameters, files, read_whole, 1.0)
     move_buffers(model, device)
     if (files.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(files.folder)
+        model.generation_config = load_generation_config(files.folder)
     return model
 
 
@@ -117,7 +116,7 @@ def open_checkpoint(
     """
     folder = checkpoint_folder(name)
     with raise_on_all_ranks():
-        config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation)
+        config = load_config(folder, attn_implementation=attn_implementation)
         check_readable(config, name)
         files = TensorFiles(folder)
         with without_zero_init():
@@ -135,8 +134,8 @@ def checkpoint_folder(name: str) -> Path:
         return Path(name)
     with raise_on_all_ranks():
         if local_rank() == 0:
-            snapshot_download(name, allow_patterns=CHECKPOINT_FILES)
-    return Path(snapshot_download(name, local_files_only=True, allow_patterns=CHECKPOINT_FILES))
+            hub_folder(name, CHECKPOINT_FILES)
+    return hub_folder(name, CHECKPOINT_FILES, cached=True)
 
 
 def fill_model(
@@ -161,7 +160,7 @@ def fill_model(
         for stored in parameters:
             stored.assign(read(stored))
             progress.update(files.bytes_read - progress.n)
-    print_unread(files)
+    tell_unread(files.folder, files.unread())
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -169,17 +168,6 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-def print_unread(files: TensorFiles) -> None:
-    """Print a note about tensors in the files that the model has no parameter for."""
-    unread = [key for key in files.unread() if not key.endswith(COMPUTED)]
-    if unread:
-        names = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
-        print_rank0(
-            f"note: {files.folder}: {len(unread)} tensors were not read, because the model has no "
-            f"parameter for them: {names}"
-        )
 
 
 @contextlib.contextmanager

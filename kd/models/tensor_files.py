@@ -5,7 +5,6 @@ The files are read by offset and not memory-mapped: exactly the requested bytes 
 their destination, and are counted. Nothing else stays in memory.
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from kd.model_files import read_json, safetensors_header
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -69,7 +70,7 @@ class TensorFiles:
                 )
             self.tensors = read_header(file)
             return
-        places = json.loads(index.read_text())["weight_map"]
+        places = read_json(index)["weight_map"]
         missing = sorted({file for file in places.values() if not (folder / file).is_file()})
         if missing:
             raise ValueError(
@@ -139,26 +140,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises ValueError if the file's size does not match its header, or for an unknown type.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 + length:
-            raise ValueError(f"{file}: cut off in its header, at {size} bytes; fetch it again")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != end:
-        last = max(header, key=lambda name: header[name]["data_offsets"][1])
-        raise ValueError(
-            f"{file}: {size} bytes; wanted {end}, up to the end of {last}: fetch it again"
-        )
+    header, begin = safetensors_header(file)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise ValueError(
                 f"{file}: {name} has the type {entry['dtype']}; wanted one of {', '.join(DTYPES)}"
             )
-        start = 8 + length + entry["data_offsets"][0]
+        start = begin + entry["data_offsets"][0]
         tensors[name] = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
     return tensors
 

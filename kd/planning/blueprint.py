@@ -15,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -42,17 +42,6 @@ class StoredTensor:
     def bytes(self) -> int:
         """Size of the tensor in bytes."""
         return self.numel * self.itemsize
-
-
-def read_config(name: str) -> PretrainedConfig:
-    """The configuration of a hub name or folder. Raises ValueError if there is none."""
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: cannot read a configuration ({str(error).splitlines()[0]}); wanted a hub "
-            "name, or a folder with a config.json"
-        ) from error
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:

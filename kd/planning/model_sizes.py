@@ -13,10 +13,10 @@ from kd.planning.blueprint import (
     build,
     build_trained,
     checkpoint_tensors,
-    read_config,
     stored_tensors,
 )
 from kd.planning.layout import Layout
+from kd.pretrained import load_config
 
 _CACHE: dict[tuple, Any] = {}
 
@@ -24,7 +24,7 @@ _CACHE: dict[tuple, Any] = {}
 @functools.lru_cache(maxsize=8)
 def config_of(name: str) -> PretrainedConfig:
     """The configuration of a hub name or folder. Raises ValueError if there is none."""
-    return read_config(name)
+    return load_config(name)
 
 
 def student_tensors(layout: Layout) -> list[StoredTensor]:

@@ -1,12 +1,11 @@
 """Find mistakes in a recipe from its settings and the models' configurations alone."""
 
-from transformers import AutoConfig
-
 from kd.data.packing import check_packing
 from kd.data.sources import check_sources
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
 from kd.models.load import check_attention
+from kd.pretrained import load_config
 from kd.settings.distillation import OWN_BASE
 from kd.settings.training_recipe import Recipe
 from kd.teachers.aligned_teacher import check_alignable
@@ -30,7 +29,7 @@ def check_recipe(recipe: Recipe) -> None:
         names.append(teacher_base(live, recipe.model_name))
     if recipe.data.packing:
         for name in names:
-            check_packing(AutoConfig.from_pretrained(name), name)
+            check_packing(load_config(name), name)
 
 
 def check_scoring(recipe: Recipe) -> None:

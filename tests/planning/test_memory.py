@@ -37,7 +37,6 @@ from kd.planning.blueprint import (
     build,
     build_trained,
     checkpoint_tensors,
-    read_config,
     stored_tensors,
 )
 from kd.planning.device_rates import Rates
@@ -46,6 +45,7 @@ from kd.planning.layout import GIB, Layout
 from kd.planning.memory import plan_training
 from kd.planning.model_sizes import student_tensors
 from kd.planning.throughput import duration
+from kd.pretrained import load_config
 from kd.settings.distillation import ModelSettings, Objective
 
 ZERO2, ZERO3, TEACHER_ZERO3 = (
@@ -83,14 +83,14 @@ def test_student_is_counted_to_the_byte(kind, student, tokenizer, tmp_path):
     folder = save_small(tmp_path / "model", tokenizer, **shape)
     real = load_trained(str(folder), KINDS[kind], tokenizer)
     dtype = getattr(torch, KINDS[kind].dtype)
-    pieces = stored_tensors(build_trained(read_config(str(folder)), KINDS[kind], dtype, cast=False))
+    pieces = stored_tensors(build_trained(load_config(str(folder)), KINDS[kind], dtype, cast=False))
     assert sum(piece.bytes for piece in pieces) == held_bytes(real)
     trained = sum(piece.numel for piece in pieces if piece.trained)
     assert trained == parameter_counts(real)[0] > 0
 
 
 def test_deepspeed_casts_adapters_to_half_precision(tokenizer, tmp_path):
-    config = read_config(str(save_small(tmp_path / "model", tokenizer)))
+    config = load_config(str(save_small(tmp_path / "model", tokenizer)))
     for cast, size in ((True, 2), (False, 4)):
         pieces = stored_tensors(build_trained(config, KINDS["lora"], torch.bfloat16, cast))
         assert {piece.itemsize for piece in pieces if piece.trained} == {size}
@@ -105,7 +105,7 @@ def test_nf4_teacher_is_counted_to_the_byte(double, tokenizer, tmp_path):
     )
     packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     packed.save_pretrained(tmp_path / "nf4")
-    pieces = checkpoint_tensors(read_config(str(tmp_path / "nf4")), "auto")
+    pieces = checkpoint_tensors(load_config(str(tmp_path / "nf4")), "auto")
     assert sum(piece.bytes for piece in pieces) == held_bytes(packed)
 
 
@@ -116,7 +116,7 @@ def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_format(tmp_path):
     packed = linears // 2 + linears // 128 // 2 + linears // 128 * 2
     plain = 2 * (hidden + 2 * kv) + 2 * 2 * hidden  # biases of q, k, v; two norms; float16
     total = blocks * (packed + plain) + 2 * (2 * vocab_size * hidden + hidden)
-    config = read_config(str(save_config(tmp_path, "Qwen/Qwen1.5-32B-Chat-AWQ")))
+    config = load_config(str(save_config(tmp_path, "Qwen/Qwen1.5-32B-Chat-AWQ")))
     assert sum(piece.bytes for piece in checkpoint_tensors(config, "auto")) == total
 
 
@@ -170,7 +170,7 @@ def test_traced_activations_equal_those_of_a_real_run(architecture, kind, checkp
     attention = "eager" if architecture == "gemma2" else "sdpa"  # sdpa has no soft-cap
     settings = replace(KINDS[kind], dtype="float32", attn_implementation=attention)
     rows, length = 2, 64
-    config = read_config(str(tmp_path))
+    config = load_config(str(tmp_path))
     traced = trace_activations(
         config,
         lambda c: build_trained(c, settings, torch.float32, cast=False),
@@ -309,7 +309,7 @@ def test_a_run_that_cannot_fit_is_told_three_changes_that_make_it_fit(layout, tm
 
 
 def test_a_model_without_configuration_is_named(layout, tmp_path):
-    with pytest.raises(ValueError, match="cannot read a configuration"):
+    with pytest.raises(ValueError, match="has no config.json"):
         plan_training(replace(layout, student=str(tmp_path)))
 
 
@@ -320,7 +320,7 @@ def test_a_model_whose_shapes_depend_on_values_cannot_be_planned(layout):
         return model
 
     with pytest.raises(CannotTrace, match="Qwen2ForCausalLM"):
-        trace_activations(read_config(layout.student), routed, 1, 16)
+        trace_activations(load_config(layout.student), routed, 1, 16)
 
 
 @pytest.mark.gpu
@@ -349,10 +349,10 @@ def test_the_plan_is_within_ten_percent_of_a_gpus_peak(kind, checkpointing, tmp_
         checkpointing=checkpointing,
     )
     dtype = getattr(torch, settings.dtype)
-    student = AutoModelForCausalLM.from_config(read_config(layout.student), dtype=dtype).cuda()
+    student = AutoModelForCausalLM.from_config(load_config(layout.student), dtype=dtype).cuda()
     if kind == "lora":
         student = get_peft_model(student, lora_config(settings, None))
-    teacher = AutoModelForCausalLM.from_config(read_config(layout.teacher), dtype=torch.bfloat16)
+    teacher = AutoModelForCausalLM.from_config(load_config(layout.teacher), dtype=torch.bfloat16)
     teacher.cuda().eval().requires_grad_(False)
     backbone_only(teacher)
     return_loss(causal_lm(student))
