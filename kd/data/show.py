@@ -56,9 +56,12 @@ def write_summary(output_dir: str, rows: TokenisedRows, heldout: TokenisedRows |
 
 
 def log_lengths(rows: TokenisedRows, folder: str) -> None:
-    """Write TensorBoard histograms of the lengths of documents and rows to `folder`."""
+    """Write TensorBoard histograms of the lengths of documents and rows to `folder`.
+
+    TensorBoard sorts its pages by tag: these tags come after eval/ and train/.
+    """
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     with SummaryWriter(folder) as writer:
-        writer.add_histogram("data/document_tokens", rows.document_lengths, 0)
-        writer.add_histogram("data/row_tokens", np.array(rows.lengths), 0)
+        writer.add_histogram("training_data/document_tokens", rows.document_lengths, 0)
+        writer.add_histogram("training_data/row_tokens", np.array(rows.lengths), 0)

@@ -124,9 +124,11 @@ def train(trainer: DistillationTrainer, run: Run) -> dict[str, float]:
 def finish(trainer: DistillationTrainer, run: Run, metrics: dict[str, float]) -> None:
     """Collective: evaluate, save the model and mark the run as done; or report a `--check`.
 
-    Raises ValueError if the loss of a `--check` did not fall.
+    Raises ValueError if the run ended in steps without a finite loss, if a weight is not finite, or
+    if the loss of a `--check` did not fall.
     """
     training = run.recipe.training
+    trainer.non_finite.check_end()
     if training.check:
         print_rank0(report_check(trainer.state.log_history, metrics["train_runtime"]))
         return

@@ -24,7 +24,6 @@ TRAINING_KEYS = [
     "bf16",
     "fp16",
     "gradient_checkpointing",
-    "output_dir",
 ]
 
 
@@ -46,10 +45,11 @@ def open_writer(trainer: Trainer, folder: str, checkpoint: str | None) -> None:
             )
 
 
-def write_hparams(folder: str, recipe: dict[str, Any], metrics: dict[str, float]) -> None:
-    """Add the finished run to the page that compares runs: its settings and its final metrics.
+def write_hparams(folder: str, recipe: dict[str, Any]) -> None:
+    """Add the finished run to the page that compares runs: its settings beside its curves' ends.
 
-    The metrics carry the tags of their curves, but add no points to them.
+    At first, TensorBoard shows five settings (those that differ between runs, then the others in
+    alphabetical order) and five curves, held-out ones first.
     """
     settings = {
         key: value
@@ -58,11 +58,9 @@ def write_hparams(folder: str, recipe: dict[str, Any], metrics: dict[str, float]
         and isinstance(value, bool | int | float | str)
         and len(str(value)) < 100  # a list of data sources is no column
     }
-    final = {
-        f"eval/{name.removeprefix('eval_')}": value
-        for name, value in metrics.items()
-        if name.startswith("eval_")
-    } or {"train/loss": metrics["train_loss"]}
+    # `hparams` also declares the columns of an experiment. TensorBoard takes such columns from one
+    # run and does not look for differences, so they are left out and it finds them in all runs.
+    _, *session = hparams(settings, {})
     with SummaryWriter(folder) as writer:
-        for summary in hparams(settings, final):
+        for summary in session:
             writer._get_file_writer().add_summary(summary)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from slurm_cluster import free_ports
 from small import small_rows
 
 from kd.recipe import as_flags
+from kd.training.tensorboard import write_hparams
 
 pytestmark = pytest.mark.slow
 STEPS = 16
@@ -31,7 +33,10 @@ def browser_installed() -> None:
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> Path:
-    """A distillation with two processes, killed after step 6 of 16 and resumed."""
+    """A distillation with two processes, killed after step 6 of 16 and resumed, and its sibling.
+
+    The sibling has other settings and no curves.
+    """
     folder = tmp_path_factory.mktemp("runs")
     for name, rows in (("rows", small_rows(64)), ("heldout", small_rows(6))):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -55,6 +60,9 @@ def runs(models, tmp_path_factory) -> Path:
     again = start(*command)
     assert "resuming from" in again.stdout, again.stdout[-4000:]
     assert (folder / "distill" / "done.json").exists(), again.stdout[-4000:]
+    recipe = json.loads((folder / "distill" / "run.json").read_text())["recipe"]
+    other = recipe | {"soft_weight": 0.75, "temperature": 3.0}
+    write_hparams(str(folder / "sibling" / "tensorboard"), other)
     return folder
 
 
@@ -125,7 +133,8 @@ def tags(address: str) -> set[str]:
 
 
 def steps_of(address: str, tag: str) -> list[int]:
-    (run,) = get(address, "plugin/scalars/tags") or [""]
+    runs = get(address, "plugin/scalars/tags")
+    (run,) = [run for run, tags in runs.items() if tags] or [""]
     points = get(address, f"plugin/scalars/scalars?run={run}&tag={tag}")
     return [step for _, step, _ in points]
 
@@ -154,8 +163,12 @@ def test_a_browser_shows_the_layout_the_curves_the_samples_and_the_settings(
         driver.get(f"{address}/#custom_scalars")
         text_with(driver, "Read this first", "loss and its two terms", "held out", "Speed")
         driver.get(f"{address}/#timeseries")
-        text_with(driver, "train/divergence", "train/top1_agreement", "eval/divergence")
+        text = text_with(driver, "eval /cross_entropy", "eval /divergence", "training_data")
+        cards = re.findall(r"(\w+) /(\w+)", text)
+        assert cards[:2] == [("eval", "cross_entropy"), ("eval", "divergence")], text[:3000]
+        assert re.search(r"eval \d+ cards.*train \d+ cards.*training_data \d+ cards", text), text
         driver.get(f"{address}/#text")
         text_with(driver, "eval/samples", "teacher", "student", "beginning")
         driver.get(f"{address}/#hparams")
-        text_with(driver, "soft_weight", "learning_rate", "eval/divergence")
+        text = text_with(driver, "soft_weight", "learning_rate", "eval/divergence")
+        assert "Hyperparameters soft_weight temperature" in text, text[:3000]  # those that differ

@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import pytest
 from jobs.step_metrics import WORK
 from processes import start
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context
 from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
@@ -77,12 +81,23 @@ def test_steps_repeated_after_a_checkpoint_show_once_with_their_new_values(
     assert logged(tmp_path) == {"train/loss": expected}
 
 
-def test_final_metrics_carry_the_tags_of_their_curves_and_add_no_points(tmp_path):
-    recipe = {"learning_rate": 1e-4, "student": "s", "data": "x" * 200, "dataloader_num_workers": 2}
-    metrics = {"train_loss": 3.0, "eval_loss": 2.0, "eval_top1_agreement": 0.5}
-    write_hparams(str(tmp_path), recipe, metrics)
-    assert logged(tmp_path) == {}
-    contents = EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
-    page = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
-    assert {metric.name.tag for metric in page.metric_infos} == {"eval/loss", "eval/top1_agreement"}
-    assert {column.name for column in page.hparam_infos} == {"learning_rate", "student"}
+def test_hparams_start_with_the_settings_that_differ_and_with_held_out_figures(tmp_path):
+    """As TensorBoard's own backend reads the folders of two runs."""
+    recipe = {"beta": 0.5, "learning_rate": 1e-4, "data": "x" * 200, "dataloader_num_workers": 2}
+    for run, rate in (("one", 1e-4), ("two", 2e-4)):
+        with SummaryWriter(tmp_path / run) as writer:
+            for tag in ("train/loss", "eval/loss", "eval/divergence"):
+                writer.add_scalar(tag, 1.0, 1)
+        write_hparams(str(tmp_path / run), recipe | {"learning_rate": rate})
+        assert len(logged(tmp_path / run)["eval/loss"]) == 1  # no points were added
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = MultiplexerDataProvider(runs, str(tmp_path))
+    backend, context = Context(TBContext(data_provider=provider)), RequestContext()
+    found = backend.hparams_metadata(context, "")
+    page = backend.experiment_from_metadata(context, "", True, found, [])
+    assert [(info.name, info.differs) for info in page.hparam_infos] == [
+        ("learning_rate", True),
+        ("beta", False),
+    ]
+    tags = [metric.name.tag for metric in page.metric_infos]
+    assert tags == ["eval/divergence", "eval/loss", "train/loss"]
