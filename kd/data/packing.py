@@ -8,12 +8,13 @@ block-diagonal mask from that.
 
 import bisect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import Sampler
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -176,6 +177,46 @@ class GroupedByLength(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+class FilledUp(Sequence):
+    """Rows, then as many blank ones, which have no target, as make the length a multiple.
+
+    All ranks need equally many batches. A prepared DataLoader would repeat rows to get there, and
+    the repeated rows would count twice.
+    """
+
+    def __init__(self, rows: Sequence[list[EncodedRow]], multiple: int) -> None:
+        self.rows = rows
+        self.blank = [EncodedRow(rows[0][0].input_ids[:1], np.zeros(1, np.bool_))]
+        self.length = len(rows) + -len(rows) % multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> list[EncodedRow]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.rows[i] if i < len(self.rows) else self.blank
+
+
+class FilledUpOrder(Sampler[int]):
+    """The order of a sampler of the real rows, then the blank rows.
+
+    Asks for the `epoch` itself. Accelerate does not pass it on to the sampler of a run that several
+    ranks resume within an epoch; they would go on in the order of epoch 0.
+    """
+
+    def __init__(self, sampler: Sampler[int], rows: FilledUp, epoch: Callable[[], int]) -> None:
+        self.sampler, self.rows, self.epoch = sampler, rows, epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.epoch = self.epoch()
+        yield from self.sampler
+        yield from range(len(self.rows.rows), len(self.rows))
 
 
 def padding_share(

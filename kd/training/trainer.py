@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from kd.data.encoding import EncodedRow
-from kd.data.packing import ON_POLICY, GroupedByLength, by_length
+from kd.data.packing import ON_POLICY, FilledUp, FilledUpOrder, GroupedByLength, by_length
 from kd.data.workers import Workers
 from kd.distributed import all_sum
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
@@ -31,6 +32,7 @@ from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoints.checkpoint import write_checkpoint
+from kd.training.console import Console
 from kd.training.non_finite import NonFinite
 from kd.training.on_policy import OnPolicyRows
 from kd.training.rank_sync import RankSync
@@ -60,6 +62,7 @@ class DistillationTrainer(Trainer):
         **kw,
     ):
         super().__init__(*args, **kw)
+        self.console = Console.instead_of_theirs(self)
         self.run_identity = run_identity or {}
         self.objective = objective
         self.hidden = hidden
@@ -198,6 +201,7 @@ class DistillationTrainer(Trainer):
         quiet = not self.is_world_process_zero() or self.args.disable_tqdm
         batches = self.heldout_batches(eval_dataset)
         teacher_outputs = self.teacher_outputs_of(batches)
+        self.console.close_bar()
         for batch in tqdm(batches, desc="held-out rows", leave=False, disable=quiet):
             inputs = self._prepare_inputs(batch)
             sums += self.run_student(model, inputs, next(teacher_outputs))["metrics"]
@@ -215,39 +219,44 @@ class DistillationTrainer(Trainer):
         )
         return metrics
 
-    def _get_train_sampler(self, train_dataset=None):
-        """Trainer's; with group_by_length, one whose order depends on seed and epoch alone."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        lengths = (train_dataset or self.train_dataset).lengths
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(step, lengths, seed)
+    def _get_train_sampler(self, train_dataset: FilledUp) -> FilledUpOrder:
+        """An order of the rows that depends on seed and epoch alone, and not on the ranks."""
+        args, rows = self.args, train_dataset.rows
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.train_sampling_strategy == "group_by_length":
+            step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            order = GroupedByLength(step, rows.lengths, seed)
+        elif args.train_sampling_strategy == "random":
+            order = SeedableRandomSampler(rows, data_seed=seed)
+        else:
+            order = super()._get_train_sampler(rows)
+        return FilledUpOrder(order, train_dataset, lambda: int(self.state.epoch or 0))
 
     def heldout_batches(self, rows: list[list[EncodedRow]] | None = None) -> list[dict]:
-        """This rank's batches: every row once, and equally many batches on every rank.
-
-        A prepared DataLoader would repeat rows to give every rank equally many; here rows without a
-        target fill the gap.
-        """
+        """This rank's batches: every row once, and equally many batches on every rank."""
         rows = sorted(rows or self.eval_dataset, key=lambda documents: sum(map(len, documents)))
         ranks, size = self.args.world_size, self.args.per_device_eval_batch_size
-        blank = [rows[0][0].without_targets()]
-        rows = rows + [blank] * (-len(rows) % ranks)
-        mine = rows[self.args.process_index :: ranks]
+        mine = list(FilledUp(rows, ranks))[self.args.process_index :: ranks]
         return [self.data_collator(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's, with workers that ignore the signals sent to the whole job."""
-        loader = super().get_train_dataloader()
-        if self.args.dataloader_num_workers:
+        """Trainer's, filled up with blank rows; its workers ignore signals to the whole job."""
+        args = self.args
+        size = self._train_batch_size
+        alone = args.world_size == 1 or args.dataloader_drop_last
+        rows = FilledUp(self.train_dataset, 1 if alone else size * args.world_size)
+        loader = self._get_dataloader(
+            rows, "Training", size, self._get_train_sampler, is_training=True
+        )
+        if args.dataloader_num_workers:
             # Accelerate iterates over the loader that it wraps, and copies the wrapper on a resume.
             for each in (loader, loader.base_dataloader):
                 each.multiprocessing_context = Workers()
         return loader
 
     def _save_checkpoint(self, model, trial) -> None:
-        write_checkpoint(self, self.run_identity)
+        if self.non_finite.allows_checkpoint():
+            write_checkpoint(self, self.run_identity)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the model, its generation_config and, separately, the hidden-state projections."""

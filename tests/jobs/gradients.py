@@ -27,7 +27,7 @@ from kd.models.heads import causal_lm
 from kd.models.load import load_trained
 from kd.run.exit import leave
 from kd.settings.distillation import OWN_BASE, ModelSettings, Objective, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import RunArguments, training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
@@ -59,6 +59,17 @@ class Cell:
     steps: int = 1
     blank: bool = False  # add as many rows without targets, so that some micro-batches have none
     hidden: str = ""  # cosine or mse: add this hidden-state loss, through projections
+    rows: int = ROWS
+    epochs: int = 0  # instead of `steps`
+    strategy: str = "random"
+
+
+class Rows(list):
+    """Rows of one document each."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for (row,) in self]
 
 
 class Recorder(DistillationTrainer):
@@ -156,8 +167,8 @@ def make_teacher(work: Path, cell: Cell, device: torch.device, student) -> LiveT
     return teacher
 
 
-def training_settings(work: Path, cell: Cell) -> TrainingSettings:
-    return TrainingSettings(
+def training_settings(work: Path, cell: Cell) -> RunArguments:
+    return training_arguments(
         output_dir=str(work / "out"),
         per_device_train_batch_size=cell.micro,
         gradient_accumulation_steps=cell.accumulation,
@@ -165,7 +176,9 @@ def training_settings(work: Path, cell: Cell) -> TrainingSettings:
         optim="sgd",  # does not amplify rounding errors in later steps
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_steps=cell.steps,
+        max_steps=-1 if cell.epochs else cell.steps,
+        num_train_epochs=cell.epochs or 1,
+        train_sampling_strategy=cell.strategy,
         logging_steps=1,
         report_to=["none"],
         save_strategy="no",
@@ -180,7 +193,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     tokenizer = load_tokenizer(str(work / "student"))
-    rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512)
+    rows, _ = encode_rows(small_rows(cell.rows), tokenizer, 512)
     if cell.blank:
         rows += [row.without_targets() for row in rows]
     args = training_settings(work, cell)
@@ -188,7 +201,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     trainer = Recorder(
         model=student,
         args=args,
-        train_dataset=pack(rows, 200) if cell.packed else [[row] for row in rows],
+        train_dataset=pack(rows, 200) if cell.packed else Rows([row] for row in rows),
         data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=cell.padding),
         processing_class=tokenizer,
         objective=Objective(**OBJECTIVE),
@@ -208,6 +221,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     return {
         "gradients": trainer.found,
         "losses": logged,
+        "weights": torch.cat(weights),
         "weights of ranks": digests,
         "gathers": trainer.gathers,
         "passes": trainer.passes,

@@ -39,6 +39,20 @@ SPLITS = {
         Cell("2x2x2 zero3 lora, sharded teacher", ZERO3, 2, 2, mode="lora", teacher="sharded"),
     ],
 }
+EPOCHS = {  # the rows of an epoch divide neither by the global batch nor by a round of the ranks
+    1: [
+        Cell("31 rows, 1x4x2", micro=4, accumulation=2, rows=31, epochs=2),
+        Cell("25 rows, 1x4x2", micro=4, accumulation=2, rows=25, epochs=2),
+        Cell("25 grouped rows, 1x4x2", "ddp", 4, 2, rows=25, epochs=2, strategy="group_by_length"),
+    ],
+    2: [
+        Cell("31 rows, 2x2x2", micro=2, accumulation=2, rows=31, epochs=2),
+        Cell("25 rows, 2x2x2", micro=2, accumulation=2, rows=25, epochs=2),
+        Cell("25 rows, 2x2x2 zero2", ZERO2, 2, 2, rows=25, epochs=2, teacher="sharded"),
+        Cell("25 rows, 2x2x2 zero3", ZERO3, 2, 2, rows=25, epochs=2, teacher="sharded"),
+        Cell("25 grouped rows, 2x2x2", "ddp", 2, 2, rows=25, epochs=2, strategy="group_by_length"),
+    ],
+}
 LAYOUTS = [
     Cell(
         f"{engine[-10:-5] or engine} {mode} {student} checkpointing={checkpointing}",
@@ -100,7 +114,7 @@ LAYOUTS += MATRIX + PASSES + SELF_DISTILLATION
 def work(models):
     """Run all cells, on one rank and on two; return the folder with their results."""
     save_small(models / "untied", tie_word_embeddings=False)
-    for ranks, cells in ((1, SPLITS[1]), (2, SPLITS[2] + LAYOUTS)):
+    for ranks, cells in ((1, SPLITS[1] + EPOCHS[1]), (2, SPLITS[2] + EPOCHS[2] + LAYOUTS)):
         (models / "cells.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
         job = start("torchrun", "--nproc-per-node", ranks, "tests/jobs/gradients.py", models)
         assert all((models / f"{c.name}.pt").exists() for c in cells), job.stdout[-6000:]
@@ -180,6 +194,20 @@ def test_fault_1_accumulation_ranks_padding_and_packing_do_not_change_gradients(
         torch.load(work / f"{name}.pt")["gradients"] for name in (cell.name, reference)
     )
     check_equal(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("cell", EPOCHS[2], ids=lambda cell: cell.name)
+def test_whole_epochs_do_not_depend_on_the_ranks_although_rows_do_not_divide(work, cell):
+    """The last step of an epoch has blank rows; with 25 rows, one rank has nothing else."""
+    one = f"{cell.name.split(',')[0]}, 1x4x2"
+    found, expected = (torch.load(work / f"{name}.pt") for name in (cell.name, one))
+    assert len(found["losses"]) == len(expected["losses"]) == 8
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        check_equal(ours, theirs, 1e-5)
+    if cell.engine != ZERO3:
+        change = (found["weights"] - expected["weights"]).norm()
+        assert change < 1e-6 * expected["weights"].norm()
 
 
 @pytest.fixture(scope="module")
