@@ -117,10 +117,13 @@ def handle_interrupts() -> None:
 
 def report(error: Exception) -> int:
     """Print what the ranks have not told yet and return the exit code of the first that failed."""
-    _, first = error.get_first_failure()
+    number, first = error.get_first_failure()
     if first.exitcode == MISTAKE:
         for line in mistakes(error.failures):
             print(line, file=sys.stderr, flush=True)
+    elif isinstance(first.message, dict):  # it has printed its traceback
+        told = f"rank {number} failed first, with exit code {first.exitcode}: see its traceback"
+        print(told, file=sys.stderr, flush=True)
     elif not first.exitcode > 128:  # Ctrl-C, or a signal after which the state was saved
         print(error, file=sys.stderr, flush=True)
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kd.credentials import without_credentials
-from kd.distributed import barrier, is_initialized, rank, rank_prefix
+from kd.distributed import barrier, is_initialized, rank, rank_prefix, world_size
 from kd.run.folder_lock import release_locks
 from kd.run.launcher import check_launcher, prints_mistakes
 from kd.run.outcome import Stopped, report_outcome
@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     """
     exit_with_launcher()
     prefix = rank_prefix()
+    print_start()
     try:
         check_launcher()
         main()
@@ -64,6 +65,14 @@ def run(main: Callable[[], None]) -> None:
     if rank() == 0:
         report_outcome("done")
     leave(0)
+
+
+def print_start() -> None:
+    """Say on rank 0 what was started: models and libraries take seconds to load."""
+    if "--config" in sys.argv[:-1] and rank() == 0:
+        recipe = sys.argv[sys.argv.index("--config") + 1]
+        processes = f"{world_size()} processes" if world_size() > 1 else "one process"
+        print(f"{sys.argv[0]}: reading {recipe}, {processes}", file=sys.stderr, flush=True)
 
 
 def write_launcher_error(error: Exception, text: str) -> None:
