@@ -36,7 +36,7 @@ from kd.data.tokenised_rows import TokenisedRows
 from kd.data.workers import MIN_BATCHES
 from kd.recipe import parse, setting
 from kd.settings.distillation import Objective
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.training.trainer import DistillationTrainer
 
 MODEL = "data/quickstart/student"
@@ -262,7 +262,7 @@ def share_of_a_step(path: str, work: str, steps: int) -> dict:
     ).packed(256)
     trainer = DistillationTrainer(
         model=AutoModelForCausalLM.from_pretrained(MODEL),
-        args=TrainingSettings(
+        args=training_arguments(
             output_dir=f"{work}/out",
             global_batch_size=BATCH,
             max_steps=steps,

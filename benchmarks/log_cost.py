@@ -22,6 +22,7 @@ from kd.data.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.tensorboard import open_writer
 from kd.training.trainer import DistillationTrainer
@@ -89,7 +90,7 @@ def seconds_of_training(settings: BenchmarkSettings, logged: bool) -> tuple[floa
 
 
 def make_trainer(settings: BenchmarkSettings, logged: bool, folder: str) -> DistillationTrainer:
-    training = TrainingSettings(
+    training = training_arguments(
         output_dir=folder,
         global_batch_size=settings.rows,
         max_steps=settings.steps,

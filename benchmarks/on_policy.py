@@ -39,7 +39,7 @@ from kd.losses.metrics import REPORTED
 from kd.recipe import parse, setting
 from kd.run.run_record import commit
 from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.on_policy import OnPolicyRows
 from kd.training.rollouts import RolloutGenerator
@@ -181,7 +181,7 @@ def make_trainer(
     generator = RolloutGenerator(model, settings, tokenizer)
     return DistillationTrainer(
         model=model,
-        args=TrainingSettings(
+        args=training_arguments(
             output_dir=folder,
             global_batch_size=rows,
             max_per_device_train_batch_size=rows,

@@ -26,7 +26,7 @@ from kd.planning.layout import Layout
 from kd.recipe import setting
 from kd.run.exit import leave
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import RunArguments, training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
 
@@ -95,7 +95,7 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
     unset_hf_deepspeed_config()  # left by the previous layout
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     student_json, teacher_json = json_files(work, cell)
-    training = TrainingSettings(
+    training = training_arguments(
         output_dir=str(work / "out"),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=cell.accumulation,
@@ -167,7 +167,7 @@ def json_files(work: Path, cell: Cell) -> tuple[str | None, str]:
 
 def make_trainer(
     work: Path,
-    training: TrainingSettings,
+    training: RunArguments,
     model: ModelSettings,
     teacher: TeacherSettings | None,
     calls: "Collectives",

@@ -22,7 +22,7 @@ from kd.models.load import load_trained
 from kd.planning.device_rates import matrix_rate
 from kd.planning.throughput import operations_per_token
 from kd.recipe import as_flags
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import RunArguments
 from kd.settings.training_recipe import parse_distillation, parse_sft
 from kd.training.resume import find_resume_point
 from kd.training.run_plan import Run, plan_run
@@ -78,6 +78,7 @@ def prepared(case: Case, folder: str, steps: int) -> Run:
         recipe = parse_distillation(argv=as_flags(flags | {"student": f"{folder}/student"}))
     else:
         recipe, _ = parse_sft(argv=as_flags(flags | {"model": f"{folder}/student"}))
+    recipe = recipe.with_arguments()
     tokenizers, resume = load_tokenizers(recipe), find_resume_point(recipe)
     return plan_run(recipe, tokenizers, load_rows(recipe, tokenizers, resume), resume)
 
@@ -122,7 +123,7 @@ def rows_for_trl(folder: str):
     return Dataset.from_json(f"{folder}/rows.jsonl", cache_dir=f"{folder}/datasets")
 
 
-def shared(case: Case, training: TrainingSettings) -> dict[str, Any]:
+def shared(case: Case, training: RunArguments) -> dict[str, Any]:
     """Arguments of TRL's trainers that make their run equal to ours."""
     names = ["output_dir", "per_device_train_batch_size", "gradient_accumulation_steps"]
     names += ["learning_rate", "lr_scheduler_type", "train_sampling_strategy", "bf16", "seed"]

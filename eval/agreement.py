@@ -13,13 +13,6 @@ front, the processes share the batches.
 from pathlib import Path
 
 from kd.distributed import print_rank0
-from kd.evaluation.agreement import (
-    agreement_result,
-    agreement_text,
-    measure_against_teacher,
-    write_perplexities,
-)
-from kd.evaluation.results import write_result
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import AgreementSettings, EvaluationSettings
@@ -27,6 +20,15 @@ from kd.settings.evaluation import AgreementSettings, EvaluationSettings
 
 def main() -> None:
     settings, agreement = parse(EvaluationSettings, AgreementSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.agreement import (
+        agreement_result,
+        agreement_text,
+        measure_against_teacher,
+        write_perplexities,
+    )
+    from kd.evaluation.results import write_result
+
     out_dir = Path(agreement.out_dir)
     teacher = {agreement.teacher_name: agreement.teacher}
     if agreement.teacher_name in settings.named_models:

@@ -11,12 +11,6 @@ OUT_DIR/open_answers/NAME.json, and the input files for eval/judge.py to OUT_DIR
 from pathlib import Path
 
 from kd.data.sources import load_rows
-from kd.evaluation.answers import (
-    answer_prompts,
-    select_prompts_with_references,
-    write_jsonl,
-    write_judge_files,
-)
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import AnswerSettings, EvaluationSettings
@@ -24,6 +18,14 @@ from kd.settings.evaluation import AnswerSettings, EvaluationSettings
 
 def main() -> None:
     settings, answering = parse(EvaluationSettings, AnswerSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.answers import (
+        answer_prompts,
+        select_prompts_with_references,
+        write_jsonl,
+        write_judge_files,
+    )
+
     raw = load_rows(settings.sources, settings.mixture_seed)
     rows = select_prompts_with_references(raw, answering.count)
     answers = {

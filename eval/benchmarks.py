@@ -11,15 +11,6 @@ with random few-shot examples then draw other examples.
 """
 
 from kd.distributed import print_rank0, start_gloo
-from kd.evaluation.harness import (
-    SharedModel,
-    benchmark_text,
-    missing_benchmarks,
-    prepare_tasks,
-    run_task,
-)
-from kd.evaluation.models import model_for, tokenizer_for
-from kd.evaluation.results import write_result
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import BenchmarkSettings, ModelSelection
@@ -27,6 +18,17 @@ from kd.settings.evaluation import BenchmarkSettings, ModelSelection
 
 def main() -> None:
     selection, settings = parse(ModelSelection, BenchmarkSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.harness import (
+        SharedModel,
+        benchmark_text,
+        missing_benchmarks,
+        prepare_tasks,
+        run_task,
+    )
+    from kd.evaluation.models import model_for, tokenizer_for
+    from kd.evaluation.results import write_result
+
     start_gloo()
     missing = missing_benchmarks(selection, settings)
     if not missing:

@@ -8,13 +8,6 @@ rerun requests only what is missing. Results of different judges are not compara
 """
 
 from kd.distributed import rank, start_gloo
-from kd.evaluation.judge.judge_record import describe_judgements, print_result
-from kd.evaluation.judge.judge_requests import open_client, request_missing
-from kd.evaluation.judge.judge_results import summarize
-from kd.evaluation.judge.judged_answers import collect_answers
-from kd.evaluation.judge.judgements import make_judge, plan_judgements
-from kd.evaluation.judge.questions import read_difficulties, read_questions, read_references
-from kd.evaluation.results import write_result
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.judge import JudgeSettings
@@ -22,6 +15,15 @@ from kd.settings.judge import JudgeSettings
 
 def main() -> None:
     (settings,) = parse(JudgeSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.judge.judge_record import describe_judgements, print_result
+    from kd.evaluation.judge.judge_requests import open_client, request_missing
+    from kd.evaluation.judge.judge_results import summarize
+    from kd.evaluation.judge.judged_answers import collect_answers
+    from kd.evaluation.judge.judgements import make_judge, plan_judgements
+    from kd.evaluation.judge.questions import read_difficulties, read_questions, read_references
+    from kd.evaluation.results import write_result
+
     questions = read_questions(settings.questions)
     references = read_references(settings.references, questions)
     judge = make_judge(settings, questions)

@@ -12,16 +12,6 @@ With a launch file in front, the processes share the batches.
 from pathlib import Path
 
 from kd.distributed import print_rank0, start_gloo
-from kd.evaluation.likelihood import make_batches, row_sums
-from kd.evaluation.models import model_for, tokenizer_for
-from kd.evaluation.results import (
-    describe,
-    is_measured,
-    likelihood_result,
-    likelihood_text,
-    write_result,
-)
-from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import EvaluationSettings, PerplexitySettings
@@ -29,6 +19,18 @@ from kd.settings.evaluation import EvaluationSettings, PerplexitySettings
 
 def main() -> None:
     settings, perplexity = parse(EvaluationSettings, PerplexitySettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.likelihood import make_batches, row_sums
+    from kd.evaluation.models import model_for, tokenizer_for
+    from kd.evaluation.results import (
+        describe,
+        is_measured,
+        likelihood_result,
+        likelihood_text,
+        write_result,
+    )
+    from kd.evaluation.rows import encode_heldout, load_sources, rows_hash
+
     raw = load_sources(settings.sources, settings.mixture_seed)
     start_gloo()
     for name, path in settings.named_models.items():

@@ -11,13 +11,6 @@ with the same numbers, and the plots.
 import json
 from pathlib import Path
 
-from kd.evaluation.report.comparison import compare, measure
-from kd.evaluation.report.overview import group_models, overview, seed_tests
-from kd.evaluation.report.plots import draw_plots, find_histories
-from kd.evaluation.report.report import read_samples, render, report_json
-from kd.evaluation.report.result_table import read_results
-from kd.evaluation.report.tables import plain_table, summary_rows
-from kd.evaluation.results import write_text
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import ReportSettings
@@ -25,6 +18,15 @@ from kd.settings.evaluation import ReportSettings
 
 def main() -> None:
     (settings,) = parse(ReportSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.report.comparison import compare, measure
+    from kd.evaluation.report.overview import group_models, overview, seed_tests
+    from kd.evaluation.report.plots import draw_plots, find_histories
+    from kd.evaluation.report.report import read_samples, render, report_json
+    from kd.evaluation.report.result_table import read_results
+    from kd.evaluation.report.tables import plain_table, summary_rows
+    from kd.evaluation.results import write_text
+
     samples = read_samples(settings.samples)
     results = read_results(settings.results)
     groups = group_models(results, settings.runs, settings.teacher, settings.start)

@@ -9,9 +9,6 @@ memory is measured on a GPU only. Timings hold for this machine while nothing el
 
 from pathlib import Path
 
-from kd.evaluation.models import model_for, tokenizer_for
-from kd.evaluation.results import describe_model, is_measured, write_result
-from kd.evaluation.speed import machine, speed_result, speed_text
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import ModelSelection, SpeedSettings
@@ -19,6 +16,11 @@ from kd.settings.evaluation import ModelSelection, SpeedSettings
 
 def main() -> None:
     selection, settings = parse(ModelSelection, SpeedSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.models import model_for, tokenizer_for
+    from kd.evaluation.results import describe_model, is_measured, write_result
+    from kd.evaluation.speed import machine, speed_result, speed_text
+
     tokenizers = {name: tokenizer_for(selection, p) for name, p in selection.named_models.items()}
     vocab_size = min(map(len, tokenizers.values()))  # so that all models get the same prompts
     for name, path in selection.named_models.items():

@@ -13,10 +13,6 @@ import math
 from pathlib import Path
 
 from kd.distributed import print_rank0
-from kd.evaluation.agreement import agreement_result, measure_against_teacher
-from kd.evaluation.results import write_result
-from kd.models.sharding import checkpoint_folder
-from kd.models.tensor_files import TensorFiles
 from kd.recipe import parse
 from kd.run.exit import run
 from kd.settings.evaluation import EvaluationSettings, TeacherCostSettings
@@ -24,6 +20,10 @@ from kd.settings.evaluation import EvaluationSettings, TeacherCostSettings
 
 def main() -> None:
     settings, cost = parse(EvaluationSettings, TeacherCostSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.evaluation.agreement import agreement_result, measure_against_teacher
+    from kd.evaluation.results import write_result
+
     folder = Path(cost.out_dir) / "teacher_cost"
     for measured in measure_against_teacher(settings, cost.teacher, folder):
         result = agreement_result(measured.rows, measured.sums)
@@ -37,6 +37,9 @@ def main() -> None:
 
 
 def stored_bytes(path: str) -> int:
+    from kd.models.sharding import checkpoint_folder
+    from kd.models.tensor_files import TensorFiles
+
     return TensorFiles(checkpoint_folder(path)).total_bytes
 
 

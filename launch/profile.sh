@@ -60,7 +60,9 @@ case ${script#"$repository/"} in
     train/generate.py) flags=("${generate_flags[@]}") ;;
     *) flags=() ;;
 esac
-# The profile's flags come first, so that those of the command line override them.
+# The profile's flags come first and end with --profile_end: those of the command line override them, but no key may be
+# given twice on the command line itself.
+[[ ${#flags[@]} == 0 ]] || flags+=(--profile_end)
 command=("${launcher[@]}" "$script" "${flags[@]}" "$@")
 if [[ -n $dry_run ]]; then printf '%q ' "${command[@]}"; echo; exit; fi
 [[ -z ${start[*]} ]] || echo "$0: starting ${NUM_PROCESSES:-$processes} processes of $script" >&2

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 from processes import ROOT
-from transformers import HfArgumentParser
+
+from kd.recipe import parser
 
 
 class ParsedCommandLine(Exception):
@@ -24,26 +25,24 @@ def definitions(script: str) -> dict:
 
 
 def parse_only(script: str, flags: list[str], settings: bool = False):
-    """What the script's parser returns: its flags, or with `settings` its dataclasses.
+    """What the script's parser returns: its values by key, or with `settings` its dataclasses.
 
     Flags and recipe are read as in a real run; the dataclasses are also validated.
     """
     main = definitions(script)["main"]
-    parse_args = argparse.ArgumentParser.parse_args
-    to_settings = HfArgumentParser.parse_args_into_dataclasses
+    build, parse_args = parser.build, argparse.ArgumentParser.parse_args
 
-    def stop(self, args=None, namespace=None, **_):
+    def stop(groups, values):
+        raise ParsedCommandLine(build(groups, values) if settings else values)
+
+    def stop_another(self, args=None, namespace=None):  # scripts that have a parser of their own
         raise ParsedCommandLine(parse_args(self, args, namespace))
-
-    def stop_with_settings(self, args=None, **options):
-        raise ParsedCommandLine(to_settings(self, args, **options))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", [script, *flags])
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        hook = stop_with_settings if settings else stop
-        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", hook)
+        patch.setattr(parser, "build", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop_another)
         with pytest.raises(ParsedCommandLine) as parsed:
             main()
     return parsed.value.args[0]

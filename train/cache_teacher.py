@@ -3,15 +3,11 @@
 launch/cpu.sh train/cache_teacher.py --config recipes/small/d_distill.yaml --teacher_cache runs/small/cache
 """  # noqa: E501
 
+from kd.data.sources import check_sources
 from kd.distributed import print_rank0
 from kd.run.exit import run as run_script
+from kd.run.folder_lock import lock_folder
 from kd.settings.training_recipe import parse_distillation
-from kd.teachers.cache_error import print_cache_error
-from kd.teachers.scoring import describe, fill_cache
-from kd.training.recipe_checks import check_scoring
-from kd.training.run_plan import plan_scoring
-from kd.training.tokenizers import load_scoring_tokenizer
-from kd.training.training_rows import load_documents
 
 
 def main() -> None:
@@ -19,7 +15,18 @@ def main() -> None:
 
     Run the same command again to continue an interrupted run.
     """
-    recipe = parse_distillation(description=__doc__, on_policy=False)
+    recipe = parse_distillation(description=__doc__, on_policy=False, check_sources=check_sources)
+    if recipe.teacher.teacher_cache:  # otherwise check_scoring asks for it
+        lock_folder("teacher_cache", recipe.teacher.teacher_cache)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.teachers.cache_error import print_cache_error
+    from kd.teachers.scoring import describe, fill_cache
+    from kd.training.recipe_checks import check_scoring
+    from kd.training.run_plan import plan_scoring
+    from kd.training.tokenizers import load_scoring_tokenizer
+    from kd.training.training_rows import load_documents
+
+    recipe = recipe.with_arguments()
     check_scoring(recipe)
     tokenizer, manifest = load_scoring_tokenizer(recipe)
     documents = load_documents(recipe, tokenizer)

@@ -3,27 +3,30 @@
 launch/cpu.sh train/generate.py --config recipes/small/a_answers.yaml
 """
 
-from kd.data.near_duplicates import Overlap
 from kd.data.sources import check_sources
 from kd.distributed import rank, start_gloo
-from kd.generation.answering import answer_missing
-from kd.generation.decontamination import evaluation_texts
-from kd.generation.filters import training_rows
-from kd.generation.prompts import select_prompts
-from kd.generation.rewards import score_missing
-from kd.generation.run_generation import finish_run, print_plan, start_run
-from kd.generation.sampling import plan_samples
-from kd.recipe import parse
+from kd.recipe import all_mistakes, attempt, parse
 from kd.run.exit import run
 from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
 
 
 def main() -> None:
-    settings, server, filters = parse(
-        GenerationSettings, ServerSettings, FilterSettings, description=__doc__
-    )
-    check_sources(settings.sources)
-    check_sources(filters.evaluation_sources)
+    with all_mistakes():
+        settings, server, filters = parse(
+            GenerationSettings, ServerSettings, FilterSettings, description=__doc__
+        )
+        for source in [*settings.sources, *filters.evaluation_sources]:
+            attempt(check_sources, [source])
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.data.near_duplicates import Overlap
+    from kd.generation.answering import answer_missing
+    from kd.generation.decontamination import evaluation_texts
+    from kd.generation.filters import training_rows
+    from kd.generation.prompts import select_prompts
+    from kd.generation.rewards import score_missing
+    from kd.generation.run_generation import finish_run, print_plan, start_run
+    from kd.generation.sampling import plan_samples
+
     evaluation = Overlap(evaluation_texts(filters.evaluation_sources, settings.mixture_seed))
     prompts = select_prompts(settings, filters, evaluation)
     samples = plan_samples(prompts, settings, served=server.server is not None)

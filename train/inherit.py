@@ -10,18 +10,26 @@ least. To name the layers instead, use --layers 0 2 5.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kd.data.sources import check_sources
-from kd.data.tokenizer import load_tokenizer
 from kd.distributed import device
-from kd.evaluation.influence import MEASURED_CHOICES, choose_by_influence, text_batches
-from kd.models.frozen import load_frozen
-from kd.models.inherit import CHOICES, check_keep, check_layers, inherit, parent_config
-from kd.recipe import parse, parse_json_list, require_given, setting
-from kd.run.exit import is_done, mark_done, run
-from kd.run.run_record import write_record
+from kd.recipe import (
+    attempt,
+    check_ranges,
+    mistake,
+    parse,
+    parse_json_list,
+    require_given,
+    setting,
+)
+from kd.run.exit import run
+from kd.run.finished import finished_before, mark_done
+from kd.run.folder_lock import lock_folder
+from kd.run.run_record import recorded_settings, write_record
+
+MEASURED_CHOICES = ("angular", "angular_run", "perplexity")
 
 
 @dataclass
@@ -29,8 +37,8 @@ class InheritSettings:
     """The parent, and which of its layers the student gets."""
 
     parent: str = setting("", "Hub name or folder of the unquantized parent.")
-    layers: list[int] = setting([], "Layers to keep, counted from 0: 0 2 5.")
-    keep: int = setting(0, "Number of layers to keep; --choice decides which ones.")
+    layers: list[int] = setting([], "Layers to keep, counted from 0: 0 2 5.", least=0)
+    keep: int = setting(0, "Number of layers to keep; --choice decides which ones.", least=0)
     choice: Literal["even", "first", "last", "angular", "angular_run", "perplexity"] = setting(
         "even", "How to choose the layers; angular, angular_run and perplexity measure on --data."
     )
@@ -38,37 +46,43 @@ class InheritSettings:
         "", "JSON list of sources for a measured choice: [{path, split, count, ...}, ...]."
     )
     mixture_seed: int = setting(0, "Seed that draws the rows of data.")
-    max_length: int = setting(512, "Maximum number of tokens per measured row.")
-    tokens: int = setting(20_000, "Maximum number of measured tokens, over all sources of data.")
-    batch_size: int = setting(8, "Rows per forward pass; results do not depend on it.")
+    max_length: int = setting(512, "Maximum number of tokens per measured row.", least=2)
+    tokens: int = setting(
+        20_000, "Maximum number of measured tokens, over all sources of data.", least=2
+    )
+    batch_size: int = setting(8, "Rows per forward pass; results do not depend on it.", least=1)
     output_dir: str = setting("", "Folder of the student.")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require_given(self, "parent", "output_dir")
         if bool(self.layers) == bool(self.keep):
             found = "both" if self.layers else "neither"
-            raise ValueError(
-                f"layers, keep: {found} given; wanted one: --layers 0 2 5, or --keep 3"
-            )
+            mistake(f"layers, keep: {found} given; wanted one: --layers 0 2 5, or --keep 3")
         self.sources = parse_json_list("data", self.data)
         measured = not self.layers and self.choice in MEASURED_CHOICES
-        if measured != bool(self.sources):
-            raise ValueError(
-                f"choice: {self.choice} is measured on text; give data"
-                if measured
-                else "data: given, but nothing is measured on it; wanted keep with a choice of "
+        if measured and not self.sources:
+            mistake(f"choice: {self.choice} is measured on text; give data")
+        if self.sources and not measured:
+            mistake(
+                "data: given, but nothing is measured on it; wanted keep with a choice of "
                 + ", ".join(MEASURED_CHOICES)
             )
-        check_sources(self.sources)
-        if self.max_length < 2 or self.tokens < 2 or self.batch_size < 1:
-            raise ValueError("max_length, tokens: wanted 2 or more; batch_size: 1 or more")
+        for source in self.sources:
+            attempt(check_sources, [source])
 
 
 def main() -> None:
     (settings,) = parse(InheritSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.data.tokenizer import load_tokenizer
+    from kd.models.frozen import load_frozen
+    from kd.models.inherit import inherit
+
     depth = check_parent_and_layers(settings)
-    if is_done(settings.output_dir):
-        print(f"{settings.output_dir} is finished already; remove it to build it again")
+    lock_folder("output_dir", settings.output_dir)
+    earlier = recorded_settings(settings.output_dir)
+    if finished_before(settings.output_dir, earlier, asdict(settings), free=("batch_size",)):
         return
     tokenizer = load_tokenizer(settings.parent)
     parent = load_frozen(settings.parent, device=device() if settings.sources else "cpu")
@@ -86,6 +100,8 @@ def main() -> None:
 
 def check_parent_and_layers(settings: InheritSettings) -> int:
     """The parent's number of layers. Raises ValueError before any weights are loaded."""
+    from kd.models.inherit import check_keep, check_layers, parent_config
+
     depth = parent_config(settings.parent).num_hidden_layers
     if settings.layers:
         check_layers(settings.layers, depth)
@@ -96,6 +112,9 @@ def check_parent_and_layers(settings: InheritSettings) -> int:
 
 def choose_layers(settings: InheritSettings, parent, tokenizer) -> tuple[list[int], dict]:
     """The layers to keep, and the measurements that chose them."""
+    from kd.evaluation.influence import choose_by_influence, text_batches
+    from kd.models.inherit import CHOICES
+
     if settings.layers:
         return settings.layers, {}
     if settings.choice in CHOICES:

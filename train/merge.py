@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from kd.data.sources import check_sources
-from kd.data.tokenizer import generation_config
-from kd.evaluation.merged import four_bit_difference
-from kd.models.adapters import model_tokenizer
-from kd.models.card import model_card, read_run
-from kd.models.gguf import check_llama_cpp, compare_gguf, write_gguf
-from kd.models.merging import check_lora, check_unquantized, merge_adapter, merged_before
-from kd.recipe import parse, parse_json_list, require_given, setting
-from kd.run.exit import mark_done, run
+from kd.recipe import check_ranges, parse, parse_json_list, require_given, setting
+from kd.run.exit import run
+from kd.run.finished import done_settings, finished_before, mark_done
+from kd.run.folder_lock import lock_folder
 
 
 @dataclass
@@ -45,7 +41,7 @@ class MergeSettings:
         None,
         "JSON list of sources for the comparison; by default the run's held-out or training data.",
     )
-    compared_rows: int = setting(16, "Rows of each source in the comparison.")
+    compared_rows: int = setting(16, "Rows of each source in the comparison.", least=1)
     llama_cpp: str | None = setting(
         None, "Folder with convert_hf_to_gguf.py; if given, a GGUF file is written as well."
     )
@@ -55,7 +51,19 @@ class MergeSettings:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require_given(self, "adapter", "output_dir", hint="wanted a folder")
+        parse_json_list("data", self.data)
+
+    def read_adapter(self) -> None:
+        """Fill in what the adapter's folder says: its base, its run and the rows to compare on.
+
+        Raises ValueError if it is not the folder of a LoRA adapter.
+        """
+        from kd.models.card import read_run
+        from kd.models.gguf import check_llama_cpp
+        from kd.models.merging import check_lora
+
         adapter_base = check_lora(self.adapter, self.output_dir)
         self.base = self.base or adapter_base
         if self.llama_cpp:
@@ -71,9 +79,16 @@ class MergeSettings:
 
 def main() -> None:
     (settings,) = parse(MergeSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.data.tokenizer import generation_config
+    from kd.models.adapters import model_tokenizer
+    from kd.models.card import model_card
+    from kd.models.merging import check_unquantized, merge_adapter
+
+    settings.read_adapter()
     out = Path(settings.output_dir)
-    if merged_before(settings.output_dir, asdict(settings)):
-        print(f"{out} is finished already; remove it to merge again")
+    lock_folder("output_dir", settings.output_dir)
+    if finished_before(settings.output_dir, done_settings(out), asdict(settings)):
         return
     check_unquantized(settings.base)
     tokenizer = model_tokenizer(settings.adapter, settings.base)
@@ -91,6 +106,9 @@ def main() -> None:
 
 def measure(settings: MergeSettings, model, tokenizer) -> dict[str, dict]:
     """Compare the merged model with the trained one, and write and compare the GGUF file."""
+    from kd.evaluation.merged import four_bit_difference
+    from kd.models.gguf import compare_gguf, write_gguf
+
     measured: dict[str, dict] = {}
     if settings.quantization == "nf4":
         data = (settings.sources, settings.compared_rows)

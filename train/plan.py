@@ -9,16 +9,18 @@ for the processes and GPUs of the profile (GPU_MEMORY_GB=40 for smaller GPUs).
 import json
 from pathlib import Path
 
-from kd.planning.disk import describe_disk, disk_bytes
-from kd.planning.fitting import fit, layout_of
 from kd.planning.plan_recipe import parse_plan, planned_rates
-from kd.planning.run_length import count_rows, describe_run
-from kd.planning.throughput import duration
 from kd.run.exit import run
 
 
 def main() -> None:
     settings, recipe, machine = parse_plan(description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.planning.disk import describe_disk, disk_bytes
+    from kd.planning.fitting import fit, layout_of
+    from kd.planning.run_length import count_rows, describe_run
+    from kd.planning.throughput import duration
+
     training, data = recipe.training, recipe.data
     plan = fit(layout_of(recipe, data.max_length, machine), training.micro_batch_given)
     print(plan)

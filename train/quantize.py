@@ -9,10 +9,10 @@ continues after the last complete file.
 
 from dataclasses import asdict, dataclass
 
-from kd.data.tokenizer import load_tokenizer
-from kd.models.awq_writer import choose_linears, open_unquantized, write_config, write_tensors
-from kd.recipe import parse, require_given, setting
-from kd.run.exit import is_done, mark_done, run
+from kd.recipe import check_ranges, parse, require_given, setting
+from kd.run.exit import run
+from kd.run.finished import done_settings, finished_before, mark_done
+from kd.run.folder_lock import lock_folder
 
 
 @dataclass
@@ -21,23 +21,28 @@ class QuantizeSettings:
 
     model: str = setting("", "Hub name or folder of the unquantized model.")
     output_dir: str = setting("", "Folder of the AWQ checkpoint.")
-    group_size: int = setting(128, "Number of inputs that share one scale and one zero point.")
+    group_size: int = setting(
+        128, "Number of inputs that share one scale and one zero point.", least=1
+    )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require_given(self, "model", "output_dir")
-        if self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size}; wanted 1 or more (128, for example)")
 
 
 def main() -> None:
     (settings,) = parse(QuantizeSettings, description=__doc__)
+    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.data.tokenizer import load_tokenizer
+    from kd.models.awq_writer import choose_linears, open_unquantized, write_config, write_tensors
+
     out = settings.output_dir
     config, files = open_unquantized(settings.model)
     packed, skipped = choose_linears(config, files, settings.group_size)
-    write_config(out, settings.model, files.folder, settings.group_size, skipped)
-    if is_done(out):
-        print(f"{out} is finished already; remove it to quantize again")
+    lock_folder("output_dir", out)
+    if finished_before(out, done_settings(out), asdict(settings)):
         return
+    write_config(out, settings.model, files.folder, settings.group_size, skipped)
     size = write_tensors(out, files, packed, settings.group_size)
     load_tokenizer(settings.model).save_pretrained(out)
     mark_done(out, asdict(settings) | {"bytes": size})

@@ -26,7 +26,6 @@ from kd.evaluation.likelihood import Batch, as_backbone, exact_head, target_hidd
 
 # angular removes the layers with the smallest distances, angular_run the run of layers with the
 # smallest distance, perplexity the layers that perplexity needs least.
-MEASURED_CHOICES = ("angular", "angular_run", "perplexity")
 ENCODED_ROWS = 32  # rows that are encoded at once
 
 
@@ -174,7 +173,9 @@ def greedy_removal(
 def choose_by_influence(
     choice: str, model: PreTrainedModel, batches: list[Batch], vocab_size: int, keep: int
 ) -> tuple[list[int], dict]:
-    """Choose the `keep` layers with the most influence; `choice` is one of MEASURED_CHOICES.
+    """Choose the `keep` layers with the most influence.
+
+    `choice` is angular, angular_run or perplexity.
 
     Returns:
         The layers in increasing order, and the measurements that chose them.

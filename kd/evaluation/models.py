@@ -23,7 +23,7 @@ def tokenizer_for(settings: ModelSelection, path: str) -> PreTrainedTokenizerBas
 
 def model_for(settings: ModelSelection, path: str) -> PreTrainedModel:
     """Load a model on the device of this rank, in the data type of the settings."""
-    return load_model(path, settings.dtype, settings.attn_implementation, device())
+    return load_model(path, settings.weights_dtype, settings.attn_implementation, device())
 
 
 def load_model(path: str, dtype: str, attn_implementation: str, device: str) -> PreTrainedModel:

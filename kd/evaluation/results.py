@@ -48,7 +48,7 @@ def describe_model(
     return {
         "model": path,
         "model_files_hash": fingerprint(path),
-        "dtype": settings.dtype,
+        "dtype": settings.weights_dtype,
         "device": settings.device,
         "attn_implementation": settings.attn_implementation,
         "vocabulary_hash": text_hash(json.dumps(sorted(tokenizer.get_vocab().items()))),

@@ -3,14 +3,19 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
 
-from kd.planning.device_rates import Rates, measure_rates
-from kd.planning.layout import GIB
-from kd.planning.machine import Machine, available_memory
-from kd.recipe import parse, require_file, require_given, setting
+from kd.recipe import (
+    all_mistakes,
+    check_ranges,
+    mistake,
+    parse,
+    require_file,
+    require_given,
+    setting,
+)
 from kd.settings.distillation import (
     WANTED_MODEL,
     DataSettings,
@@ -21,6 +26,10 @@ from kd.settings.distillation import (
 )
 from kd.settings.training import TrainingSettings
 from kd.settings.training_recipe import Recipe
+
+if TYPE_CHECKING:  # a mistake in the recipe is told before torch is imported, which takes seconds
+    from kd.planning.device_rates import Rates
+    from kd.planning.machine import Machine
 
 
 @dataclass
@@ -35,20 +44,25 @@ class PlanSettings:
         "DeepSpeed JSON. Default: one process without DeepSpeed.",
     )
     num_processes: int | None = setting(
-        None, "Number of processes; overrides the one in accelerate_config."
+        None, "Number of processes; overrides the one in accelerate_config.", least=1
     )
     rows: int | None = setting(
-        None, "Number of training rows. Needed only if the recipe does not state it."
+        None, "Number of training rows. Needed only if the recipe does not state it.", least=1
     )
     tflops: float | None = setting(
-        None, "Rate of matrix products of a GPU, in 1e12 operations per second."
+        None, "Rate of matrix products of a GPU, in 1e12 operations per second.", above=0
     )
-    memory_gb_s: float | None = setting(None, "Memory rate of a GPU, in 1e9 bytes per second.")
+    memory_gb_s: float | None = setting(
+        None, "Memory rate of a GPU, in 1e9 bytes per second.", above=0
+    )
     link_gb_s: float = setting(
-        10.0, "Rate at which a process sends to the others, in 1e9 bytes per second."
+        10.0, "Rate at which a process sends to the others, in 1e9 bytes per second.", above=0
     )
     efficiency: float = setting(
-        0.5, "Share of the rate of matrix products that a training step is assumed to reach."
+        0.5,
+        "Share of the rate of matrix products that a training step is assumed to reach.",
+        above=0,
+        most=1,
     )
     measure: bool = setting(
         False, "Measure the rates of matrix products and memory on the present device."
@@ -56,10 +70,9 @@ class PlanSettings:
     json: str | None = setting(None, "JSON file to write the plan to.")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if bool(self.model) == bool(self.student):
-            raise ValueError(
-                "model, student: wanted exactly one, as in train/sft.py or train/distill.py"
-            )
+            mistake("model, student: wanted exactly one, as in train/sft.py or train/distill.py")
         require_file("accelerate_config", self.accelerate_config)
 
 
@@ -74,36 +87,42 @@ class PlannedTeacher(TeacherSettings):
 
 @dataclass
 class PlannedTraining(TrainingSettings):
-    """TrainingSettings without Transformers' checks, which require the GPUs of the profile."""
+    """TrainingSettings whose batch is derived later, for the processes of the profile."""
 
     def __post_init__(self) -> None:
-        pass
+        self.check_keys()
 
 
-def parse_plan(description: str) -> tuple[PlanSettings, Recipe, Machine]:
+def parse_plan(description: str) -> tuple[PlanSettings, Recipe, "Machine"]:
     """Parse the command line of train/plan.py. Raises ValueError for mistakes in the recipe."""
-    settings, teacher, objective, on_policy, model, data, training = parse(
-        PlanSettings,
-        PlannedTeacher,
-        Objective,
-        OnPolicySettings,
-        ModelSettings,
-        DataSettings,
-        PlannedTraining,
-        description=description,
-    )
-    name = settings.student or settings.model
-    if settings.student and not teacher.teacher_cache:
-        require_given(teacher, "teacher", hint=WANTED_MODEL)
+    with all_mistakes():
+        settings, teacher, objective, on_policy, model, data, training = parse(
+            PlanSettings,
+            PlannedTeacher,
+            Objective,
+            OnPolicySettings,
+            ModelSettings,
+            DataSettings,
+            PlannedTraining,
+            description=description,
+        )
+        if settings.student and not teacher.teacher_cache:
+            require_given(teacher, "teacher", hint=WANTED_MODEL)
     machine = planned_machine(settings, training)
     training.settle_batch(machine.processes)
+    name = settings.student or settings.model
     distillation = (teacher, objective, on_policy) if settings.student else ()
     recipe = Recipe(name, model, data, training, *distillation, deepspeed=machine.zero is not None)
     return settings, recipe, machine
 
 
-def planned_machine(settings: PlanSettings, training: TrainingSettings) -> Machine:
+def planned_machine(settings: PlanSettings, training: TrainingSettings) -> "Machine":
     """The machine of a launch profile. Raises ValueError if a GPU's memory is unknown."""
+    import torch
+
+    from kd.planning.layout import GIB
+    from kd.planning.machine import Machine, available_memory
+
     config = {"num_processes": 1, "use_cpu": bool(training.use_cpu)}
     if settings.accelerate_config:
         config |= yaml.safe_load(Path(settings.accelerate_config).read_text())
@@ -123,8 +142,12 @@ def planned_machine(settings: PlanSettings, training: TrainingSettings) -> Machi
     return Machine(processes, "cuda", memory * GIB, zero, per_machine)
 
 
-def planned_rates(settings: PlanSettings, training: TrainingSettings, device: str) -> Rates:
+def planned_rates(settings: PlanSettings, training: TrainingSettings, device: str) -> "Rates":
     """The rates given, or measured here. Raises ValueError if there is no GPU to measure."""
+    import torch
+
+    from kd.planning.device_rates import Rates, measure_rates
+
     if settings.measure or not (settings.tflops and settings.memory_gb_s):
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(

@@ -5,9 +5,7 @@ The keys of the optimization are in kd/settings/training.py; all of them togethe
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from kd.recipe import (
     parse_json_list,
@@ -17,6 +15,9 @@ from kd.recipe import (
     require_least,
     setting,
 )
+
+if TYPE_CHECKING:  # settings are checked before torch is imported, which takes seconds
+    from torch import Tensor
 
 Divergence = Literal[
     "forward_kl",
@@ -206,7 +207,7 @@ class Objective:
             return {"weight": self.jensen_shannon_weight}
         return {"skew": self.skew} if self.divergence.startswith("skew_") else {}
 
-    def total(self, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
+    def total(self, divergence: "Tensor", cross_entropy: "Tensor") -> "Tensor":
         """Combine the two terms, each of any one shape; `divergence` includes its scale.
 
         A term of weight 0 is left out: multiplied by 0, an infinite one would make the loss NaN.

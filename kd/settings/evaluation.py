@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from kd.distributed import default_dtype
+from kd.distributed import default_dtype, device
 from kd.recipe import (
     parse_json_list,
     parse_json_object,
@@ -45,9 +43,16 @@ class ModelSelection:
         self.named_models = parse_models(self.models)
         require_least(self, batch_size=1)
         require_file("chat_template", self.chat_template)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.dtype == "auto":
-            self.dtype = default_dtype()
+
+    @property
+    def device(self) -> str:
+        """The kind of device of this process: cuda or cpu."""
+        return device().split(":")[0]
+
+    @property
+    def weights_dtype(self) -> str:
+        """The data type of the weights, with auto resolved for this machine."""
+        return default_dtype() if self.dtype == "auto" else self.dtype
 
 
 @dataclass

@@ -91,6 +91,9 @@ class JudgeSettings:
             raise ValueError(f"baseline: {self.baseline}; wanted one of {', '.join(names)}")
         if self.server is None:
             check_path("judge", self.judge)
-        if self.dtype == "auto":
-            self.dtype = default_dtype()
         self.folder = Path(self.out_dir) / "judge" / self.benchmark
+
+    @property
+    def weights_dtype(self) -> str:
+        """The data type of the weights, with auto resolved for this machine."""
+        return default_dtype() if self.dtype == "auto" else self.dtype

@@ -1,9 +1,11 @@
 """All settings of one training run as one object, parsed from a recipe file and flags."""
 
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kd.recipe import parse
+from kd.recipe import all_mistakes, attempt, mistake, parse
 from kd.settings.distillation import (
     OWN_BASE,
     DataSettings,
@@ -15,6 +17,9 @@ from kd.settings.distillation import (
     TeacherSettings,
 )
 from kd.settings.training import TrainingSettings
+
+if TYPE_CHECKING:  # Transformers takes seconds to import; mistakes are told before that
+    from kd.settings.training_arguments import RunArguments
 
 SFT = Objective(soft_weight=0.0)
 
@@ -29,7 +34,7 @@ class Recipe:
     model_name: str  # hub name or folder of the trained model
     model: ModelSettings  # with `dtype: auto` resolved
     data: DataSettings
-    training: TrainingSettings
+    training: "TrainingSettings | RunArguments"  # the latter from `with_arguments` on
     teacher: TeacherSettings | None = None
     objective: Objective = SFT
     on_policy: OnPolicySettings | None = None
@@ -37,8 +42,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.deepspeed is None:
-            self.deepspeed = getattr(self.training, "deepspeed_plugin", None) is not None
+            launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower()
+            self.deepspeed = bool(self.training.deepspeed) or launched in ("true", "1", "yes")
         self.model = resolve_dtype(self.model, self.training, self.deepspeed)
+
+    def with_arguments(self) -> "Recipe":
+        """The recipe with Transformers' TrainingArguments; it imports torch and Transformers."""
+        from kd.settings.training_arguments import RunArguments
+
+        return replace(self, training=RunArguments(self.training))
 
     @property
     def cached_teacher(self) -> bool:
@@ -84,7 +96,7 @@ def resolve_dtype(
         half = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
         dtype = "float32" if no_copy else half
     if no_copy and dtype != "float32":
-        raise ValueError(
+        mistake(
             f"dtype: {dtype} with every weight trained and no DeepSpeed: small updates are lost to "
             "rounding, because there is no float32 copy of the weights; set dtype: float32 (bf16: "
             "true still computes in bfloat16), or set lora_rank"
@@ -92,26 +104,46 @@ def resolve_dtype(
     return replace(model, dtype=dtype)
 
 
-def parse_sft(description: str = "", argv: list[str] | None = None) -> tuple[Recipe, int]:
+CheckSources = Callable[[list[dict]], None]  # kd.data.sources.check_sources, of a later room
+
+
+def parse_sft(
+    description: str = "", argv: list[str] | None = None, check_sources: CheckSources | None = None
+) -> tuple[Recipe, int]:
     """The recipe of train/sft.py, and the number of rows to print instead of training (0: train).
 
-    Raises ValueError for every mistake in the recipe or the flags.
+    Raises ValueError with a line for every mistake in the recipe and the flags.
     """
     kinds = (SftSettings, ModelSettings, DataSettings, TrainingSettings)
-    sft, *settings = parse(*kinds, argv=argv, description=description)
-    return Recipe(sft.model, *settings), sft.show_rows
+    with all_mistakes():
+        sft, *settings = parse(*kinds, argv=argv, description=description)
+        recipe = attempt(Recipe, sft.model, *settings)
+        check_data(settings[1], check_sources)
+    return recipe, sft.show_rows
 
 
 def parse_distillation(
-    description: str = "", argv: list[str] | None = None, on_policy: bool = True
+    description: str = "",
+    argv: list[str] | None = None,
+    on_policy: bool = True,
+    check_sources: CheckSources | None = None,
 ) -> Recipe:
     """The recipe of train/distill.py; without the on-policy keys, that of train/cache_teacher.py.
 
-    Raises ValueError for every mistake in the recipe or the flags.
+    Raises ValueError with a line for every mistake in the recipe and the flags.
     """
     kinds = (StudentSettings, TeacherSettings, Objective, ModelSettings, DataSettings)
     kinds += (TrainingSettings, OnPolicySettings) if on_policy else (TrainingSettings,)
-    student, teacher, objective, model, data, training, *rest = parse(
-        *kinds, argv=argv, description=description
-    )
-    return Recipe(student.student, model, data, training, teacher, objective, *rest)
+    with all_mistakes():
+        student, teacher, objective, model, data, training, *rest = parse(
+            *kinds, argv=argv, description=description
+        )
+        recipe = attempt(Recipe, student.student, model, data, training, teacher, objective, *rest)
+        check_data(data, check_sources)
+    return recipe
+
+
+def check_data(data: DataSettings, check_sources: CheckSources | None) -> None:
+    """Call `check_sources` on each source by itself, so that every wrong one is told."""
+    for source in [*data.sources, *data.eval_sources] if check_sources else []:
+        attempt(check_sources, [source])

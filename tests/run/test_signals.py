@@ -7,14 +7,14 @@ from accelerate import skip_first_batches
 from small import small_model
 
 from kd.settings.distillation import Objective
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.training.trainer import DistillationTrainer
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_workers_survive_sigterm(tokenizer, tmp_path, resumed):
     """Accelerate iterates over the loader that it wraps, and copies the wrapper on a resume."""
-    settings = TrainingSettings(
+    settings = training_arguments(
         output_dir=str(tmp_path),
         global_batch_size=2,
         use_cpu=True,

@@ -12,14 +12,14 @@ import time
 import psutil
 import pytest
 import torch
-from processes import ROOT, start
+from processes import ROOT, logged_steps, start
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
 from kd.data.tokenizer import load_tokenizer
 from kd.recipe import as_flags
 from kd.settings.distillation import DataSettings, ModelSettings, Objective, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.settings.training_recipe import Recipe
 from kd.training.out_of_memory import explain_out_of_memory
 from kd.training.stragglers import straggler
@@ -114,7 +114,7 @@ def test_a_slow_rank_is_reported_and_a_silent_one_ends_the_run(models, work, tmp
         stderr=subprocess.STDOUT,
     )
     printed = (tmp_path / "log").read_text
-    await_text(lambda: printed().count("'grad_norm'") > 3, job, printed)
+    await_text(lambda: logged_steps(printed()) > 3, job, printed)
     rank = next(p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1")
     end = time.monotonic() + 300
     while "rank 1 on" not in printed() and time.monotonic() < end:
@@ -123,8 +123,8 @@ def test_a_slow_rank_is_reported_and_a_silent_one_ends_the_run(models, work, tmp
         rank.resume()
         time.sleep(0.004)
     assert "rank 1 on" in printed() and "the others' time per token" in printed(), printed()
-    seen = printed().count("'grad_norm'")
-    await_text(lambda: printed().count("'grad_norm'") > seen + 2, job, printed)
+    seen = logged_steps(printed())
+    await_text(lambda: logged_steps(printed()) > seen + 2, job, printed)
     rank.send_signal(signal.SIGSTOP)
     assert job.wait(400) != 0
     last = printed().split("Root Cause (first observed failure)")[1]
@@ -156,7 +156,7 @@ def test_check_fails_if_the_loss_does_not_fall(models, work, tmp_path):
 
 
 def test_out_of_memory_lists_remedies_that_this_run_has_not_tried(tmp_path):
-    training = TrainingSettings(
+    training = training_arguments(
         output_dir=str(tmp_path), global_batch_size=8, use_cpu=True, report_to=["none"]
     )
     teacher = TeacherSettings(teacher="t", teacher_deepspeed="ds_configs/teacher_zero3.json")
@@ -176,7 +176,7 @@ def test_out_of_memory_lists_remedies_that_this_run_has_not_tried(tmp_path):
 
 
 def test_other_errors_pass_unchanged(tmp_path):
-    training = TrainingSettings(
+    training = training_arguments(
         output_dir=str(tmp_path), global_batch_size=8, use_cpu=True, report_to=["none"]
     )
     with (
@@ -188,7 +188,7 @@ def test_other_errors_pass_unchanged(tmp_path):
 
 @pytest.mark.gpu
 def test_out_of_memory_of_a_gpu_is_explained(tmp_path):
-    training = TrainingSettings(output_dir=str(tmp_path), global_batch_size=8, report_to=["none"])
+    training = training_arguments(output_dir=str(tmp_path), global_batch_size=8, report_to=["none"])
     with (
         pytest.raises(ValueError, match="out of memory on cuda"),
         explain_out_of_memory(Recipe("m", ModelSettings(), ROWS, training)),

@@ -24,7 +24,7 @@ from kd.planning.layout import Layout
 from kd.planning.memory import plan_training
 from kd.planning.throughput import duration
 from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.on_policy import OnPolicyRows, answer_starts, choose_rows, split_documents
 from kd.training.rollouts import RolloutGenerator
@@ -236,7 +236,7 @@ def trainer_of(student, teacher, tokenizer, rows, folder, settings, **objective)
     )
     return DistillationTrainer(
         model=student,
-        args=TrainingSettings(
+        args=training_arguments(
             output_dir=str(folder), global_batch_size=len(rows), use_cpu=True, report_to=["none"]
         ),
         train_dataset=[[row] for row in rows],

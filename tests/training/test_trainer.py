@@ -15,7 +15,7 @@ from kd.data.tokenizer import load_tokenizer
 from kd.losses.divergences import forward_kl
 from kd.recipe import as_flags
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
-from kd.settings.training import TrainingSettings
+from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
 
@@ -125,7 +125,7 @@ def test_no_value_is_read_from_the_device_between_two_logs(models, monkeypatch):
     )
     trainer = DistillationTrainer(
         model=student,
-        args=TrainingSettings(
+        args=training_arguments(
             output_dir=str(models / "out"), global_batch_size=4, use_cpu=True, report_to=["none"]
         ),
         train_dataset=[[row] for row in rows],

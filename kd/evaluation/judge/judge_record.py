@@ -35,7 +35,7 @@ def describe_judgements(
         "prompts_hash": digest(judge.prompts)[:16],
         "judgements_hash": digest(sorted(judgement.key for judgement in judgements))[:16],
         "max_new_tokens": settings.max_new_tokens if path else None,
-        "dtype": settings.dtype if path else None,
+        "dtype": settings.weights_dtype if path else None,
         "seed": settings.seed if path else None,
         "instruction_difficulty": settings.instruction_difficulty,
     }

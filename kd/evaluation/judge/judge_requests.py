@@ -48,7 +48,7 @@ def request_missing(
     )
     if missing:
         client = client or LocalJudge(
-            settings.judge, settings.dtype, device(), settings.judge_max_new_tokens
+            settings.judge, settings.weights_dtype, device(), settings.judge_max_new_tokens
         )
         with open(record_file(folder, STEM, 0), "a") as file:
 

@@ -59,7 +59,7 @@ def answer_questions(
     barrier()  # no rank appends before all have read
     mine = share_of([q for q in questions if keys[q.id] not in known])
     if mine:
-        engine = LocalEngine(path, settings.dtype, device(), settings.max_new_tokens)
+        engine = LocalEngine(path, settings.weights_dtype, device(), settings.max_new_tokens)
         batches = compose_batches(mine, settings.batch_size)
         with open(record_file(str(folder), name, rank()), "a") as file:
             for batch in tqdm(batches, desc=name, unit="batch", disable=rank() > 0):

@@ -1,0 +1,49 @@
+"""Transformers' TrainingArguments of a run, made from its settings once all checks have passed."""
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from kd.recipe import parse_json_object
+from kd.settings.training import BatchSizes, TrainingSettings
+
+JSON_KEYS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
+# Transformers' new names; it still reads the old ones, with a warning.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# The collator decides which columns the model gets; every trained weight gets a gradient.
+FIXED = {"remove_unused_columns": False, "ddp_find_unused_parameters": False}
+
+
+class RunArguments(BatchSizes, TrainingArguments):
+    """The TrainingArguments of a run, with the keys of `TrainingSettings` as attributes."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+        values = vars(settings) | FIXED
+        values |= {k: parse_json_object(k, values[k]) or None for k in JSON_KEYS}
+        # None stands for Transformers' own default.
+        theirs = {RENAMED.get(k, k): v for k, v in values.items() if k in known and v is not None}
+        vars(self).update({k: v for k, v in values.items() if k not in known})
+        self.settings = settings
+        TrainingArguments.__init__(self, **theirs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, as run.json and the checkpoints record it."""
+        sizes = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "per_device_eval_batch_size",
+        )
+        return self.settings.to_dict() | {name: getattr(self, name) for name in sizes}
+
+
+def training_arguments(**keys: Any) -> RunArguments:
+    """The arguments of a run with these keys of TrainingSettings.
+
+    Raises ValueError as TrainingSettings does.
+    """
+    return RunArguments(TrainingSettings(**keys))
