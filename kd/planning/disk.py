@@ -10,19 +10,25 @@ from kd.planning.model_states import state_bytes
 
 def disk_bytes(layout: Layout, checkpoints: int) -> dict[str, float]:
     """What the hub's cache and the output_dir hold at the end; `checkpoints` are kept."""
-    tensors = student_tensors(layout)
+    checkpoint, saved = checkpoint_bytes(layout)
     model = build(config_of(layout.student), torch.bfloat16)
     downloaded = sum(parameter.numel() for parameter in model.parameters())
+    parts = {"student from the hub": 2 * downloaded}
+    if layout.teacher:
+        parts["teacher from the hub"] = sum(tensor.bytes for tensor in teacher_tensors(layout))
+    parts[f"{checkpoints} checkpoints"] = checkpoints * checkpoint
+    return parts | {"the trained model": saved}
+
+
+def checkpoint_bytes(layout: Layout) -> tuple[float, float]:
+    """Bytes of a checkpoint, and of the trained model in it."""
+    tensors = student_tensors(layout)
     trained = sum(tensor.numel for tensor in tensors if tensor.trained)
     saved = sum(tensor.bytes for tensor in tensors if tensor.trained)
     optimizer = (4 + state_bytes(layout.optimizer)) * trained
     # DeepSpeed saves the module's trained weights in addition to its optimizer shards.
     module = saved if layout.stage else 0.0
-    parts = {"student from the hub": 2 * downloaded}
-    if layout.teacher:
-        parts["teacher from the hub"] = sum(tensor.bytes for tensor in teacher_tensors(layout))
-    parts[f"{checkpoints} checkpoints"] = checkpoints * (saved + optimizer + module)
-    return parts | {"the trained model": saved}
+    return saved + optimizer + module, saved
 
 
 def describe_disk(parts: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,12 +52,9 @@ def take(key: str, folder: Path, name: str) -> tuple[str, str]:
             "it, or give another folder",
             "",
         )
-    except FileExistsError:
-        return f"{key}: {name} is a file; wanted a folder to write to", ""
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            reason = error.strerror or str(error)
-            return f"{key}: cannot write to {name} ({reason}); wanted a writable folder", ""
+            return cannot_write(key, name, error), ""
         return "", (
             f"note: the file system of {name} has no locks ({error.strerror}); make sure that no "
             "other run writes to this folder"
@@ -88,6 +86,37 @@ def locked_file(path: Path) -> int:
                 raise BlockingIOError(*error.args) from error
             raise
         os.close(file)  # its owner removed the file between our open and our flock
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Create the folder that the setting `key` names. Raises ValueError if that is impossible.
+
+    A folder that exists need not be writable: it may hold all that is needed.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(cannot_write(key, folder, error)) from error
+
+
+def check_writable(key: str, folder: str | Path) -> None:
+    """Create the folder and a file in it on rank 0. Raises ValueError if that is impossible."""
+    if rank():
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(cannot_write(key, folder, error)) from error
+
+
+def cannot_write(key: str, folder: str | Path, error: OSError) -> str:
+    """The error message for a folder that cannot be created or written."""
+    if isinstance(error, FileExistsError):
+        return f"{key}: {folder} is a file; wanted a folder to write to"
+    reason = error.strerror or str(error)
+    return f"{key}: cannot write to {folder} ({reason}); wanted a folder that can be written"
 
 
 def holder(path: Path) -> str:

@@ -1,12 +1,17 @@
 """Handle steps without a finite loss or gradient: name their rows, skip a few, then end the run."""
 
+from pathlib import Path
+
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kd.distributed import rank_prefix
+from kd.distributed import all_gather, print_rank0, rank_prefix
+from kd.training.checkpoints.checkpoint import newest_name
 
 SHOWN_CHARACTERS = 60  # of a row that is named
+NAMED = "; the rows are named above"
 
 
 class NonFinite(TrainerCallback):
@@ -21,6 +26,15 @@ class NonFinite(TrainerCallback):
         self.noted: list[tuple[Tensor, Tensor]] = []  # ((B, T) ids, whether the loss is finite)
         self.in_a_row = 0
         self.update_skipped = False
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Collective: raise ValueError for a NaN or an infinity in a weight to be trained."""
+        name = non_finite_weight(self.trainer.model)
+        if name:
+            raise ValueError(
+                f"{name} has values that are NaN or infinite before the first step; wanted a model "
+                "with finite weights"
+            )
 
     def note(self, ids: Tensor, loss: Tensor) -> None:
         """Record on the device whether the scalar loss of a micro-batch, (B, T) ids, is finite."""
@@ -64,10 +78,14 @@ class NonFinite(TrainerCallback):
             )
         if not skipped:
             raise ValueError(
-                self.with_advice(f"the loss of step {step} is not finite, and it was not skipped")
+                self.with_advice(
+                    f"the loss of step {step} is not finite, and it was not skipped{NAMED}"
+                )
             )
         if self.in_a_row > self.limit:
-            raise ValueError(self.with_advice(f"{self.in_a_row} steps in a row were not finite"))
+            raise ValueError(
+                self.with_advice(f"{self.in_a_row} steps in a row were not finite{NAMED}")
+            )
         if args.process_index == 0:
             print(f"step {step} is skipped ({self.in_a_row} of {self.limit} in a row)", flush=True)
 
@@ -93,10 +111,63 @@ class NonFinite(TrainerCallback):
         length = min(len(row), len(ids))
         return torch.equal(row[:length], ids[:length])
 
+    def allows_checkpoint(self) -> bool:
+        """Collective: whether the last step was finite; only such a step is saved.
+
+        A run that resumed between skipped steps would not know how many there were. Raises
+        ValueError if a trained weight is not finite.
+        """
+        if self.in_a_row:
+            print_rank0(f"step {self.trainer.state.global_step} is not saved: it is not finite")
+            return False
+        self.check_weights()
+        return True
+
+    def check_end(self) -> None:
+        """Collective: raise ValueError if the run ended in skipped steps or its weights are bad."""
+        if self.in_a_row:
+            raise ValueError(
+                self.with_advice(
+                    f"the run has failed: its last {self.in_a_row} steps were not finite{NAMED}"
+                )
+            )
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Collective: raise ValueError if a trained weight is not finite."""
+        name = non_finite_weight(self.trainer.model)
+        if name:
+            problem = f"the run has failed: {name} has values that are NaN or infinite"
+            raise ValueError(self.with_advice(problem))
+
     def with_advice(self, problem: str) -> str:
         """The text of an error: the problem, what is still good, and remedies."""
+        output_dir = self.trainer.args.output_dir
         return (
-            f"{problem}; the rows are named above. The last checkpoint in "
-            f"{self.trainer.args.output_dir} is good. Lower learning_rate, use bf16 or float32 "
-            "instead of fp16, or remove these rows"
+            f"{problem}. The last good checkpoint in {output_dir}: "
+            f"{newest_name(Path(output_dir))}. Lower learning_rate, use bf16 or float32 instead of "
+            "fp16, or remove these rows"
         )
+
+
+@torch.no_grad()
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Collective: the name of a trained weight with a NaN or an infinity; None if all are finite.
+
+    Each rank reads only its own part of weights that ZeRO-3 shards.
+    """
+    trained = {name: own_part(p) for name, p in model.named_parameters() if p.requires_grad}
+    # aminmax needs no temporary tensor, and NaN wins in it.
+    ends = [torch.stack(part.aminmax()).float().cpu() for part in trained.values() if len(part)]
+    names = [name for name, part in trained.items() if len(part)]
+    bad = [name for name, pair in zip(names, ends, strict=True) if not pair.isfinite().all()]
+    return next((name for name in all_gather(bad[0] if bad else None) if name), None)
+
+
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """(n,): the values of a weight that this rank holds; all of them unless ZeRO-3 shards it."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter.detach().flatten()
+    start = shard.numel() * dist.get_rank(parameter.ds_process_group)
+    return shard.flatten()[: max(0, parameter.ds_numel - start)]  # the rest is padding

@@ -1,16 +1,25 @@
 """Find mistakes in a recipe from its settings and the models' configurations alone."""
 
+from pathlib import Path
+
 from kd.data.packing import check_packing
 from kd.data.sources import check_sources
+from kd.distributed import broadcast, rank
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
 from kd.models.load import check_attention
+from kd.planning.activations import CannotTrace
+from kd.planning.disk import checkpoint_bytes
+from kd.planning.fitting import layout_of
+from kd.planning.machine import present_machine
 from kd.pretrained import load_config
 from kd.settings.distillation import OWN_BASE
 from kd.settings.training_recipe import Recipe
 from kd.teachers.aligned_teacher import check_alignable
 from kd.teachers.fingerprint import NO_HIDDEN_STATES
+from kd.training.checkpoints.checkpoint import checkpoints
 from kd.training.on_policy import check_on_policy
+from kd.training.preflight import lack_of_disk
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -30,6 +39,29 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.data.packing:
         for name in names:
             check_packing(load_config(name), name)
+    check_disk(recipe)
+
+
+def check_disk(recipe: Recipe) -> None:
+    """Collective: raise ValueError if the disk has no room for two checkpoints and the model.
+
+    A full disk after the first checkpoint would cost the time of all later steps.
+    """
+    training = recipe.training
+    layout = layout_of(recipe, recipe.data.max_length, present_machine(training))
+    try:
+        checkpoint, model = checkpoint_bytes(layout)
+    except CannotTrace:
+        return  # the size of this model is not known before it is loaded
+    saves = training.save_strategy != "no"
+    size = (model if training.save_only_model else checkpoint) if saves else 0.0
+    problem = None
+    if rank() == 0:
+        present = len(checkpoints(Path(training.output_dir)))
+        problem = lack_of_disk(training.output_dir, size, model, present)
+    problem = broadcast(problem)
+    if problem:
+        raise ValueError(problem)
 
 
 def check_scoring(recipe: Recipe) -> None:

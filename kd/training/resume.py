@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.distributed import barrier, print_rank0, rank
+from kd.distributed import print_rank0, rank
 from kd.run.atomic import remove
 from kd.run.finished import changed_settings, finished_before, is_done
-from kd.run.folder_lock import LOCK, lock_folder
+from kd.run.folder_lock import LOCK
 from kd.run.run_record import recorded_settings
 from kd.run.signals import STOPPED
 from kd.settings.training_recipe import Recipe
@@ -35,17 +35,15 @@ class ResumePoint:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Collective: lock output_dir, and say whether it holds this run, finished.
+    """Whether output_dir holds this run, finished; tells so.
 
     A run that has only become longer is not finished, and a `--check` always starts again. Raises
-    ValueError if another process has the folder, or if it holds a finished run of other settings.
+    ValueError if the folder holds a finished run with other settings.
     """
     folder = recipe.training.output_dir
-    lock_folder("output_dir", folder)
     if recipe.training.check:
         if rank() == 0:
             clear(Path(folder))
-        barrier()
         return False
     found, wanted = recorded_settings(folder), recipe.to_dict()
     if is_done(folder) and is_longer(wanted, Path(folder)):
