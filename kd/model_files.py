@@ -182,7 +182,7 @@ def read_json(file: Path, remedy: str = "fetch it again") -> Any:
         raise ValueError(f"{file}: cannot be read as JSON ({error}); {remedy}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def first_line(error: BaseException, text: str | None = None) -> str:
+    """The type of an error and the first line of its text, or of `text`."""
+    lines = [line.strip() for line in (text or str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

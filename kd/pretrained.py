@@ -7,6 +7,7 @@ missing tensors with random numbers and goes on.
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from kd.model_files import (
     check_files,
     check_weights,
     first_line,
+    safetensors_header,
 )
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    # quantization_config=None would replace that of the files and read packed weights as others.
+    options = {key: value for key, value in options.items() if value is not None}
     gguf = options.get("gguf_file")
     found = check_files(name, *((gguf,) if gguf else (CONFIG,)))
     if not gguf:
@@ -116,15 +120,15 @@ def load_adapter(
     Raises ValueError that names tensors that the adapter lacks or that have no place in the model.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     check_files(name, ADAPTER_CONFIG)
     check_weights(name)
     base = set(model.state_dict())  # an adapter may repeat weights of its base
-    with one_line(name, "adapter"):
+    file = Path(name) / "adapter_model.safetensors"
+    stored = set(safetensors_header(file)[0]) if file.is_file() else None
+    with one_line(name, "adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below
         loaded = PeftModel.from_pretrained(model, name, torch_device=str(device))
-        file = Path(name) / "adapter_model.safetensors"
-        stored = set(load_file(file)) if file.is_file() else None
     if stored is not None:
         wanted = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         check_names(f"{name}: the adapter", wanted - stored, "lacks")
@@ -242,4 +246,6 @@ def one_line(name: str | Path, what: str) -> Iterator[None]:
                 f"{name}: its {what} needs code of its own (auto_map), which is never run here; "
                 "wanted an architecture of Transformers"
             ) from error
-        raise ValueError(f"{name}: cannot load its {what} ({first_line(error)})") from error
+        if "size mismatch" in text:  # the first line of PyTorch's list names no tensor
+            text = text[text.index("size mismatch") :]
+        raise ValueError(f"{name}: cannot load its {what} ({first_line(error, text)})") from error

@@ -22,6 +22,7 @@ from kd.losses.hidden import HiddenObjective, hidden_loss
 from kd.losses.metrics import BY_NAME, REPORTED, TOKEN_METRICS
 from kd.losses.sparse import SparseTeacherOutputs
 from kd.models.blocks import layer_states
+from kd.models.readout import scale_and_softcap
 from kd.settings.distillation import Objective
 
 
@@ -64,14 +65,14 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 def head_reader(model: PreTrainedModel, adapters: bool = True) -> Callable[[], Head]:
     """Return a function that reads the model's head; call it where ZeRO-3 has gathered the weight.
 
-    Scale and softcap come from the config, which is read once, because that is slow: Granite
-    divides its logits, Cohere multiplies them, Gemma 2 and 3 cap them. Without `adapters` the
+    Scale and softcap come from the config (Granite divides its logits, Cohere multiplies them,
+    Gemma 2 and 3 cap them) and are compared with the model's own forward. Without `adapters` the
     function reads the head of the base model.
+
+    Raises ValueError with the model type if the model computes its logits in another way.
     """
-    layer, settings = model.get_output_embeddings(), model.config.get_text_config().to_dict()
-    scale = settings.get("logit_scale") or 1.0
-    scale /= settings.get("logits_scaling") or 1.0
-    softcap = settings.get("final_logit_softcapping")
+    scale, softcap = scale_and_softcap(type(model), model.config)
+    layer = model.get_output_embeddings()
     # PEFT's wrapper for trained tokens exposes the weight with its rows replaced, but no bias.
     plain = layer.original_module if isinstance(layer, TrainableTokensWrapper) else layer
     weights = layer if adapters else plain

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from kd.data.tokenizer import generation_config, template_tokens, untrained_tokens
-from kd.pretrained import load_model
+from kd.models.quantized import quantization_format, quantization_settings
+from kd.pretrained import load_config, load_model
 from kd.settings.distillation import ModelSettings
 
 
@@ -25,6 +26,28 @@ def check_attention(implementation: str) -> None:
             f"attn_implementation: flash_attention_2 needs compute capability 8.0 or more, and "
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; set sdpa, which "
             "separates packed documents with a mask"
+        )
+
+
+def check_trainable(name: str, settings: ModelSettings) -> None:
+    """Raise ValueError if the model's weights are stored in a form that cannot be trained.
+
+    LoRA trains on 4-bit weights of bitsandbytes, which Transformers reads into the same layers as
+    `quantization: nf4`.
+    """
+    stored = quantization_settings(load_config(name))
+    if not stored:
+        return
+    found = quantization_format(stored)
+    if found != "bitsandbytes 4-bit":
+        raise ValueError(
+            f"{name}: found {found} weights, which cannot be trained; wanted the unquantized model "
+            "that they were made from (with quantization: nf4 and lora_rank, to train on 4 bits)"
+        )
+    if not settings.lora_rank:
+        raise ValueError(
+            f"{name}: found {found} weights, and without LoRA there is nothing to train; set "
+            "lora_rank (16, for example), or give the unquantized model"
         )
 
 

@@ -7,18 +7,15 @@ from kd.data.sources import check_sources
 from kd.distributed import broadcast, rank
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
-from kd.models.load import check_attention
+from kd.models.load import check_attention, check_trainable
+from kd.models.readout import check_head
 from kd.planning.activations import CannotTrace
 from kd.planning.disk import checkpoint_bytes
 from kd.planning.fitting import layout_of
 from kd.planning.machine import present_machine
 from kd.pretrained import load_config
-from kd.settings.distillation import OWN_BASE
 from kd.settings.training_recipe import Recipe
-from kd.teachers.aligned_teacher import check_alignable
-from kd.teachers.fingerprint import NO_HIDDEN_STATES
 from kd.training.checkpoints.checkpoint import checkpoints
-from kd.training.on_policy import check_on_policy
 from kd.training.preflight import lack_of_disk
 
 
@@ -27,18 +24,17 @@ def check_recipe(recipe: Recipe) -> None:
     check_sources(recipe.data.sources)
     check_sources(recipe.data.eval_sources)
     check_attention(recipe.model.attn_implementation)
-    if recipe.on_policy:
-        check_on_policy(recipe.on_policy, recipe.teacher, recipe.data)
-    if recipe.teacher and recipe.teacher.align_tokenizers:
-        check_alignable(recipe.teacher, recipe.objective)
     names, live = [recipe.model_name], recipe.live_teacher
     if live:
         check_teacher(live, recipe.model)
         hidden_objective(recipe)
         names.append(teacher_base(live, recipe.model_name))
-    if recipe.data.packing:
-        for name in names:
-            check_packing(load_config(name), name)
+    check_trainable(recipe.model_name, recipe.model)
+    for name in names:
+        config = load_config(name)
+        check_head(config, name)
+        if recipe.data.packing:
+            check_packing(config, name)
     check_disk(recipe)
 
 
@@ -62,24 +58,3 @@ def check_disk(recipe: Recipe) -> None:
     problem = broadcast(problem)
     if problem:
         raise ValueError(problem)
-
-
-def check_scoring(recipe: Recipe) -> None:
-    """Raise ValueError for settings of a teacher cache that cannot work."""
-    check_sources(recipe.data.sources)
-    check_sources(recipe.data.eval_sources)
-    teacher = recipe.teacher
-    for key in ("teacher", "teacher_cache"):
-        if not getattr(teacher, key):
-            raise ValueError(
-                f"{key}: not given; wanted the teacher, and the folder of its outputs (teacher, "
-                "teacher_cache)"
-            )
-    if teacher.align_tokenizers:
-        check_alignable(teacher, recipe.objective)
-    if teacher.teacher == OWN_BASE:
-        raise ValueError(
-            "teacher: self; wanted a model to score with: give the name of the student's base"
-        )
-    if recipe.objective.hidden_weight:
-        raise ValueError(NO_HIDDEN_STATES)
