@@ -254,6 +254,13 @@ class DistillationTrainer(Trainer):
                 each.multiprocessing_context = Workers()
         return loader
 
+    def _run_epoch(self, *args, **kw) -> None:
+        """Trainer's; it would train one step more if a run resumed from its last step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kw)
+        else:
+            self.control.should_training_stop = True
+
     def _save_checkpoint(self, model, trial) -> None:
         if self.non_finite.allows_checkpoint():
             write_checkpoint(self, self.run_identity)
