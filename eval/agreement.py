@@ -12,14 +12,17 @@ front, the processes share the batches.
 
 from pathlib import Path
 
+from kd.data.sources import check_sources
 from kd.distributed import print_rank0
-from kd.recipe import parse
+from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.settings.evaluation import AgreementSettings, EvaluationSettings
 
 
 def main() -> None:
-    settings, agreement = parse(EvaluationSettings, AgreementSettings, description=__doc__)
+    with all_mistakes():
+        settings, agreement = parse(EvaluationSettings, AgreementSettings, description=__doc__)
+        check_sources(settings.sources)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.agreement import (
         agreement_result,

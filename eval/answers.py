@@ -10,14 +10,16 @@ OUT_DIR/open_answers/NAME.json, and the input files for eval/judge.py to OUT_DIR
 
 from pathlib import Path
 
-from kd.data.sources import load_rows
-from kd.recipe import parse
+from kd.data.sources import check_sources, load_rows
+from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.settings.evaluation import AnswerSettings, EvaluationSettings
 
 
 def main() -> None:
-    settings, answering = parse(EvaluationSettings, AnswerSettings, description=__doc__)
+    with all_mistakes():
+        settings, answering = parse(EvaluationSettings, AnswerSettings, description=__doc__)
+        check_sources(settings.sources)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.answers import (
         answer_prompts,

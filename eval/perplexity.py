@@ -11,14 +11,17 @@ With a launch file in front, the processes share the batches.
 
 from pathlib import Path
 
+from kd.data.sources import check_sources
 from kd.distributed import print_rank0, start_gloo
-from kd.recipe import parse
+from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.settings.evaluation import EvaluationSettings, PerplexitySettings
 
 
 def main() -> None:
-    settings, perplexity = parse(EvaluationSettings, PerplexitySettings, description=__doc__)
+    with all_mistakes():
+        settings, perplexity = parse(EvaluationSettings, PerplexitySettings, description=__doc__)
+        check_sources(settings.sources)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.likelihood import make_batches, row_sums
     from kd.evaluation.models import model_for, tokenizer_for

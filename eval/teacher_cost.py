@@ -12,14 +12,17 @@ closer to the unquantized one than this.
 import math
 from pathlib import Path
 
+from kd.data.sources import check_sources
 from kd.distributed import print_rank0
-from kd.recipe import parse
+from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.settings.evaluation import EvaluationSettings, TeacherCostSettings
 
 
 def main() -> None:
-    settings, cost = parse(EvaluationSettings, TeacherCostSettings, description=__doc__)
+    with all_mistakes():
+        settings, cost = parse(EvaluationSettings, TeacherCostSettings, description=__doc__)
+        check_sources(settings.sources)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.agreement import agreement_result, measure_against_teacher
     from kd.evaluation.results import write_result

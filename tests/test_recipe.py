@@ -84,7 +84,7 @@ def test_wrong_flags_are_refused_with_the_reason(argv, message):
         (ModelSettings, {"train_template_tokens": True}, "lora_rank: 0"),
         (ModelSettings, {"chat_template": "no.jinja"}, "no file no.jinja"),
         (Objective, {"soft_weight": 1.5}, "wanted 0 to 1"),
-        (Objective, {"temperature": 0.0}, "wanted more than 0"),
+        (Objective, {"temperature": 0.0}, "wanted 0.001 to 1000"),
         (Objective, {"skew": 1.0}, "skew: 1.0; wanted more than 0 and less than 1"),
         (Objective, {"jensen_shannon_weight": 0.0}, "jensen_shannon_weight: 0.0; wanted"),
         (Objective, {"loss_workspace_mb": 16}, "wanted 128 or more"),

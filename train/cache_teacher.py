@@ -16,18 +16,15 @@ def main() -> None:
     Run the same command again to continue an interrupted run.
     """
     recipe = parse_distillation(description=__doc__, on_policy=False, check_sources=check_sources)
-    if recipe.teacher.teacher_cache:  # otherwise check_scoring asks for it
-        lock_folder("teacher_cache", recipe.teacher.teacher_cache)
+    lock_folder("teacher_cache", recipe.teacher.teacher_cache)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.teachers.cache_error import print_cache_error
     from kd.teachers.scoring import describe, fill_cache
-    from kd.training.recipe_checks import check_scoring
     from kd.training.run_plan import plan_scoring
     from kd.training.tokenizers import load_scoring_tokenizer
     from kd.training.training_rows import load_documents
 
     recipe = recipe.with_arguments()
-    check_scoring(recipe)
     tokenizer, manifest = load_scoring_tokenizer(recipe)
     documents = load_documents(recipe, tokenizer)
     plan_scoring(recipe, documents)

@@ -5,9 +5,10 @@ launch/cpu.sh train/generate.py --config recipes/small/a_answers.yaml
 
 from kd.data.sources import check_sources
 from kd.distributed import rank, start_gloo
-from kd.recipe import all_mistakes, attempt, parse
+from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
+from kd.settings.model_paths import check_path
 
 
 def main() -> None:
@@ -15,8 +16,9 @@ def main() -> None:
         settings, server, filters = parse(
             GenerationSettings, ServerSettings, FilterSettings, description=__doc__
         )
-        for source in [*settings.sources, *filters.evaluation_sources]:
-            attempt(check_sources, [source])
+        if settings.model and not server.server:  # a server knows models by names of its own
+            check_path("model", settings.model)
+        check_sources([*settings.sources, *filters.evaluation_sources])
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.data.near_duplicates import Overlap
     from kd.generation.answering import answer_missing

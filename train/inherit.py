@@ -16,7 +16,6 @@ from typing import Literal
 from kd.data.sources import check_sources
 from kd.distributed import device
 from kd.recipe import (
-    attempt,
     check_ranges,
     mistake,
     parse,
@@ -68,8 +67,7 @@ class InheritSettings:
                 "data: given, but nothing is measured on it; wanted keep with a choice of "
                 + ", ".join(MEASURED_CHOICES)
             )
-        for source in self.sources:
-            attempt(check_sources, [source])
+        check_sources(self.sources)
 
 
 def main() -> None:

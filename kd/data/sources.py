@@ -32,34 +32,42 @@ from kd.data.files import (
     Table,
     read_file,
 )
-from kd.recipe import unknown_key
+from kd.recipe import attempt, unknown_key
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
 KEYS = (*TEXT_KEYS, "where", "count", "weight", "columns", "roles")
 
 
 def check_sources(sources: list[dict]) -> None:
-    """Raise ValueError for wrong keys, wrong values and missing files; loads nothing."""
+    """Note wrong keys, wrong values and missing files of each source; loads nothing.
+
+    Raises ValueError outside of `all_mistakes`.
+    """
     for source in sources:
-        for key in source:
-            if key not in KEYS:
-                raise ValueError(f"data: {unknown_key(key, list(KEYS))}")
-        path = source.get("path")
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"data: source {source} has no path; wanted a file or a data set name")
-        check_values(source, f"data: {path}")
-        files = local_files(path)
-        if files == []:
-            raise ValueError(
-                f"data: no file {path}; wanted {' '.join(ENDINGS)}, a folder or a glob pattern of "
-                "these, or the name of a hub data set"
-            )
-        kinds = Counter(Path(file).suffix for file in files or [])
-        if len(kinds) > 1:
-            raise ValueError(
-                f"data: {path} has files of several kinds, {dict(kinds)}; wanted one kind, for "
-                f"example {path.rstrip('/')}/*{min(kinds)}"
-            )
+        attempt(check_source, source)
+
+
+def check_source(source: dict) -> None:
+    """Raise ValueError for wrong keys, wrong values or missing files of one source."""
+    for key in source:
+        if key not in KEYS:
+            raise ValueError(f"data: {unknown_key(key, list(KEYS))}")
+    path = source.get("path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"data: source {source} has no path; wanted a file or a data set name")
+    check_values(source, f"data: {path}")
+    files = local_files(path)
+    if files == []:
+        raise ValueError(
+            f"data: no file {path}; wanted {' '.join(ENDINGS)}, a folder or a glob pattern of "
+            "these, or the name of a hub data set"
+        )
+    kinds = Counter(Path(file).suffix for file in files or [])
+    if len(kinds) > 1:
+        raise ValueError(
+            f"data: {path} has files of several kinds, {dict(kinds)}; wanted one kind, for "
+            f"example {path.rstrip('/')}/*{min(kinds)}"
+        )
 
 
 def check_values(source: dict, where: str) -> None:

@@ -116,11 +116,6 @@ def load_teacher(
 def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:
     """Raise ValueError if the teacher cannot be loaded as the settings ask."""
     if teacher.teacher == OWN_BASE:
-        if not model.lora_rank:
-            raise ValueError(
-                "teacher: self is the student without its adapters, but lora_rank: 0 means that "
-                "it has none; set lora_rank (16, for example) or give the name of a teacher"
-            )
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "teacher: self does not work with a student under ZeRO-3, which gathers layers "

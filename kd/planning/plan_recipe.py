@@ -13,17 +13,16 @@ from kd.recipe import (
     mistake,
     parse,
     require_file,
-    require_given,
     setting,
 )
 from kd.settings.distillation import (
-    WANTED_MODEL,
     DataSettings,
     ModelSettings,
     Objective,
     OnPolicySettings,
     TeacherSettings,
 )
+from kd.settings.model_paths import require_model
 from kd.settings.training import TrainingSettings
 from kd.settings.training_recipe import Recipe
 
@@ -107,7 +106,7 @@ def parse_plan(description: str) -> tuple[PlanSettings, Recipe, "Machine"]:
             description=description,
         )
         if settings.student and not teacher.teacher_cache:
-            require_given(teacher, "teacher", hint=WANTED_MODEL)
+            require_model("teacher", teacher.teacher)
     machine = planned_machine(settings, training)
     training.settle_batch(machine.processes)
     name = settings.student or settings.model

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kd.recipe import (
+    check_ranges,
+    mistake,
     parse_json_list,
     parse_json_object,
     require_file,
-    require_given,
-    require_least,
     setting,
 )
+from kd.settings.model_paths import require_model
 
 if TYPE_CHECKING:  # settings are checked before torch is imported, which takes seconds
     from torch import Tensor
@@ -29,7 +30,7 @@ Divergence = Literal[
     "soft_cross_entropy",
 ]
 
-WANTED_MODEL = "wanted a hub name or a folder"
+LIMITS = "for the limits, set divergence: forward_kl or reverse_kl"
 OWN_BASE = "self"  # value of `teacher`: the student's frozen base, with its adapters off
 
 
@@ -45,9 +46,13 @@ class ModelSettings:
     quantization: Literal["none", "nf4"] = setting(
         "none", "Quantization of the frozen base: nf4 is 4 bits (QLoRA) and needs lora_rank."
     )
-    lora_rank: int = setting(0, "Rank of the LoRA adapters; 0 trains every weight.")
-    lora_alpha: float = setting(16.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank.")
-    lora_dropout: float = setting(0.0, "Dropout probability at the input of each LoRA adapter.")
+    lora_rank: int = setting(0, "Rank of the LoRA adapters; 0 trains every weight.", least=0)
+    lora_alpha: float = setting(
+        16.0, "LoRA alpha: adapters are scaled by lora_alpha / lora_rank.", above=0
+    )
+    lora_dropout: float = setting(
+        0.0, "Dropout probability at the input of each LoRA adapter.", least=0, below=1
+    )
     lora_target_modules: list[str] = setting(
         ["all-linear"],
         "Modules with LoRA adapters. all-linear: every linear layer except the LM head.",
@@ -67,15 +72,14 @@ class ModelSettings:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.quantization != "none" and not self.lora_rank:
-            raise ValueError(
+            mistake(
                 f"quantization: {self.quantization} with lora_rank: 0: 4-bit weights cannot be "
                 "trained; set lora_rank (for example 16), or quantization: none"
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: {self.lora_rank}; wanted 0 (train all weights) or more")
         if self.train_template_tokens and not self.lora_rank:
-            raise ValueError(
+            mistake(
                 "train_template_tokens: true with lora_rank: 0: full training already trains every "
                 "embedding; remove the key, or set lora_rank"
             )
@@ -93,7 +97,7 @@ class DataSettings:
     eval_data: str | None = setting(
         None, "JSON list of held-out sources, in the same format as data."
     )
-    max_length: int = setting(1024, "Maximum number of tokens per row.")
+    max_length: int = setting(1024, "Maximum number of tokens per row.", least=2)
     on_long_row: Literal["cut", "cut_left", "drop"] = setting(
         "cut",
         "What to do with rows longer than max_length. cut: keep the first tokens; cut_left: keep "
@@ -104,6 +108,16 @@ class DataSettings:
         "What to do with unreadable rows. error: stop and name file and line; drop: drop and "
         "count them.",
     )
+    on_suspicious_row: Literal["tell", "error"] = setting(
+        "tell",
+        "What to do with rows that are often mistakes: an empty answer, two questions in a row, "
+        "a held-out row that is a training row, ... tell: count them by reason; error: stop.",
+    )
+    control_tokens_in_text: Literal["split", "keep"] = setting(
+        "split",
+        "How to encode control tokens of the tokenizer, such as <|im_end|>, in the text of a row. "
+        "split: as ordinary text; keep: as control tokens, for rows that mean them.",
+    )
     packing: bool = setting(
         False, "Pack several documents into one row; attention never crosses documents."
     )
@@ -111,29 +125,32 @@ class DataSettings:
         0,
         "Seed that draws the rows of the mixture. It is separate from seed, so that runs with "
         "different seeds can use the same rows.",
+        least=0,
     )
     mixture_rows: int | None = setting(
         None,
         "Total number of rows drawn from sources with a weight. Default: as many as possible "
         "without repeating a row.",
+        least=1,
     )
     train_rows: int | None = setting(
         None,
         "Use only this many rows of the mixture, in proportion from every source (trial runs).",
+        least=1,
     )
     data_cache: str = setting(
         "runs/cache", "Folder with the cache of tokenized rows; runs can share it."
     )
-    data_workers: int = setting(0, "Number of tokenizing processes; 0: one per core.")
+    data_workers: int = setting(
+        0, "Number of tokenizing processes.", least=0, note="0: one per core"
+    )
 
     def __post_init__(self) -> None:
         self.sources = parse_json_list("data", self.data)
         self.eval_sources = parse_json_list("eval_data", self.eval_data)
+        check_ranges(self)
         if not self.sources:
-            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
-        require_least(self, max_length=2, mixture_rows=1, train_rows=1)
-        if self.data_workers < 0:
-            raise ValueError(f"data_workers: {self.data_workers}; wanted 0 (all cores) or more")
+            mistake("data: no source given; wanted a list such as [{path: rows.jsonl}]")
 
 
 @dataclass(frozen=True)
@@ -149,27 +166,42 @@ class Objective:
         1.0,
         "Weight of the divergence in the loss; cross-entropy has weight 1 - soft_weight. 1: "
         "divergence only; 0: cross-entropy only.",
+        least=0,
+        most=1,
     )
     divergence: Divergence = setting(
         "forward_kl", "Divergence between the teacher's and the student's next-token distributions."
     )
     temperature: float = setting(
-        1.0, "Softmax temperature of teacher and student in the divergence."
+        1.0,
+        "Softmax temperature of teacher and student in the divergence.",
+        least=0.001,
+        most=1000,
     )
     temperature_squared: bool = setting(
         False, "Multiply the divergence and its gradient by temperature^2 (Hinton et al. 2015)."
     )
     jensen_shannon_weight: float = setting(
-        0.5, "Weight of the teacher in the mixture of jensen_shannon; 0.5 is symmetric."
+        0.5,
+        "Weight of the teacher in the mixture of jensen_shannon; 0.5 is symmetric.",
+        above=0,
+        below=1,
+        note=LIMITS,
     )
     skew: float = setting(
-        0.1, "Mixture weight of the first distribution in skew_forward_kl and skew_reverse_kl."
+        0.1,
+        "Mixture weight of the first distribution in skew_forward_kl and skew_reverse_kl.",
+        above=0,
+        below=1,
+        note=LIMITS,
     )
     loss_workspace_mb: int = setting(
-        512, "Memory for logits in the loss, in MiB per device; tokens are processed in tiles."
+        512,
+        "Memory for logits in the loss, in MiB per device; tokens are processed in tiles.",
+        least=128,
     )
     hidden_weight: float = setting(
-        0.0, "Weight of the loss between hidden states; 0 disables it.", repr=False
+        0.0, "Weight of the loss between hidden states; 0 disables it.", least=0, repr=False
     )
     hidden_loss: Literal["cosine", "mse"] = setting(
         "cosine", "Loss between hidden states of student and teacher.", repr=False
@@ -183,17 +215,7 @@ class Objective:
     )
 
     def __post_init__(self) -> None:
-        require_least(self, hidden_weight=0, loss_workspace_mb=128)
-        if not 0.0 <= self.soft_weight <= 1.0:
-            raise ValueError(f"soft_weight: {self.soft_weight}; wanted 0 to 1")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature: {self.temperature}; wanted more than 0")
-        for key in ("jensen_shannon_weight", "skew"):
-            if not 0.0 < getattr(self, key) < 1.0:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)}; wanted more than 0 and less than 1 "
-                    "(for the limits, set divergence: forward_kl or reverse_kl)"
-                )
+        check_ranges(self)
 
     @property
     def divergence_scale(self) -> float:
@@ -226,29 +248,39 @@ class OnPolicySettings:
         0.0,
         "Fraction of rows whose answers the student generates (on-policy distillation). Their loss "
         "is the divergence only.",
+        least=0,
+        most=1,
     )
     max_new_tokens: int = setting(
         256,
         "Maximum number of tokens per student-generated answer; prompt + answer is capped at "
         "max_length.",
+        least=1,
     )
     generation_temperature: float = setting(
-        1.0, "Sampling temperature of student-generated answers; 0 is greedy decoding."
+        1.0,
+        "Sampling temperature of student-generated answers.",
+        least=0,
+        note="0: greedy decoding",
     )
     top_p: float = setting(
         1.0,
         "Nucleus sampling of student-generated answers: sample only from the most likely tokens "
         "with this total probability; 1 disables the limit.",
+        above=0,
+        most=1,
     )
     top_k: int = setting(
         0,
         "Sampling of student-generated answers: sample only from the k most likely tokens; 0 "
         "disables the limit.",
+        least=0,
     )
     generation_workspace_mb: int = setting(
         2048,
         "Memory for the keys and values of student-generated answers, in MiB per device; it sets "
         "how many answers are generated at once.",
+        least=1,
     )
     generation_engine: Literal["generate", "continuous"] = setting(
         "generate",
@@ -257,12 +289,7 @@ class OnPolicySettings:
     )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.student_fraction <= 1.0:
-            raise ValueError(f"student_fraction: {self.student_fraction}; wanted 0 to 1")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: {self.top_p}; wanted more than 0 and at most 1")
-        require_least(self, max_new_tokens=1, generation_temperature=0, top_k=0)
-        require_least(self, generation_workspace_mb=1)
+        check_ranges(self)
 
 
 @dataclass
@@ -271,11 +298,14 @@ class SftSettings:
 
     model: str = setting("", "Hub name or folder of the model to train.")
     show_rows: int = setting(
-        0, "Print this many rows with their target tokens marked, then exit without training."
+        0,
+        "Print this many rows with their target tokens marked, then exit without training.",
+        least=0,
     )
 
     def __post_init__(self) -> None:
-        require_given(self, "model", hint=WANTED_MODEL)
+        check_ranges(self)
+        require_model("model", self.model)
 
 
 @dataclass
@@ -285,7 +315,7 @@ class StudentSettings:
     student: str = setting("", "Hub name or folder of the student, the model to train.")
 
     def __post_init__(self) -> None:
-        require_given(self, "student", hint=WANTED_MODEL)
+        require_model("student", self.student)
 
 
 @dataclass
@@ -313,7 +343,9 @@ class TeacherSettings:
     teacher_workspace_mb: int = setting(
         1024,
         "Memory for the hidden states of a sharded teacher, in MiB per device. One forward pass "
-        "covers as many micro-batches of a step as fit; 0: one micro-batch per pass.",
+        "covers as many micro-batches of a step as fit.",
+        least=0,
+        note="0: one micro-batch per pass",
     )
     teacher_cache: str | None = setting(
         None,
@@ -321,7 +353,10 @@ class TeacherSettings:
         "training then loads no teacher.",
     )
     cache_top_k: int = setting(
-        64, "Number of most likely token ids that the teacher cache keeps per token; 0 keeps all."
+        64,
+        "Number of most likely token ids that the teacher cache keeps per token.",
+        least=0,
+        note="0: all",
     )
     cache_dtype: Literal["float16", "float32"] = setting(
         "float16",
@@ -331,22 +366,19 @@ class TeacherSettings:
         256,
         "Number of target tokens on which a new cache is compared with the live teacher; 0 skips "
         "the comparison.",
+        least=0,
     )
     cache_shard_mb: int = setting(
         256,
         "Size of one shard of the teacher cache in MiB; an interrupted run loses at most one "
         "shard per process.",
+        least=1,
     )
 
     def __post_init__(self) -> None:
-        if not self.teacher_cache:
-            require_given(self, "teacher", hint=WANTED_MODEL)
-        require_least(self, cache_top_k=0, cache_check_tokens=0, cache_shard_mb=1)
-        require_file("teacher_deepspeed", self.teacher_deepspeed)
+        check_ranges(self)
         if self.teacher == OWN_BASE:
             self.teacher_deepspeed = None  # a launch profile sets it for every teacher
-        if self.teacher_workspace_mb < 0:
-            raise ValueError(
-                f"teacher_workspace_mb: {self.teacher_workspace_mb}; wanted 0 (one micro-batch per "
-                "pass) or more"
-            )
+        elif not self.teacher_cache:
+            require_model("teacher", self.teacher)
+        require_file("teacher_deepspeed", self.teacher_deepspeed)

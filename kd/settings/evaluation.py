@@ -7,14 +7,14 @@ from typing import Literal
 
 from kd.distributed import default_dtype, device
 from kd.recipe import (
+    check_ranges,
+    mistake,
     parse_json_list,
     parse_json_object,
     require_file,
-    require_given,
-    require_least,
     setting,
 )
-from kd.settings.distillation import WANTED_MODEL
+from kd.settings.model_paths import check_path, require_model
 
 SPLITS = ("train", "validation", "test")
 
@@ -26,7 +26,7 @@ class ModelSelection:
     models: list[str] = setting(
         [], "Models as NAME=PATH; PATH is a hub name, a folder or a PEFT adapter."
     )
-    batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it.")
+    batch_size: int = setting(8, "Rows per forward pass; the results do not depend on it.", least=1)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
         "Data type of the weights; auto selects bfloat16 on a GPU, float16 on a GPU that lacks it, "
@@ -41,7 +41,7 @@ class ModelSelection:
 
     def __post_init__(self) -> None:
         self.named_models = parse_models(self.models)
-        require_least(self, batch_size=1)
+        check_ranges(self)
         require_file("chat_template", self.chat_template)
 
     @property
@@ -60,15 +60,18 @@ class EvaluationSettings(ModelSelection):
     """The models to measure, and the held-out rows to measure them on."""
 
     data: str = setting("", "JSON list of data sources: [{path, split, count, columns, ...}, ...].")
-    mixture_seed: int = setting(0, "Seed that selects the rows of every source with a count.")
-    max_length: int = setting(1024, "Maximum tokens per row; longer rows are truncated at the end.")
+    mixture_seed: int = setting(
+        0, "Seed that selects the rows of every source with a count.", least=0
+    )
+    max_length: int = setting(
+        1024, "Maximum tokens per row; longer rows are truncated at the end.", least=2
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sources = parse_json_list("data", self.data)
         if not self.sources:
-            raise ValueError("data: no source given; wanted a list such as [{path: rows.jsonl}]")
-        require_least(self, max_length=2)
+            mistake("data: no source given; wanted a list such as [{path: rows.jsonl}]")
 
 
 @dataclass
@@ -92,8 +95,7 @@ class AgreementSettings:
     out_dir: str = setting("results", "Folder of the results; writes agreement/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        require_given(self, "teacher", hint=WANTED_MODEL)
-        check_path("teacher", self.teacher)
+        require_model("teacher", self.teacher)
 
 
 @dataclass
@@ -104,8 +106,7 @@ class TeacherCostSettings:
     out_dir: str = setting("results", "Folder of the results; writes teacher_cost/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        require_given(self, "teacher", hint=WANTED_MODEL)
-        check_path("teacher", self.teacher)
+        require_model("teacher", self.teacher)
 
 
 @dataclass
@@ -121,10 +122,10 @@ class BenchmarkSettings:
         "{task: {split: file}}.",
     )
     num_fewshot: int | None = setting(
-        None, "Number of few-shot examples per question; by default the task's own number."
+        None, "Number of few-shot examples per question; by default the task's own number.", least=0
     )
     limit: int | None = setting(
-        None, "Measure only the first N documents of each task, for a trial run."
+        None, "Measure only the first N documents of each task, for a trial run.", least=1
     )
     apply_chat_template: bool = setting(
         False, "Format prompts with the chat template; scores with and without do not compare."
@@ -132,8 +133,9 @@ class BenchmarkSettings:
     out_dir: str = setting("results", "Folder of the results; writes benchmarks/TASK/NAME.json.")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.tasks:
-            raise ValueError("tasks: none given; wanted names such as boolq winogrande piqa")
+            mistake("tasks: none given; wanted names such as boolq winogrande piqa")
         files = parse_json_object("task_data", self.task_data)
         self.files = {
             task: {"test": found} if isinstance(found, str) else found
@@ -142,35 +144,33 @@ class BenchmarkSettings:
         for task, splits in self.files.items():
             for split, file in splits.items():
                 if split not in SPLITS:
-                    raise ValueError(
-                        f"task_data: {task}: split {split}; wanted {', '.join(SPLITS)}"
-                    )
+                    mistake(f"task_data: {task}: split {split}; wanted {', '.join(SPLITS)}")
                 if not Path(file).is_file():
-                    raise ValueError(f"task_data: {task}: no file {file}; wanted JSON lines")
+                    mistake(f"task_data: {task}: no file {file}; wanted JSON lines")
 
 
 @dataclass
 class SpeedSettings:
     """Settings of eval/speed.py."""
 
-    batch_sizes: list[int] = setting([1, 8], "Batch sizes to measure, one measurement for each.")
-    prompt_tokens: int = setting(128, "Number of tokens per prompt.")
-    new_tokens: int = setting(64, "Number of tokens to generate per prompt.")
-    repeats: int = setting(5, "Number of timed repetitions; the median is reported.")
+    batch_sizes: list[int] = setting(
+        [1, 8], "Batch sizes to measure, one measurement for each.", least=1
+    )
+    prompt_tokens: int = setting(128, "Number of tokens per prompt.", least=1)
+    new_tokens: int = setting(64, "Number of tokens to generate per prompt.", least=2)
+    repeats: int = setting(5, "Number of timed repetitions; the median is reported.", least=1)
     out_dir: str = setting("results", "Folder of the results; writes speed/NAME.json in it.")
 
     def __post_init__(self) -> None:
-        require_least(self, prompt_tokens=1, new_tokens=2, repeats=1)
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes: {self.batch_sizes}; wanted numbers of 1 or more")
+        check_ranges(self)
 
 
 @dataclass
 class AnswerSettings:
     """Settings of eval/answers.py."""
 
-    count: int = setting(8, "Number of prompts, the first ones of the data.")
-    max_new_tokens: int = setting(64, "Maximum number of tokens per answer.")
+    count: int = setting(8, "Number of prompts, the first ones of the data.", least=1)
+    max_new_tokens: int = setting(64, "Maximum number of tokens per answer.", least=1)
     out: str = setting("results/answers.jsonl", "File to write the answers to.")
     out_dir: str | None = setting(
         None,
@@ -179,7 +179,7 @@ class AnswerSettings:
     )
 
     def __post_init__(self) -> None:
-        require_least(self, count=1, max_new_tokens=1)
+        check_ranges(self)
 
 
 @dataclass
@@ -208,42 +208,26 @@ class ReportSettings:
     def __post_init__(self) -> None:
         self.out = self.out or f"{self.results[0]}/report.md"
         if not self.out.endswith(".md"):
-            raise ValueError(f"out: {self.out}; wanted the name of a .md file")
+            mistake(f"out: {self.out}; wanted the name of a .md file")
         require_file("samples", self.samples)
 
 
 def parse_models(items: list[str]) -> dict[str, str]:
     """Parse NAME=PATH items into {name: path}.
 
-    Raises ValueError on a name that cannot name a file, on a duplicate name, on a folder without a
-    model, and on an empty list.
+    A name that cannot name a file, a duplicate name, a folder without a model and an empty list are
+    mistakes. Raises ValueError outside of `all_mistakes`.
     """
     named: dict[str, str] = {}
     for item in items:
         name, equals, path = item.partition("=")
         if not (equals and path and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name)):
-            raise ValueError(
-                f"models: found {item}; wanted NAME=PATH, NAME of letters, digits and . _ + -"
-            )
-        if name in named:
-            raise ValueError(f"models: {name} is given twice; give every model a different name")
-        check_path(name, path)
-        named[name] = path
-    if not named:
-        raise ValueError("models: none given; wanted NAME=PATH, such as student=runs/student")
+            mistake(f"models: found {item}; wanted NAME=PATH, NAME of letters, digits and . _ + -")
+        elif name in named:
+            mistake(f"models: {name} is given twice; give every model a different name")
+        else:
+            check_path(name, path)
+            named[name] = path
+    if not items:
+        mistake("models: none given; wanted NAME=PATH, such as student=runs/student")
     return named
-
-
-def check_path(name: str, path: str) -> None:
-    """Raise ValueError if `path` looks like a folder and holds no model."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(
-                f"{name}: {path} has neither config.json nor adapter_config.json; wanted the "
-                "folder of a finished training run or of one of its checkpoints"
-            )
-        return
-    parent = folder.parent
-    if path.count("/") > 1 or path[0] in "./~" or (parent != Path(".") and parent.is_dir()):
-        raise ValueError(f"{name}: no folder {path}; wanted the folder of a model or a hub name")

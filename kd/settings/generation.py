@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kd.recipe import parse_json_list, parse_json_object, require_given, require_least, setting
+from kd.recipe import (
+    check_ranges,
+    mistake,
+    parse_json_list,
+    parse_json_object,
+    require_given,
+    setting,
+)
 
 
 @dataclass
@@ -30,24 +37,32 @@ class GenerationSettings:
         1,
         "Number of answers sampled per prompt. Sample i uses the i-th temperature, top_p and seed; "
         "shorter lists are cycled.",
+        least=1,
     )
     temperature: list[float] = setting(
         [1.0],
-        "Sampling temperature; 0 is greedy decoding. Overrides the model's generation config.",
+        "Sampling temperature. Overrides the model's generation config.",
+        least=0,
+        note="0: greedy decoding",
     )
     top_p: list[float] = setting(
-        [1.0], "Nucleus sampling threshold; 1 disables it. Overrides the model's generation config."
+        [1.0],
+        "Nucleus sampling threshold; 1 disables it. Overrides the model's generation config.",
+        above=0,
+        most=1,
     )
-    seed: list[int] = setting([0], "Seed of the sampled answers.")
+    seed: list[int] = setting([0], "Seed of the sampled answers.", least=0)
     max_new_tokens: int = setting(
-        512, "Maximum number of tokens per answer. A truncated answer is not used for training."
+        512,
+        "Maximum number of tokens per answer. A truncated answer is not used for training.",
+        least=1,
     )
-    batch_size: int = setting(16, "Number of answers generated at a time by each process.")
+    batch_size: int = setting(16, "Number of answers generated at a time by each process.", least=1)
     template_arguments: str | None = setting(
         None, "JSON object of chat template variables, such as {enable_thinking: false}."
     )
     mixture_seed: int = setting(
-        0, "Seed that draws the prompts of each source with a count, as in training."
+        0, "Seed that draws the prompts of each source with a count, as in training.", least=0
     )
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "Data type of the weights of the teacher and of the reward model."
@@ -58,30 +73,28 @@ class GenerationSettings:
         self.sources = parse_json_list("prompts", self.prompts)
         self.arguments = parse_json_object("template_arguments", self.template_arguments)
         if not self.sources:
-            raise ValueError("prompts: no source given; wanted a list such as [{path: rows.jsonl}]")
+            mistake("prompts: no source given; wanted a list such as [{path: rows.jsonl}]")
         require_given(self, "model", "output_dir")
-        require_least(self, samples_per_prompt=1, max_new_tokens=1, batch_size=1)
-        if min(self.temperature) < 0.0:
-            raise ValueError(f"temperature: {self.temperature}; wanted 0 (greedy) or more")
-        if not all(0.0 < top_p <= 1.0 for top_p in self.top_p):
-            raise ValueError(f"top_p: {self.top_p}; wanted more than 0 and at most 1")
+        check_ranges(self)
         for key in ("temperature", "top_p", "seed"):
             if len(getattr(self, key)) > self.samples_per_prompt:
-                raise ValueError(
+                mistake(
                     f"{key}: {getattr(self, key)} with samples_per_prompt: "
                     f"{self.samples_per_prompt}; wanted at most one value per sample, since "
                     "the others are never used. Raise samples_per_prompt"
                 )
+        if not (self.temperature and self.top_p and self.seed and self.samples_per_prompt > 0):
+            return
         greedy = [top_p for t, top_p, _ in map(self.sampling, self.indices) if t == 0.0]
         if len(greedy) > 1 or any(top_p < 1.0 for top_p in greedy):
-            raise ValueError(
+            mistake(
                 f"temperature: 0 for {len(greedy)} of the samples_per_prompt, with top_p: "
                 f"{greedy}; wanted at most one such sample, with top_p 1, because greedy decoding "
                 "has one answer. Use temperatures above 0 for the others"
             )
         hidden = self.system_prompt or []
         if len(hidden) not in (0, 1, len(self.sources)):
-            raise ValueError(
+            mistake(
                 f"system_prompt: {len(hidden)} for {len(self.sources)} sources; wanted one, or "
                 "one per source ('' for none)"
             )
@@ -118,18 +131,20 @@ class ServerSettings:
         "OPENAI_API_KEY", "Environment variable with the API key; no other place is read."
     )
     concurrency: int = setting(
-        16, "Maximum number of concurrent requests, summed over all processes."
+        16, "Maximum number of concurrent requests, summed over all processes.", least=1
     )
-    request_timeout: float = setting(600.0, "Timeout of one request, in seconds.")
+    request_timeout: float = setting(600.0, "Timeout of one request, in seconds.", above=0)
     retries: int = setting(
         8,
         "Maximum number of retries per request, after rate limits (429), server errors (5xx), "
         "timeouts and malformed responses.",
+        least=0,
     )
     price_per_million_tokens: list[float] | None = setting(
         None,
         "Two prices, of a million prompt tokens and of a million answer tokens; the cost is "
         "estimated before the run starts.",
+        least=0,
     )
     estimate_only: bool = setting(
         False, "Print the estimated requests, tokens and cost, then exit without any request."
@@ -141,13 +156,9 @@ class ServerSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.retries < 0 or not self.request_timeout > 0:
-            raise ValueError(
-                f"concurrency: {self.concurrency}, retries: {self.retries}, request_timeout: "
-                f"{self.request_timeout}; wanted 1 or more, 0 or more, more than 0"
-            )
+        check_ranges(self)
         if self.price_per_million_tokens and len(self.price_per_million_tokens) != 2:
-            raise ValueError(
+            mistake(
                 f"price_per_million_tokens: {self.price_per_million_tokens}; wanted two numbers, "
                 "of prompt tokens and of answer tokens"
             )
@@ -160,11 +171,15 @@ class FilterSettings:
     max_repetition: float | None = setting(
         None,
         "Drop an answer if a larger share of its word 4-grams than this is repeated, such as 0.3.",
+        above=0,
+        below=1,
     )
     near_duplicate_similarity: float | None = setting(
         None,
         "Drop a row whose Jaccard similarity of word trigrams with an earlier row, estimated by "
         "MinHash, reaches this value, such as 0.8.",
+        above=0,
+        below=1,
     )
     evaluation_data: str | None = setting(
         None,
@@ -188,6 +203,7 @@ class FilterSettings:
         1,
         "Number of copies of each label row, to balance the larger number of tokens in rationale "
         "rows.",
+        least=1,
     )
     reward_model: str | None = setting(
         None,
@@ -195,25 +211,25 @@ class FilterSettings:
         "one output.",
     )
     keep_best: int | None = setting(
-        None, "Number of answers with the highest rewards to keep per prompt; without it, all."
+        None,
+        "Number of answers with the highest rewards to keep per prompt; without it, all.",
+        least=1,
     )
     min_reward: float | None = setting(None, "Drop answers with a lower reward than this.")
-    reward_batch_size: int = setting(16, "Number of answers scored at a time by the reward model.")
+    reward_batch_size: int = setting(
+        16, "Number of answers scored at a time by the reward model.", least=1
+    )
 
     def __post_init__(self) -> None:
         self.evaluation_sources = parse_json_list("evaluation_data", self.evaluation_data)
-        for key in ("max_repetition", "near_duplicate_similarity"):
-            value = getattr(self, key)
-            if value is not None and not 0.0 < value < 1.0:
-                raise ValueError(f"{key}: {value}; wanted more than 0 and less than 1")
-        require_least(self, label_copies=1, keep_best=1, reward_batch_size=1)
+        check_ranges(self)
         for key in ("keep_best", "min_reward"):
             if getattr(self, key) is not None and not self.reward_model:
-                raise ValueError(f"{key}: {getattr(self, key)} without a reward_model; set one")
+                mistake(f"{key}: {getattr(self, key)} without a reward_model; set one")
         if self.reward_model and self.keep_best is None and self.min_reward is None:
-            raise ValueError(
+            mistake(
                 f"reward_model: {self.reward_model}, but no filter uses its rewards; set "
                 "keep_best or min_reward"
             )
         if self.rationales and not self.answer_marker.strip():
-            raise ValueError("answer_marker: empty; wanted the text before the conclusion")
+            mistake("answer_marker: empty; wanted the text before the conclusion")

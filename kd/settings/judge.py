@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from kd.distributed import default_dtype
-from kd.recipe import require_file, require_given, setting
-from kd.settings.evaluation import check_path, parse_models
+from kd.recipe import check_ranges, mistake, require_file, require_given, setting
+from kd.settings.evaluation import parse_models
+from kd.settings.model_paths import check_path
 
 
 @dataclass
@@ -59,17 +60,22 @@ class JudgeSettings:
         None, "URL of the judge's OpenAI-compatible server, such as https://api.openai.com/v1."
     )
     key_variable: str = setting("OPENAI_API_KEY", "Environment variable with the API key.")
-    concurrency: int = setting(16, "Maximum number of concurrent requests to the judge.")
-    request_timeout: float = setting(600.0, "Timeout of one request to the judge, in seconds.")
+    concurrency: int = setting(16, "Maximum number of concurrent requests to the judge.", least=1)
+    request_timeout: float = setting(
+        600.0, "Timeout of one request to the judge, in seconds.", above=0
+    )
     retries: int = setting(
         8,
         "Maximum number of retries per request, after rate limits (429), server errors (5xx), "
         "timeouts and malformed responses.",
+        least=0,
     )
-    judge_max_new_tokens: int = setting(2048, "Maximum number of tokens per verdict of the judge.")
-    max_new_tokens: int = setting(1024, "Maximum number of tokens per answer of a model.")
-    batch_size: int = setting(8, "Number of answers generated at a time by each process.")
-    seed: int = setting(0, "Seed of the models' sampled answers.")
+    judge_max_new_tokens: int = setting(
+        2048, "Maximum number of tokens per verdict of the judge.", least=1
+    )
+    max_new_tokens: int = setting(1024, "Maximum number of tokens per answer of a model.", least=1)
+    batch_size: int = setting(8, "Number of answers generated at a time by each process.", least=1)
+    seed: int = setting(0, "Seed of the models' sampled answers.", least=0)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
         "Data type of the models and of a local judge; auto selects bfloat16 on a GPU, float16 "
@@ -78,19 +84,21 @@ class JudgeSettings:
     out_dir: str = setting("results", "Folder of the results; writes judge/BENCHMARK in it.")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         require_given(self, "questions", "judge")
-        require_file("instruction_difficulty", self.instruction_difficulty)
+        for key in ("questions", "references", "judge_prompts", "instruction_difficulty"):
+            require_file(key, getattr(self, key) or None)
         self.named_models = parse_models(self.models) if self.models else {}
         self.named_answers = dict(item.partition("=")[::2] for item in self.answers)
         names = [*self.named_models, *self.named_answers]
         if len(names) != len(self.models) + len(self.answers) or not names:
-            raise ValueError(
-                f"models, answers: found {names}; wanted at least one NAME=..., each name once"
-            )
+            mistake(f"models, answers: found {names}; wanted at least one NAME=..., each name once")
         if self.mode == "pair" and self.baseline not in names:
-            raise ValueError(f"baseline: {self.baseline}; wanted one of {', '.join(names)}")
-        if self.server is None:
+            mistake(f"baseline: {self.baseline}; wanted one of {', '.join(names)}")
+        if self.server is None and self.judge:
             check_path("judge", self.judge)
+        for name, file in self.named_answers.items():
+            require_file(f"answers: {name}", file)
         self.folder = Path(self.out_dir) / "judge" / self.benchmark
 
     @property

@@ -30,6 +30,12 @@ class RunArguments(BatchSizes, TrainingArguments):
         vars(self).update({k: v for k, v in values.items() if k not in known})
         self.settings = settings
         TrainingArguments.__init__(self, **theirs)
+        if self.deepspeed and self.world_size > 1:
+            import deepspeed
+
+            # Accelerate does this on GPUs alone. Without it, ZeRO-3 loads a model as if for one
+            # process, and refuses the batch sizes of several.
+            deepspeed.init_distributed()
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as run.json and the checkpoints record it."""

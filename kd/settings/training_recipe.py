@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kd.recipe import all_mistakes, attempt, mistake, parse
+from kd.settings.combinations import check_on_policy, check_teacher_keys
 from kd.settings.distillation import (
     OWN_BASE,
     DataSettings,
@@ -118,7 +119,8 @@ def parse_sft(
     with all_mistakes():
         sft, *settings = parse(*kinds, argv=argv, description=description)
         recipe = attempt(Recipe, sft.model, *settings)
-        check_data(settings[1], check_sources)
+        if check_sources:
+            check_sources([*settings[1].sources, *settings[1].eval_sources])
     return recipe, sft.show_rows
 
 
@@ -139,11 +141,9 @@ def parse_distillation(
             *kinds, argv=argv, description=description
         )
         recipe = attempt(Recipe, student.student, model, data, training, teacher, objective, *rest)
-        check_data(data, check_sources)
+        attempt(check_teacher_keys, teacher, model, objective, scoring=not on_policy)
+        if rest:
+            attempt(check_on_policy, rest[0], teacher, data)
+        if check_sources:
+            check_sources([*data.sources, *data.eval_sources])
     return recipe
-
-
-def check_data(data: DataSettings, check_sources: CheckSources | None) -> None:
-    """Call `check_sources` on each source by itself, so that every wrong one is told."""
-    for source in [*data.sources, *data.eval_sources] if check_sources else []:
-        attempt(check_sources, [source])

@@ -8,30 +8,10 @@ from torch import Tensor
 
 from kd.data.vocabularies import SharedVocabulary, VocabularySide
 from kd.losses.segments import AlignedTeacherOutputs, TokenClasses
-from kd.settings.distillation import OWN_BASE, Objective, TeacherSettings
 from kd.teachers.live import LiveTeacher
 
 MIN_ALIGNED = 0.1  # share of the target tokens below which a run is refused
 EXPECTED_ALIGNED = 0.8  # share below which a note is printed
-
-
-def check_alignable(teacher: TeacherSettings, objective: Objective | None) -> None:
-    """Raise ValueError for settings that exclude a teacher with another tokenizer."""
-    if teacher.teacher_cache:
-        raise ValueError(
-            "align_tokenizers: true with teacher_cache: a cache stores the most likely ids of one "
-            "vocabulary; remove one of the two"
-        )
-    if teacher.teacher == OWN_BASE:
-        raise ValueError(
-            "align_tokenizers: true with teacher: self: this teacher has the student's tokenizer; "
-            "remove align_tokenizers"
-        )
-    if objective and objective.hidden_weight:
-        raise ValueError(
-            "align_tokenizers: true with hidden_weight: hidden states of different tokens cannot "
-            "be compared; set hidden_weight: 0"
-        )
 
 
 def check_alignment(aligned: int, targets: int) -> str | None:

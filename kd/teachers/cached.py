@@ -16,9 +16,10 @@ from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.tokenised_rows import TokenisedRows
 from kd.losses.sparse import SparseTeacherOutputs
+from kd.settings.combinations import NO_HIDDEN_STATES
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids
-from kd.teachers.fingerprint import NO_HIDDEN_STATES, rows_manifest, teacher_manifest
+from kd.teachers.fingerprint import rows_manifest, teacher_manifest
 
 PREFIX = "teacher_"  # of the batch keys that hold teacher outputs
 

@@ -13,10 +13,6 @@ from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import FORMAT
 from kd.teachers.file_hashes import file_hashes
 
-NO_HIDDEN_STATES = (
-    "hidden_weight with teacher_cache: a cache has distributions but no hidden states; remove "
-    "hidden_weight, or remove teacher_cache so that the teacher runs in every step"
-)
 CONFIGURATION = ("config.json", "adapter_config.json", "*.index.json")
 SAFETENSORS = ("*.safetensors",)
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin")

@@ -23,34 +23,9 @@ from transformers import TrainingArguments
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 from kd.data.packing import ON_POLICY, Collator, document_spans
-from kd.settings.distillation import DataSettings, OnPolicySettings, TeacherSettings
+from kd.settings.distillation import OnPolicySettings
 from kd.training.rollouts import Prompt, RolloutGenerator
 from kd.training.samples import TEXT_TOKENS
-
-
-def check_on_policy(
-    settings: OnPolicySettings, teacher: TeacherSettings, data: DataSettings
-) -> None:
-    """Raise ValueError if the other settings exclude on-policy rows."""
-    if not settings.student_fraction:
-        return
-    share = f"student_fraction: {settings.student_fraction}"
-    if teacher.teacher_cache:
-        raise ValueError(
-            f"{share} with teacher_cache: a cache has no scores for text that the student has yet "
-            "to generate; remove teacher_cache, so that the teacher runs in every step"
-        )
-    if teacher.align_tokenizers:
-        raise ValueError(
-            f"{share} with align_tokenizers: generated text cannot be aligned in advance; train on "
-            "the data alone (student_fraction: 0), or use a teacher with the student's tokenizer"
-        )
-    if data.packing:
-        raise ValueError(
-            f"{share} with packing: a generated answer differs in length from the one it replaces, "
-            "and a packed row has no room for it; set packing: false, and "
-            "train_sampling_strategy: group_by_length to reduce padding"
-        )
 
 
 def choose_rows(fraction: float, rows: int, seed: int, step: int) -> set[int]:
