@@ -38,6 +38,10 @@ ROLE_ALIASES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+# Fields of a row or a message that other programs train on and nothing here reads.
+UNREAD_FIELDS = ("image", "images", "video", "videos", "audio", "audios", "history")
+UNREAD = "unread"  # the key of a converted row that names those that it had
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 KNOWN_FORMATS = (
     "messages, conversations, prompt and completion, instruction and output, or text "
     "(columns: {text: its_name} maps other names)"
@@ -48,12 +52,13 @@ def to_row(raw: dict, source: dict, place: str) -> dict:
     """Convert one row to messages or text. Raises BadRow if it has nothing to train on."""
     fields = Fields(raw, source)
     kind = fields.format(FORMATS)
+    unread = fields.unread()
     if kind == "text":
-        return _text_row(fields["text"], raw, place)
+        return _text_row(fields["text"], raw, place) | unread
     if kind is None:
         found = f"fields {sorted(map(str, raw))}; wanted {KNOWN_FORMATS}"
         raise BadRow(place, "missing fields", found)
-    row = {"messages": fields.messages(kind, place)}
+    row = {"messages": fields.messages(kind, place)} | unread
     answers = [message for message in row["messages"] if message["role"] == "assistant"]
     if not answers:
         raise BadRow(place, "no answer", "no assistant message; wanted at least one to train on")
@@ -120,6 +125,14 @@ class Fields:
                 return name
         return None
 
+    def unread(self) -> dict:
+        """Return the fields that hold something nothing here reads, as part of a row."""
+        messages = self["messages"] if isinstance(self["messages"], list) else []
+        objects = [self.raw, *(message for message in messages if isinstance(message, dict))]
+        names = [name for name in UNREAD_FIELDS if any(found.get(name) for found in objects)]
+        names = [name for name in names if name not in self.columns.values()]
+        return {UNREAD: names} if names else {}
+
     def list_or_json(self, key: str, place: str) -> Any:
         """Return a field; a list may be given as JSON text, as in a CSV file."""
         value = self[key]
@@ -146,9 +159,12 @@ class Fields:
             if self["output"] is not None:
                 answer = {"role": "assistant", "content": self["output"]}
                 messages.append(self.message(answer, place))
-        system = self["system"] or self.source.get("system")
+        own, system = self["system"], self["system"] or self.source.get("system")
         if system and messages[0]["role"] != "system":
             messages.insert(0, self.message({"role": "system", "content": system}, place))
+        if own and messages[0]["content"] != own:
+            found = "the field system and a system message; wanted one of them"
+            raise BadRow(place, "two system prompts", found)
         return messages
 
     def string(self, key: str, place: str) -> str:
@@ -185,7 +201,7 @@ class Fields:
             raise BadRow(place, "unknown role", wrong)
         calls = _tool_calls(message, place)
         if isinstance(content, list):
-            content = joined_parts(content)
+            content = joined_parts(content, place)
         if content is None and calls:
             content = ""
         if not isinstance(content, str):
@@ -205,8 +221,16 @@ def _tool_calls(message: dict, place: str) -> dict:
     return {"tool_calls": without_none(calls)}
 
 
-def joined_parts(parts: list) -> str | None:
-    """Join content of the form [{"type": "text", "text": ...}, ...]; None if a part has no text."""
+def joined_parts(parts: list, place: str) -> str | None:
+    """Join content of the form [{"type": "text", "text": ...}, ...]; None if a part has no text.
+
+    Raises BadRow for an image or anything else that is not text.
+    """
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    other = next((kind for kind in kinds if kind not in TEXT_PARTS), None)
+    if other is not None:
+        found = f"content has a part of type {other}; wanted text alone, which is all that is read"
+        raise BadRow(place, "not text", found)
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 

@@ -90,6 +90,7 @@ class EncodingReport:
     targets_cut: int = 0  # of these, rows that lost targets
     tokens: int = 0
     targets: int = 0
+    suspicious: dict[str, list] = field(default_factory=dict)  # see kd.data.row_checks
     # Only with a teacher that has another tokenizer:
     teacher_tokens: int = 0
     aligned: int = 0  # target tokens in a segment that both tokenizations share
@@ -106,16 +107,26 @@ class EncodingReport:
         return (
             f"rows: {self.read} read, {self.kept} kept, {dropped}, {self.cut} cut at max_length"
             f"{lost}; {self.tokens} tokens, {self.targets} targets"
-        ) + (f"\n{self.alignment}" if self.teacher_tokens else "")
+        ) + "".join(f"\n{line}" for line in [*self.suspicions, *self.alignment])
 
     @property
-    def alignment(self) -> str:
-        """The printed line about a teacher with another tokenizer."""
+    def suspicions(self) -> list[str]:
+        """The printed lines about rows that are often mistakes, one a reason."""
+        return [
+            f"suspicious: {count} row{'s' * (count > 1)} {reason}, the first is {place}"
+            for reason, (count, place) in self.suspicious.items()
+        ]
+
+    @property
+    def alignment(self) -> list[str]:
+        """The printed line about a teacher with another tokenizer; none without one."""
+        if not self.teacher_tokens:
+            return []
         one, aligned = (x / max(self.targets, 1) for x in (self.one_to_one, self.aligned))
-        return (
+        return [
             f"alignment: {one:.1%} of the targets equal one teacher token; {aligned:.1%} are "
             f"compared with the teacher; {self.teacher_tokens} teacher tokens"
-        )
+        ]
 
 
 class UncutRow(NamedTuple):
@@ -173,7 +184,8 @@ def encode_each(
 def require_rows(report: EncodingReport) -> None:
     """Raise ValueError if no row was kept."""
     if not report.kept:
-        raise ValueError(f"no row with a target token is left ({report})")
+        counts = str(report).splitlines()[0]
+        raise ValueError(f"no row with a target token is left ({counts})")
 
 
 def count_rows(results: list[EncodedRow | BadRow], report: EncodingReport) -> list[EncodedRow]:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.data.alignment import AlignedEncoder
 from kd.data.encoding import ENCODE_BATCH, Encoder, EncodingReport, count_rows, require_rows
+from kd.data.files import BadRow
+from kd.data.row_checks import Check, checks_for, counted, row_key
 from kd.data.sources import check_sources, hub_table, local_files, read_rows
 from kd.data.tokenised_rows import AlignedRows, TokenisedRows, read_report
 from kd.data.vocabularies import shared_vocabulary
@@ -34,7 +36,7 @@ from kd.data.workers import encode_in_order, worker_count
 from kd.run.atomic import atomic_path
 
 ENDS = {"ids": "ends", "teacher_ids": "teacher_ends"}  # file of tokens: file of its rows' ends
-FORMAT = 1  # increase it when the same settings come to make other rows
+FORMAT = 2  # increase it when the same settings come to make other rows
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class RowSettings:
     on_long_row: str = "cut"
     mixture_rows: int | None = None
     train_rows: int | None = None
+    control_tokens: str = "split"
 
 
 def tokenised_rows(
@@ -70,7 +73,8 @@ def tokenised_rows(
         with locked(folder.with_suffix(".lock")):
             if not is_whole(folder):  # the process that held the lock may have prepared it
                 encoder = make_encoder(settings, tokenizer, teacher)
-                prepare(folder, sources, settings, encoder, workers, progress)
+                checks = checks_for(settings.control_tokens, *filter(None, (tokenizer, teacher)))
+                prepare(folder, sources, settings, encoder, checks, workers, progress)
     return AlignedRows(folder) if teacher else TokenisedRows(folder)
 
 
@@ -133,7 +137,8 @@ def is_whole(folder: Path) -> bool:
 
 def expected_sizes(report: EncodingReport) -> dict[str, int]:
     """Return the bytes of each file of a folder with this report."""
-    sizes = {"ids": 4 * report.tokens, "mask": report.tokens, "ends": 8 * report.kept}
+    sizes = {"ids": 4 * report.tokens, "mask": report.tokens}
+    sizes |= {"ends": 8 * report.kept, "keys": 8 * report.kept}
     if report.teacher_tokens:
         other = {name: 4 * report.teacher_tokens for name in ("teacher_ids", "teacher_chunks")}
         sizes |= other | {"chunks": 4 * report.tokens, "teacher_ends": 8 * report.kept}
@@ -168,10 +173,11 @@ def prepare(
     sources: list[dict],
     settings: RowSettings,
     encoder: Encoder | AlignedEncoder,
+    checks: dict[str, Check],
     workers: int,
     progress: bool,
 ) -> None:
-    """Encode the rows of the sources into a temporary folder and rename it to `folder`.
+    """Encode and check the rows of the sources into a temporary folder and rename it to `folder`.
 
     So `folder` is whole or absent. Raises ValueError as `tokenised_rows` does.
     """
@@ -192,8 +198,12 @@ def prepare(
         temporary.mkdir()
         bar = stack.enter_context(tqdm(desc="tokenising", unit="row", disable=not progress))
         open_file = functools.cache(lambda name: stack.enter_context(open(temporary / name, "wb")))
-        batches = batched(rows, ENCODE_BATCH)
+        keys: deque[list[int]] = deque()  # of the batches that are being encoded
+        batches = with_keys(batched(counted(rows, checks, report.suspicious), ENCODE_BATCH), keys)
         for results in encode_in_order(encoder, batches, worker_count(workers)):
+            kept = [not isinstance(result, BadRow) for result in results]
+            found = np.array(keys.popleft(), np.uint64)[kept]
+            open_file("keys").write(found.tobytes())
             for row in count_rows(results, report):
                 for name, array in row.arrays.items():
                     open_file(name).write(array.tobytes())
@@ -215,12 +225,25 @@ def make_encoder(
     """Make the encoder of these settings; it aligns rows if there is a teacher's tokenizer."""
 
     def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        return Encoder(tokenizer, settings.max_length, settings.on_long_row, settings.on_bad_row)
+        return Encoder(
+            tokenizer,
+            settings.max_length,
+            settings.on_long_row,
+            settings.on_bad_row,
+            settings.control_tokens,
+        )
 
     if teacher is None:
         return encoder(tokenizer)
     vocabulary = shared_vocabulary(tokenizer, teacher)
     return AlignedEncoder(encoder(tokenizer), encoder(teacher), vocabulary)
+
+
+def with_keys(batches: Iterable[list], keys: deque[list[int]]) -> Iterator[list]:
+    """Yield the batches of (place, row) pairs and append the key of every row to `keys`."""
+    for batch in batches:
+        keys.append([row_key(row) for _, row in batch])
+        yield batch
 
 
 def batched(rows: Iterable, size: int) -> Iterator[list]:

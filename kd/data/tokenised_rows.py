@@ -1,9 +1,10 @@
 """Read tokenised rows from a folder of the row cache.
 
 A folder holds report.json, the ids (int32) and the mask (bool) of all rows concatenated, and the
-end of each row. It is mapped into memory, so the processes of one machine share its pages. Rows
-that are aligned to a teacher with another tokenizer have four more files: the teacher's ids and the
-ends of its rows, and the segments of both sides, whose files are called chunks.
+end and the key (uint64, a hash of the text) of each row. It is mapped into memory, so the processes
+of one machine share its pages. Rows that are aligned to a teacher with another tokenizer have four
+more files: the teacher's ids and the ends of its rows, and the segments of both sides, whose files
+are called chunks.
 """
 
 import json
@@ -54,6 +55,11 @@ class TokenisedRows(Sequence):
         """Return document i of the folder."""
         part = row_slice(self.ends, i)
         return EncodedRow(self.ids[part], self.mask[part])
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(documents,) uint64: a hash of each document's text, see `kd.data.row_checks.row_key`."""
+        return np.fromfile(self.folder / "keys", np.uint64)
 
     @property
     def document_lengths(self) -> np.ndarray:

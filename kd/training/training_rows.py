@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kd.data.row_cache import RowSettings, tokenised_rows
+from kd.data.row_checks import row_key
 from kd.data.show import shown_rows
+from kd.data.sources import read_rows
 from kd.data.tokenised_rows import TokenisedRows
 from kd.distributed import print_rank0
+from kd.settings.distillation import DataSettings
 from kd.settings.training_recipe import Recipe
 from kd.teachers.aligned_teacher import check_alignment
 from kd.teachers.cached import Documents
 from kd.training.overfit_check import check_rows
 from kd.training.resume import ResumePoint
 from kd.training.tokenizers import Tokenizers, load_tokenizers
+
+HELDOUT_IN_TRAINING = "of eval_data found in data as well"
 
 
 @dataclass
@@ -56,7 +62,12 @@ def tokenize(
 
     def prepare(sources: list[dict], **sizes: int | None) -> TokenisedRows:
         settings = RowSettings(
-            data.max_length, data.mixture_seed, data.on_bad_row, data.on_long_row, **sizes
+            data.max_length,
+            data.mixture_seed,
+            data.on_bad_row,
+            data.on_long_row,
+            control_tokens=data.control_tokens_in_text,
+            **sizes,
         )
         progress = not recipe.training.disable_tqdm
         rows = tokenised_rows(
@@ -76,9 +87,31 @@ def tokenize(
         return rows
 
     train = prepare(data.sources, mixture_rows=data.mixture_rows, train_rows=data.train_rows)
+    heldout = prepare(data.eval_sources) if data.eval_sources else None
+    check_suspicious(data, train, heldout)
     if data.packing:
         train = train.packed(data.max_length)
-    return TrainingRows(train, prepare(data.eval_sources) if data.eval_sources else None)
+    return TrainingRows(train, heldout)
+
+
+def check_suspicious(
+    data: DataSettings, train: TokenisedRows, heldout: TokenisedRows | None
+) -> None:
+    """Tell how many held-out rows are training rows.
+
+    Raises ValueError with on_suspicious_row: error if there are any, or any other suspicious rows.
+    """
+    known = np.isin(heldout.keys, train.keys) if heldout else np.zeros(0, bool)
+    if known.any():
+        shared = set(heldout.keys[known].tolist())
+        rows = read_rows(data.eval_sources, data.mixture_seed, data.on_bad_row)
+        place = next(place for place, row in rows if row_key(row) in shared)
+        heldout.report.suspicious[HELDOUT_IN_TRAINING] = [int(known.sum()), place]
+        print_rank0(heldout.report.suspicions[-1])
+    if data.on_suspicious_row == "error":
+        found = [line for rows in (train, heldout) if rows for line in rows.report.suspicions]
+        if found:
+            raise ValueError(f"on_suspicious_row: error: {'; '.join(found)}; mend or remove them")
 
 
 def load_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Documents:
