@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.distributed import print_rank0
+from kd.distributed import print_rank0, raise_on_all_ranks
 from kd.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -84,6 +84,7 @@ def load_model(
     configuration says. Tensors without a place in the model are told.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     # quantization_config=None would replace that of the files and read packed weights as others.
     options = {key: value for key, value in options.items() if value is not None}
@@ -91,7 +92,9 @@ def load_model(
     found = check_files(name, *((gguf,) if gguf else (CONFIG,)))
     if not gguf:
         check_weights(name)
-    with one_line(name, "model"), no_load_report():
+    # Under ZeRO-3 all ranks load together, and only rank 0 sees the shapes in the files.
+    together = raise_on_all_ranks() if is_deepspeed_zero3_enabled() else contextlib.nullcontext()
+    with together, one_line(name, "model"), no_load_report():
         model, info = (model_class or AutoModelForCausalLM).from_pretrained(
             name,
             output_loading_info=True,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from kd.data.tokenizer import load_tokenizer
 from kd.models import sharding, tensor_files
@@ -96,6 +97,21 @@ def error_of(folder: Path, ds_config: str) -> str:
     return "none"
 
 
+def student_error(folder: Path) -> str:
+    """The error of a damaged student that ZeRO-3 shards while Transformers loads it."""
+    sharded = HfDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    )
+    try:
+        load_trained(str(folder), ModelSettings(dtype="float32"), load_tokenizer(str(folder)))
+    except ValueError as error:
+        return str(error)
+    finally:
+        del sharded
+        unset_hf_deepspeed_config()
+    return "none"
+
+
 def error_while_reading(folder: Path, ds_config: str) -> str:
     """The error if the disk of rank 1 fails after some tensors."""
     real, calls = tensor_files.fill, []
@@ -125,6 +141,8 @@ def main() -> None:
     config = str(work / "teacher.json")
     found = {"bad": {folder.name: error_of(folder, config) for folder in bad}}
     found["good"] = {folder.name: compare(folder, student, config) for folder in good}
+    students = sorted((work / "students").iterdir())
+    found["students"] = {folder.name: student_error(folder) for folder in students}
     for profile in ("teacher_zero3", "teacher_zero3_offload"):
         found["good"][profile] = compare(good[0], student, f"ds_configs/{profile}.json")
     # Last, because DeepSpeed numbers parameters and the failing rank creates fewer than the others.

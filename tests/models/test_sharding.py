@@ -81,6 +81,7 @@ def work(tmp_path_factory):
         write_nf4(plain, work / "good" / f"{name}-nf4", nested=name != "llama")
     write_gptq(work / "good" / "qwen2-awq", work / "good" / "qwen2-gptq")
     break_checkpoints(work)
+    break_students(work)
     return work
 
 
@@ -113,6 +114,18 @@ def write_gptq(source, folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def break_students(work) -> None:
+    """Write two damaged students into students/."""
+    for name, change in (
+        ("missing tensor", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
+        ("wrong shape", lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
+    ):
+        folder = shutil.copytree(work / "student", work / "students" / name)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def break_checkpoints(work) -> None:
@@ -222,6 +235,15 @@ def test_the_same_numbers_packed_as_awq_and_as_gptq_have_the_same_logits(work):
         for name in ("qwen2-awq", "qwen2-gptq")
     )
     assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_a_damaged_student_under_zero3_is_refused_on_every_rank(found):
+    """Transformers fills missing tensors at random, and only rank 0 reads the shapes."""
+    for rank in found:
+        assert (
+            "lack 1 tensor: model.layers.1.mlp.up_proj.weight" in rank["students"]["missing tensor"]
+        )
+        assert "size mismatch for model.norm.weight" in rank["students"]["wrong shape"]
 
 
 def test_errors_about_broken_checkpoints_are_raised_on_every_rank(found):
