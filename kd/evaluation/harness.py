@@ -19,6 +19,7 @@ from torch import Tensor
 from kd.distributed import all_gather, barrier, rank, world_size
 from kd.evaluation.models import tokenizer_for
 from kd.evaluation.results import describe_model, is_measured
+from kd.evaluation.task_rows import check_rows
 from kd.settings.evaluation import SPLITS, BenchmarkSettings, ModelSelection
 
 TaskData = dict[str, dict[str, str]]  # {task: {split: file}}
@@ -91,14 +92,17 @@ def missing_benchmarks(
 def prepare_tasks(tasks: list[str], settings: BenchmarkSettings) -> TaskManager:
     """Collective: write the task files of local rows, and find all tasks.
 
-    Raises ValueError for a task that lm_eval does not have.
+    Raises ValueError for a task that lm_eval does not have, and for local rows that do not fit it.
     """
     folder = Path(settings.out_dir) / "benchmarks" / "task_files"
     local = {task: files for task, files in settings.files.items() if task in tasks}
     if rank() == 0:
         write_task_files(local, folder)
     barrier()
-    return find_tasks(tasks, local, folder)
+    manager = find_tasks(tasks, local, folder)
+    for task, splits in local.items():
+        check_rows(task, splits, manager, folder)
+    return manager
 
 
 def write_task_files(task_data: TaskData, folder: Path) -> None:

@@ -6,6 +6,9 @@ import pytest
 from held_out import command, inside, write_jsonl
 from processes import start, succeed
 
+from kd.evaluation.harness import find_tasks, write_task_files
+from kd.evaluation.task_rows import check_rows
+
 BOOLQ = [
     {"passage": f"{name} is {what}.", "question": f"is {name} {asked}", "label": int(what == asked)}
     for name, what, asked in [
@@ -144,6 +147,31 @@ def test_two_processes_write_what_one_writes_and_a_rerun_measures_nothing(house,
 def test_wrong_settings_are_named_in_the_error(house, flags, message):
     with pytest.raises(ValueError, match=message):
         inside("benchmarks.py", "--models", f"student={house / 'student'}", *flags)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (
+            "boolq",  # without a label lm_eval takes the word "label" for the answer
+            [{"passage": "a", "question": "b", "answer": 1}],
+            "line 1 has no field label; found passage, question, answer; wanted label, passage, q",
+        ),
+        ("boolq", [*BOOLQ, {"passage": "a"}], "line 6 has no field label, question; found passage"),
+        ("winogrande", [{"question": "a"}], "cannot read rows with the fields question .*'answer'"),
+        ("boolq", [BOOLQ[0], BOOLQ[1] | {"label": 2}], "row 2: the answer is 2; wanted one of"),
+        ("gsm8k", "{", "line 1: not JSON"),
+        ("gsm8k", "", "no rows"),
+    ],
+)
+def test_rows_that_do_not_fit_their_task_are_refused(tmp_path, task, rows, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows) if isinstance(rows, str) else write_jsonl(file, rows)
+    files = {task: {"test": str(file)}}
+    write_task_files(files, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        check_rows(task, files[task], find_tasks([task], files, tmp_path), tmp_path)
+    assert str(error.value).startswith(f"task_data: {task}: ") and "\n" not in str(error.value)
 
 
 def test_an_unknown_task_is_named_before_a_model_is_loaded(house):
