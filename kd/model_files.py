@@ -185,4 +185,6 @@ def read_json(file: Path, remedy: str = "fetch it again") -> Any:
 def first_line(error: BaseException, text: str | None = None) -> str:
     """The type of an error and the first line of its text, or of `text`."""
     lines = [line.strip() for line in (text or str(error)).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -235,12 +235,13 @@ def one_line(name: str | Path, what: str) -> Iterator[None]:
 
     A lack of memory stays what it is.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     mistakes = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
     try:
         yield
-    except (*mistakes, SafetensorError, RuntimeError) as error:
+    except (*mistakes, SafetensorError, StrictDataclassError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and not ("size mismatch" in text or "convers" in text):
             raise

@@ -73,8 +73,7 @@ def load_frozen(
                 device_map={"": device},
                 quantization_config=quantization_config,
             )
-        if quantization_config is not None:
-            disable_cpu_repacking(model)
+        disable_cpu_repacking(model)
         if is_adapter(name):
             model = load_adapter(model, name, device)
             if (Path(name) / "generation_config.json").is_file():
