@@ -183,9 +183,9 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
     steps, delay = draw.randint(SAVE_STEPS, SAVE_STEPS + 1), draw.random()
     before = newest(output)
     run, begin = Start(arguments, output.with_name("start.log")), time.monotonic()
-    ended = not wait_for(lambda: run.printed.count("'grad_norm'") >= steps, run, timeout)
+    ended = not wait_for(lambda: run.printed.count(": loss ") >= steps, run, timeout)
     # A save lasts milliseconds; if it is missed, the kill happens between steps.
-    late = lambda: run.printed.count("'grad_norm'") >= steps + SAVE_STEPS  # noqa: E731
+    late = lambda: run.printed.count(": loss ") >= steps + SAVE_STEPS  # noqa: E731
     if not ended and moment == "save":
         wait_for(lambda: late() or any(output.glob(f"{SAVING}{NAME}*")), run, timeout)
         time.sleep(0.1 * delay)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
                     one.kill()
             process.wait()
     return subprocess.CompletedProcess(process.args, process.returncode, printed)
+
+
+def logged_steps(printed: str) -> int:
+    """The number of training steps whose line a run has printed, with logging_steps 1."""
+    return len(re.findall(r"step \d+ of \d+: loss", printed))
 
 
 def succeed(*command, **options) -> str:

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import ROOT, start
+from processes import ROOT, logged_steps, start
 from slurm_cluster import free_ports
 from small import small_rows
 
@@ -80,11 +80,11 @@ def kill_after(command: list[str], steps: int) -> None:
     printed = ""
     for line in job.stdout:
         printed += line
-        if printed.count("'grad_norm'") >= steps:
+        if logged_steps(printed) >= steps:
             break
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    assert printed.count("'grad_norm'") >= steps, printed[-4000:]
+    assert logged_steps(printed) >= steps, printed[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def run(profile: str, script: str, recipe: str, *flags) -> str:
 
 
 def losses(printed: str) -> list[float]:
-    return [float(value) for value in re.findall(r"'loss': '([^']+)'", printed)]
+    return [float(value) for value in re.findall(r"step \d+ of \d+: loss ([^,]+)", printed)]
 
 
 def test_experiment_a_trains_a_teacher_and_a_student_on_its_answers():

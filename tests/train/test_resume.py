@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, start
+from processes import ROOT, logged_steps, start
 from small import small_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,8 +50,13 @@ def command(models: Path, output: Path, *options: str) -> list[str]:
     return ["launch/cpu.sh", *options, "train/distill.py", *as_flags(flags)]
 
 
-def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], None]) -> str:
-    """Start the command; call act(launcher, ranks) with process ids after `steps` logged steps."""
+def disturb(
+    arguments: list[str], steps: int, code: int, act: Callable[[int, list[int]], None]
+) -> str:
+    """Start the command; call act(launcher, ranks) with process ids after `steps` logged steps.
+
+    Returns what was printed; the launcher must end with exit code `code`.
+    """
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = subprocess.PIPE
@@ -61,17 +66,23 @@ def disturb(arguments: list[str], steps: int, act: Callable[[int, list[int]], No
     printed = ""
     for line in job.stdout:
         printed += line
-        if printed.count("'grad_norm'") >= steps:
+        if logged_steps(printed) >= steps:
             break
     ranks = {p.environ().get("RANK"): p.pid for p in psutil.Process(job.pid).children()}
     assert {"0", "1"} <= set(ranks), printed[-6000:]
     descendants = psutil.Process(job.pid).children(recursive=True)
     act(job.pid, [ranks["0"], ranks["1"]])
     printed += job.communicate(timeout=400)[0]
-    assert job.returncode != 0
+    assert job.returncode == code, printed[-6000:]
     _, orphans = psutil.wait_procs(descendants, timeout=100)
     assert not orphans
     return printed
+
+
+def listening_addresses(pid: int) -> list[str]:
+    """The local addresses on which a process listens."""
+    connections = psutil.Process(pid).net_connections("inet")
+    return [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
 
 
 def weights(output: Path) -> list[str]:
@@ -103,7 +114,7 @@ def whole(models, tmp_path_factory):
 def test_a_killed_run_resumes_by_the_same_command_with_bit_equal_weights(models, whole, tmp_path):
     """Within the second epoch, in which rows have another order; each ends with blank rows."""
     killed = command(models, tmp_path / "killed")
-    disturb(killed, 14, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
+    disturb(killed, 14, 137, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
     assert not (tmp_path / "killed" / "done.json").exists()
     again = start(*killed)
     assert "resuming from" in again.stdout and "checkpoint-" in again.stdout, again.stdout[-6000:]
@@ -118,22 +129,32 @@ def test_a_killed_run_resumes_by_the_same_command_with_bit_equal_weights(models,
 
 
 def test_a_signal_ends_all_ranks_after_a_step_and_no_step_is_lost(models, whole, tmp_path):
-    """SIGUSR1 to one rank, then SIGTERM to the launcher, which forwards it to ranks and workers.
+    """SIGUSR1 to one rank, then Ctrl-C to the launcher, which forwards it to ranks and workers.
 
-    Started by torchrun, which gives the same bits as accelerate launch.
+    Started by torchrun, which gives the same bits as accelerate launch. All sockets of the run
+    listen on the loopback interface.
     """
+
+    def interrupt(launcher: int, ranks: list[int]) -> None:
+        for pid in (launcher, *ranks):
+            listening.extend(listening_addresses(pid))
+        os.kill(launcher, signal.SIGINT)
+
+    listening: list[str] = []
     output = tmp_path / "run"
     stopped = command(models, output, TORCHRUN)
-    first = disturb(stopped, 3, lambda launcher, ranks: os.kill(ranks[1], signal.SIGUSR1))
+    first = disturb(stopped, 3, 138, lambda launcher, ranks: os.kill(ranks[1], signal.SIGUSR1))
     step = json.loads((output / STOPPED).read_text())["step"]
     assert f"stopped by SIGUSR1 after step {step} of 40" in first, first[-6000:]
-    assert first.count("'grad_norm'") == step < 20
+    assert logged_steps(first) == step < 20
 
-    second = disturb(stopped, 3, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
+    second = disturb(stopped, 3, 130, interrupt)
+    assert len(listening) >= 3 and set(listening) <= {"127.0.0.1", "::1"}
     assert f"resuming from {output}/checkpoint-{step}" in second, second[-6000:]
     later = json.loads((output / STOPPED).read_text())["step"]
-    assert f"stopped by SIGTERM after step {later} of 40" in second, second[-6000:]
-    assert "DataLoader worker" not in second and second.count("'grad_norm'") == later - step
+    assert f"stopped by SIGINT after step {later} of 40" in second, second[-6000:]
+    assert "Traceback" not in first + second
+    assert "DataLoader worker" not in second and logged_steps(second) == later - step
 
     third = start(*stopped)
     assert (output / "done.json").exists(), third.stdout[-6000:]
