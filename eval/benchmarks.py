@@ -13,11 +13,13 @@ with random few-shot examples then draw other examples.
 from kd.distributed import print_rank0, start_gloo
 from kd.recipe import parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.evaluation import BenchmarkSettings, ModelSelection
 
 
 def main() -> None:
     selection, settings = parse(ModelSelection, BenchmarkSettings, description=__doc__)
+    check_writable("out_dir", settings.out_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.harness import (
         SharedModel,

@@ -10,11 +10,13 @@ rerun requests only what is missing. Results of different judges are not compara
 from kd.distributed import rank, start_gloo
 from kd.recipe import parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.judge import JudgeSettings
 
 
 def main() -> None:
     (settings,) = parse(JudgeSettings, description=__doc__)
+    check_writable("out_dir", settings.out_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.judge.judge_record import describe_judgements, print_result
     from kd.evaluation.judge.judge_requests import open_client, request_missing

@@ -15,6 +15,7 @@ from kd.data.sources import check_sources
 from kd.distributed import print_rank0, start_gloo
 from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.evaluation import EvaluationSettings, PerplexitySettings
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     with all_mistakes():
         settings, perplexity = parse(EvaluationSettings, PerplexitySettings, description=__doc__)
         check_sources(settings.sources)
+    check_writable("out_dir", perplexity.out_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.likelihood import make_batches, row_sums
     from kd.evaluation.models import model_for, tokenizer_for

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from kd.recipe import parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.evaluation import ReportSettings
 
 
 def main() -> None:
     (settings,) = parse(ReportSettings, description=__doc__)
+    check_writable("out", Path(settings.out).parent)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.report.comparison import compare, measure
     from kd.evaluation.report.overview import group_models, overview, seed_tests

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from kd.recipe import parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.evaluation import ModelSelection, SpeedSettings
 
 
 def main() -> None:
     selection, settings = parse(ModelSelection, SpeedSettings, description=__doc__)
+    check_writable("out_dir", settings.out_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.models import model_for, tokenizer_for
     from kd.evaluation.results import describe_model, is_measured, write_result

@@ -16,6 +16,7 @@ from kd.data.sources import check_sources
 from kd.distributed import print_rank0
 from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
+from kd.run.folder_lock import check_writable
 from kd.settings.evaluation import EvaluationSettings, TeacherCostSettings
 
 
@@ -23,6 +24,7 @@ def main() -> None:
     with all_mistakes():
         settings, cost = parse(EvaluationSettings, TeacherCostSettings, description=__doc__)
         check_sources(settings.sources)
+    check_writable("out_dir", cost.out_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.evaluation.agreement import agreement_result, measure_against_teacher
     from kd.evaluation.results import write_result

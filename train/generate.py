@@ -7,6 +7,7 @@ from kd.data.sources import check_sources
 from kd.distributed import rank, start_gloo
 from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
+from kd.run.folder_lock import lock_folder
 from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
 from kd.settings.model_paths import check_path
 
@@ -19,6 +20,7 @@ def main() -> None:
         if settings.model and not server.server:  # a server knows models by names of its own
             check_path("model", settings.model)
         check_sources([*settings.sources, *filters.evaluation_sources])
+    lock_folder("output_dir", settings.output_dir)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.data.near_duplicates import Overlap
     from kd.generation.answering import answer_missing

@@ -15,6 +15,7 @@ from kd.distributed import print_rank0, rank
 from kd.evaluation.models import fingerprint
 from kd.evaluation.rows import HeldoutRow, text_hash
 from kd.run import atomic
+from kd.run.finished import read_json
 from kd.run.run_record import commit
 from kd.settings.evaluation import EvaluationSettings, ModelSelection
 
@@ -59,7 +60,7 @@ def describe_model(
 
 def is_measured(file: Path, description: dict[str, object], quiet: bool = False) -> bool:
     """Whether `file` holds a measurement with this description; prints it unless `quiet`."""
-    if not file.is_file() or json.loads(file.read_text())["settings"] != description:
+    if read_json(file, "remove it to measure again").get("settings") != description:
         return False
     if not quiet:
         print_rank0(f"{file} is measured already with these settings; remove it to measure again")

@@ -12,7 +12,6 @@ from kd.generation.records import cut_torn_lines, read_raw_answers
 from kd.generation.sampling import Sample
 from kd.run.atomic import write_text
 from kd.run.finished import DONE, mark_done
-from kd.run.folder_lock import lock_folder
 from kd.run.run_record import write_record
 from kd.settings.generation import FilterSettings, GenerationSettings, ServerSettings
 
@@ -27,7 +26,6 @@ def start_run(
     folder = settings.output_dir
     if server.server:
         check_key_variable(server.key_variable)  # before run.json records it
-    lock_folder("output_dir", folder)
     if rank() == 0:
         removed = cut_torn_lines(folder, "raw") + cut_torn_lines(folder, "rewards")
         if removed:

@@ -1,24 +1,43 @@
 """The model card of a merged student: training recipe, measured results and licence terms."""
 
-import json
 from pathlib import Path
 
 from kd.recipe import parse_json_list
+from kd.run.finished import read_json
 
 RECIPE_KEYS = (
     *("teacher", "student", "model", "data", "quantization", "lora_rank", "lora_alpha"),
     *("divergence", "soft_weight", "temperature", "max_length", "learning_rate"),
-    *("lr_scheduler_type", "num_train_epochs", "max_steps", "global_batch_size", "seed"),
+    *("lr_scheduler_type", "global_batch_size", "seed"),
 )
+EPOCHS, STEPS = "epochs trained", "optimizer steps"
+REMEDY = "restore the file, or give another adapter"
 
 
 def read_run(adapter: str) -> dict:
-    """The recipe in run.json, in the adapter's folder or its parent; {} without a run.json."""
+    """The recipe in run.json, in the adapter's folder or its parent, and how long it was trained.
+
+    {} without a run.json. Raises ValueError for a damaged file.
+    """
     for folder in (Path(adapter), Path(adapter).resolve().parent):
-        file = folder / "run.json"
-        if file.is_file():
-            return json.loads(file.read_text())["recipe"]
+        recipe = read_json(folder / "run.json", REMEDY).get("recipe")
+        if recipe:
+            best = bool(recipe.get("load_best_model_at_end")) and folder == Path(adapter)
+            return recipe | trained_length(Path(adapter), best)
     return {}
+
+
+def trained_length(adapter: Path, best: bool) -> dict[str, float]:
+    """The epochs and optimizer steps that an adapter was trained for; {} if that is unknown.
+
+    `best`: it is that of the best step, not that of the last one.
+    """
+    state = read_json(adapter / "trainer_state.json", REMEDY)
+    last = state.get("global_step")
+    if not last:
+        return {}
+    steps = (best and state.get("best_global_step")) or last
+    return {EPOCHS: round(state["epoch"] * steps / last, 4), STEPS: steps}
 
 
 def model_card(
@@ -27,7 +46,9 @@ def model_card(
     """The text of README.md, with a table of the files in `results` that measured this model."""
     teacher = run.get("teacher")
     data = [source["path"] for source in parse_json_list("data", run.get("data"))]
-    recipe = [f"| {key} | {run[key]} |" for key in RECIPE_KEYS if run.get(key) not in (None, "")]
+    length = (EPOCHS, STEPS) if EPOCHS in run else ("num_train_epochs", "max_steps")
+    keys = (*RECIPE_KEYS, *length)
+    recipe = [f"| {key} | {run[key]} |" for key in keys if run.get(key) not in (None, "")]
     unknown = "Unknown: the adapter's folder has no run.json."
     lines = [
         "---",
@@ -64,8 +85,8 @@ def results_table(folder: str, results: str) -> str:
     """A table of the overall metrics in all files of `results` about this folder's model."""
     rows = ["| metric | value | file |", "| --- | --- | --- |"]
     for file in sorted(Path(results).rglob("*.json")):
-        found = json.loads(file.read_text())
-        model = found.get("settings", {}).get("model") if isinstance(found, dict) else None
+        found = read_json(file, "remove it and measure again")
+        model = found.get("settings", {}).get("model")
         if model is None or Path(model).resolve() != Path(folder).resolve():
             continue
         metrics = dict(found.get("overall", {}))

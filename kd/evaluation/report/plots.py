@@ -1,6 +1,5 @@
 """The plots of a report: bars of the metrics, quality against size and speed, training curves."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +16,7 @@ from kd.evaluation.report.result_table import (  # noqa: E402
     Results,
     split_seed,
 )
+from kd.run.finished import read_json  # noqa: E402
 from kd.training.checkpoints.checkpoint import checkpoints  # noqa: E402
 
 BARS_FILE, CURVES_FILE = "perplexity_and_kl.png", "training_curves.png"
@@ -142,7 +142,7 @@ def plot_curves(histories: dict[str, Path | None], file: Path) -> bool:
     Returns False without a training history.
     """
     logs = {
-        Path(run).name: json.loads(state.read_text())["log_history"]
+        Path(run).name: read_json(state, "leave its run out").get("log_history", [])
         for run, state in histories.items()
         if state is not None
     }

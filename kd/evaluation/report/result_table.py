@@ -5,7 +5,6 @@ sum(value) / sum(weight): a mean where the weights are 1, a mean per token where
 tokens. Models are named MODEL-seed0, MODEL-seed1, ...; a model without seeds has the seed "".
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+
+from kd.run.finished import read_json
 
 COLUMNS = ["metric", "model", "seed", "source", "item", "value", "weight"]
 NOT_RUN = "not run"
@@ -114,7 +115,7 @@ def read_results(folders: list[str]) -> Results:
     for folder in folders:
         for pattern in PATTERNS:
             for path in sorted(Path(folder).glob(pattern)):
-                content = json.loads(path.read_text())
+                content = read_json(path, "remove it and measure again")
                 name, kind = path.stem, pattern.split("/")[0]
                 for metric, items in READERS[kind](content):
                     label = metrics.setdefault(metric.label, metric).label
