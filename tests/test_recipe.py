@@ -40,9 +40,21 @@ def test_command_line_wins_over_profile_wins_over_recipe_wins_over_default(tmp_p
 
 
 def test_yaml_numbers_lists_and_booleans_are_parsed(tmp_path):
-    recipe = write(tmp_path, "rate: 2e-5\nnames: [a, b]\nflag: true\n")
+    """Scalars are those of YAML 1.2: in 1.1, 1e-4 is a string, 1:30 is 90 and `no` is false."""
+    recipe = write(tmp_path, "rate: 1e-4\ncount: 010\nnames: [1:30, no, 1e-4]\nflag: yes\n")
     (numbers,) = parse(Numbers, argv=["--config", recipe])
-    assert numbers == Numbers(2e-5, 1, ["a", "b"], True)
+    assert numbers == Numbers(1e-4, 10, ["1:30", "no", "0.0001"], True)
+
+
+def test_numbers_inside_the_sources_of_a_recipe_are_numbers(tmp_path):
+    sources = "data: [{path: a, weight: 1e-4}, {path: b, weight: 2}]\n"
+    (data,) = parse(DataSettings, argv=["--config", write(tmp_path, sources)])
+    assert [source["weight"] for source in data.sources] == [1e-4, 2]
+
+
+def test_negative_numbers_and_switches_without_a_value_are_read_from_the_command_line():
+    (numbers,) = parse(Numbers, argv=["--rate", "-1", "--flag", "--count=-2"])
+    assert numbers == Numbers(-1.0, -2, None, True)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def check_ranges(settings: Any) -> None:
         values = value if isinstance(value, list) else [value]
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if any(not math.isfinite(v) or (wanted is not None and v not in wanted) for v in numbers):
-            mistake(f"{field.name}: {value}; wanted {wanted or 'a finite number'}")
+            wanted = wanted or "a finite number"
+            mistake(f"{field.name}: {value}; wanted {wanted}", unread=field.name)
 
 
 def require_given(settings: object, *keys: str, hint: str = "--help says what it means") -> None:

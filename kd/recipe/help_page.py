@@ -68,7 +68,7 @@ def _describe_field(field: dataclasses.Field, kind: Any) -> str:
     facts = [str(field.metadata.get("range") or describe(kind))]
     if shown not in (None, ""):
         facts.append(f"default {shown}")
-    return _entry(field.name, f"({'; '.join(facts)})", field.metadata.get("help", ""))
+    return _entry(field.name, f"[{'; '.join(facts)}]", field.metadata.get("help", ""))
 
 
 def _entry(key: str, facts: str, text: str) -> str:

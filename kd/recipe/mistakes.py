@@ -7,14 +7,14 @@ from typing import Any
 
 
 class Mistakes:
-    """The lines that the user reads, and the keys whose values could not be read."""
+    """The lines that the user reads, and the keys whose values are of no use."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.unread: set[str] = set()
 
     def add(self, text: str) -> None:
-        """Add a mistake, unless it follows from a value that could not be read."""
+        """Add a mistake, unless it follows from a value that is of no use itself."""
         for key in self.unread:
             if re.search(rf"\b{key}[:,]|\b(set|give|with|without|without a) {key}\b", text):
                 return

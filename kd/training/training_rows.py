@@ -33,8 +33,8 @@ class TrainingRows:
 def load_rows(recipe: Recipe, tokenizers: Tokenizers, resume: ResumePoint) -> TrainingRows:
     """Tokenize the rows, or read them from the cache of tokenized rows.
 
-    Raises ValueError for unreadable rows, for documents that the teacher cache lacks, and if the
-    run resumes from a checkpoint that was trained on other rows.
+    Raises ValueError for unreadable rows, for documents that the teacher cache lacks, for fewer
+    rows than one step needs, and if the run resumes from a checkpoint that was trained on others.
     """
     rows = tokenize(recipe, tokenizers.student, tokenizers.teacher)
     if tokenizers.cache:
@@ -46,7 +46,23 @@ def load_rows(recipe: Recipe, tokenizers: Tokenizers, resume: ResumePoint) -> Tr
     if recipe.training.check:
         longest = check_rows(rows.train.lengths, recipe.training.global_batch_size)
         rows.train = rows.train.subset(longest)
+    else:
+        check_batch(recipe, len(rows.train))
     return rows
+
+
+def check_batch(recipe: Recipe, rows: int) -> None:
+    """Raise ValueError if an epoch has fewer rows than one optimizer step is to have.
+
+    Every step would then have a smaller batch than the recipe says.
+    """
+    wanted = recipe.training.global_batch_size
+    if rows < wanted:
+        kind = "packed training rows" if recipe.data.packing else "training rows"
+        raise ValueError(
+            f"global_batch_size: {wanted} rows per step, but the data has {rows} {kind}; wanted at "
+            "most that many, or more data"
+        )
 
 
 def tokenize(

@@ -65,7 +65,7 @@ def make_work(folder: Path, models: Path) -> Path:
     format that is not read), adapter (of the teacher), rows.jsonl and bad.jsonl.
     """
     save_small(folder / "other", small_tokenizer(330))
-    write(folder / "rows.jsonl", [GOOD])
+    write(folder / "rows.jsonl", [{"prompt": f"a{i}", "completion": f"b{i}"} for i in range(8)])
     write(folder / "bad.jsonl", [GOOD, {"answer": 1}])
     for name in ("student", "teacher"):
         skip = shutil.ignore_patterns("*.safetensors")
