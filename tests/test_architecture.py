@@ -9,8 +9,8 @@ from processes import ROOT
 
 # A room imports itself and the rooms before it.
 LAYERS = (
-    "distributed", "recipe", "model_files", "pretrained", "settings", "run", "data", "losses",
-    "models", "planning", "teachers", "generation", "training", "evaluation",
+    "credentials", "distributed", "recipe", "model_files", "pretrained", "settings", "run", "data",
+    "losses", "models", "planning", "teachers", "generation", "training", "evaluation",
 )  # fmt: skip
 SCRIPTS = ("train", "eval", "data/quickstart")
 PACKAGES = {"kd", "train", "eval", "benchmarks", "tests", "launch", "recipes"}
