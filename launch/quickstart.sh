@@ -6,7 +6,8 @@
 #   launch/quickstart.sh --teacher HuggingFaceTB/SmolLM2-360M-Instruct --student HuggingFaceTB/SmolLM2-135M
 # Run it again to resume. SEEDS="0" in the environment trains one seed instead of three.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+caller=$PWD
+cd "$(dirname "$0")/.."  # the recipes of the quickstart name folders of the repository
 teacher=data/quickstart/teacher student=''
 while [[ $# -gt 0 ]]; do
     case $1 in
@@ -15,6 +16,10 @@ while [[ $# -gt 0 ]]; do
         *) echo "quickstart: unknown option $1; wanted --teacher or --student" >&2; exit 2 ;;
     esac
 done
+if [[ $caller != "$PWD" ]]; then  # folders of the caller
+    [[ ! -d $caller/$teacher ]] || teacher=$caller/$teacher
+    [[ -z $student || ! -d $caller/$student ]] || student=$caller/$student
+fi
 source launch/setup.sh
 out=runs/quickstart started=$SECONDS
 lanes=$(env -u OMP_NUM_THREADS nproc)  # nproc would report OMP_NUM_THREADS

@@ -115,6 +115,11 @@ def parse_plan(description: str) -> tuple[PlanSettings, Recipe, "Machine"]:
     return settings, recipe, machine
 
 
+def beside(accelerate_config: str, path: str) -> Path:
+    """A path that a configuration in accelerate_configs/ gives relative to the repository."""
+    return Path(accelerate_config).resolve().parents[1] / path
+
+
 def planned_machine(settings: PlanSettings, training: TrainingSettings) -> "Machine":
     """The machine of a launch profile. Raises ValueError if a GPU's memory is unknown."""
     import torch
@@ -126,7 +131,9 @@ def planned_machine(settings: PlanSettings, training: TrainingSettings) -> "Mach
     if settings.accelerate_config:
         config |= yaml.safe_load(Path(settings.accelerate_config).read_text())
     processes = settings.num_processes or config["num_processes"]
-    path = training.deepspeed or config.get("deepspeed_config", {}).get("deepspeed_config_file")
+    path, own = training.deepspeed, config.get("deepspeed_config", {}).get("deepspeed_config_file")
+    if own and not path:  # relative to the repository; the caller may be in another folder
+        path = own if Path(own).is_file() else beside(settings.accelerate_config, own)
     zero = json.loads(Path(path).read_text()) if path else None
     per_machine = -(-processes // config.get("num_machines", 1))
     if config["use_cpu"] or training.use_cpu:

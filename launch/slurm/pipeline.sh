@@ -5,7 +5,7 @@
 # The folder has 1_teacher.yaml, 2_answers.yaml and one 3_*.yaml per student. The second argument is held-out rows for
 # eval/, as JSON; all others are flags of sbatch. Prints one job per line. Run it again to resume: finished steps are skipped.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+[[ -f launch/slurm/train.sbatch ]] || { echo "pipeline: call it from the root of the repository; found $PWD" >&2; exit 2; }
 recipes=${1:?wanted a folder with 1_teacher.yaml, 2_answers.yaml and 3_*.yaml} heldout=${2:?wanted held-out rows, as JSON}
 shift 2
 for file in "$recipes"/{1_teacher,2_answers}.yaml "$recipes"/3_*.yaml; do

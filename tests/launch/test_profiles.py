@@ -62,8 +62,36 @@ def test_torchrun_starts_the_same_run(profile):
     config = yaml.safe_load((ROOT / first[first.index("--config_file") + 1]).read_text())
     assert twin[:3] == ["torchrun", "--nproc-per-node", str(config["num_processes"])]
     at = twin.index("--deepspeed")
-    assert twin[at + 1] == config["deepspeed_config"]["deepspeed_config_file"]
+    assert twin[at + 1] == str(ROOT / config["deepspeed_config"]["deepspeed_config_file"])
+    assert first[first.index("--deepspeed_config_file") + 1] == twin[at + 1]
     assert twin[twin.index(script) : at] + twin[at + 2 :] == first[first.index(script) :]
+
+
+def test_launch_files_keep_the_folder_of_the_caller(tmp_path):
+    """Flags keep their relative paths, and the script and configurations are the repository's."""
+    starts = {
+        "train/plan.py": "--student mine --config recipe.yaml",
+        "eval/report.py": "--out x.md",
+    }
+    (tmp_path / "runs").mkdir()
+    for script, flags in starts.items():
+        command = shlex.join([str(ROOT / "launch/2xa100.sh"), "--dry-run", script])
+        printed = succeed("bash", "-c", f"cd {tmp_path} && {command} {flags}")
+        words = shlex.split(printed)
+        assert words[-len(flags.split()) :] == flags.split() and str(ROOT / script) in words
+        named = [word for word in words if word.endswith((".json", ".py")) or "configs/" in word]
+        assert len(named) >= 2 and all(Path(word).is_file() for word in named), words
+    board = succeed("bash", "-c", f"cd {tmp_path} && {ROOT}/launch/tensorboard.sh --version")
+    assert "no folder" not in board
+
+
+def test_plan_from_another_folder_reads_the_profile(models, tmp_path):
+    """The DeepSpeed configuration that an accelerate configuration names is the repository's."""
+    row = tmp_path / "rows.jsonl"
+    row.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    flags = f'--model {models}/student --data \'[{{"path": "rows.jsonl"}}]\' --global_batch_size 4'
+    command = f"{ROOT}/launch/cpu.sh train/plan.py {flags} --output_dir out"
+    assert "(1/2 per process)" in succeed("bash", "-c", f"cd {tmp_path} && {command}")
 
 
 @pytest.mark.parametrize("arguments", [(), ("train/missing.py",), ("--dryrun", "train/sft.py")])
