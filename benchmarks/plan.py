@@ -5,11 +5,10 @@ python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 On a GPU, measured is the peak that PyTorch allocated. On a CPU it is the peak of RssAnon (anonymous
 memory, without mapped files and libraries) of the larger rank, above its value before the student
 is loaded, until the end of training. Planned is the value in run.json without the allowance for
-libraries. MALLOC_MMAP_THRESHOLD_ makes the allocator return freed blocks to the system; otherwise
-its caches would be measured.
+libraries. The ranks run the training script as it is, with the settings of the allocator that every
+script makes (kd/run/host_memory.py).
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -28,9 +27,8 @@ import torch
 from random_checkpoint import qwen_config
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from kd.distributed import barrier, rank
+from kd.distributed import rank
 from kd.recipe import parse, setting
-from kd.run.exit import leave
 from kd.training import run_training
 from kd.training.trainer import DistillationTrainer
 
@@ -125,10 +123,9 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
     flags += ["--output_dir", str(out), "--disable_tqdm", "true"]
     command = ["torchrun", "--nproc-per-node", str(ranks), __file__]
     command += ["--rank_of", json.dumps([str(work / "student"), *flags])]
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
         command,
-        env=os.environ | allocator | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -165,16 +162,14 @@ def run_rank(flags: list[str]) -> None:
     def train_and_stop(trainer, *args, **options):
         result = train(trainer, *args, **options)
         peak.stop()  # saving gathers a sharded student
+        folder = Path(flags[flags.index("--output_dir") + 1])
+        (folder / f"peak-{rank()}.json").write_text(json.dumps(peak.most - peak.before))
         return result
 
     DistillationTrainer.train = train_and_stop
     script, key = ("distill", "student") if "--teacher" in flags else ("sft", "model")
     sys.argv = [f"train/{script}.py", f"--{key}", *flags]
-    runpy.run_path(str(ROOT / sys.argv[0]))["main"]()
-    folder = Path(flags[flags.index("--output_dir") + 1])
-    (folder / f"peak-{rank()}.json").write_text(json.dumps(peak.most - peak.before))
-    barrier()
-    leave(0)
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
 
 class Peak:
@@ -182,7 +177,6 @@ class Peak:
 
     def start(self) -> None:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.before = self.most = anonymous_bytes()
         self.running = True
         self.thread = threading.Thread(target=self.watch, daemon=True)

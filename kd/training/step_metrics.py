@@ -5,13 +5,12 @@ the same on any rank and in any micro-batch. Nothing here waits for the device w
 kd.losses.metrics lists the metrics.
 """
 
-import resource
-
 import torch
 from torch import Tensor
 
 from kd.distributed import all_max, all_sum, world_size
 from kd.losses.metrics import BY_NAME, REPORTED
+from kd.run.host_memory import PeakMemory
 from kd.training.step_times import StepTimes
 
 GIB = 2**30
@@ -41,6 +40,7 @@ class StepMetrics:
         self.work = work
         self.student_pace = (0.0, 0)
         self.times = StepTimes(device)
+        self.host_memory = None if device.type == "cuda" else PeakMemory()
         self._reset()
 
     def _reset(self) -> None:
@@ -60,6 +60,12 @@ class StepMetrics:
         self.tokens_read += batch["tokens"].sum()
         self.positions += batch["input_ids"].numel()
 
+    def memory_bytes(self) -> int:
+        """Return this process's peak memory: of the GPU, or the machine's if it runs on a CPU."""
+        if self.host_memory:
+            return self.host_memory.read()
+        return torch.cuda.max_memory_allocated(self.device)
+
     def read(self) -> dict[str, float]:
         """Collective: return the metrics since the last call over all ranks, and start again."""
         phases, step, steps = self.times.read()
@@ -67,9 +73,7 @@ class StepMetrics:
             [self.positions, *self.completions, *phases.values()], device=self.device
         )
         totals = all_sum(torch.cat([self.sums.double(), self.tokens_read.double()[None], counts]))
-        highest = torch.tensor(
-            [step, memory_bytes(self.device)], dtype=torch.float64, device=self.device
-        )
+        highest = torch.tensor([step, self.memory_bytes()], dtype=torch.float64, device=self.device)
         slowest, memory = all_max(highest).tolist()
         self.student_pace = (phases["student"] + phases["loss"], self.positions)
         self._reset()
@@ -109,10 +113,3 @@ def means_over_tokens(sums: Tensor, shown: list[str]) -> dict[str, float]:
     values = dict(zip(REPORTED, sums.tolist(), strict=True))
     counts = {name: values[BY_NAME[name].tokens] for name in shown}
     return {name: values[name] / counts[name] for name in shown if counts[name]}
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory: of the GPU, or of the machine when it runs on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,72 @@
+"""Memory of this process in the machine: return what is freed, and count what is used."""
+
+import ctypes
+import os
+import platform
+import resource
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # from glibc's malloc.h
+THRESHOLD_BYTES = 2**16
+STATUS = Path("/proc/self/status")
+KIB = 1024
+INTERVAL_S = 0.05  # between two samples; one takes 30 microseconds
+
+
+def return_freed_memory() -> None:
+    """Make glibc return freed blocks to the system instead of keeping them.
+
+    Tensors on the CPU come from malloc. By default glibc raises the size from which a block has a
+    mapping of its own, up to 32 MiB, with every large block that is freed. Smaller ones then share
+    heaps, one for each thread, that fill with holes and grow from step to step. Called at the start
+    of every script; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_ARENA_MAX have precedence.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    options = {
+        "MALLOC_MMAP_THRESHOLD_": (M_MMAP_THRESHOLD, THRESHOLD_BYTES),
+        "MALLOC_ARENA_MAX": (M_ARENA_MAX, 1),
+    }
+    for variable, (option, value) in options.items():
+        if variable not in os.environ:
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def used_bytes() -> int:
+    """Memory that this process alone makes the machine hold: anonymous and shared pages.
+
+    Pages of mapped files, such as weights and libraries, do not count: the system drops them when
+    it needs their memory. Without Linux's /proc, all resident pages count.
+    """
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    sizes = dict(line.split(":", 1) for line in lines)
+    return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssShmem")) * KIB
+
+
+class PeakMemory:
+    """The largest `used_bytes` since it was made, sampled by a thread of its own."""
+
+    def __init__(self) -> None:
+        self.most, self.samples = used_bytes(), 0
+        threading.Thread(target=watch, args=(weakref.ref(self),), daemon=True).start()
+
+    def read(self) -> int:
+        """Return the peak in bytes."""
+        self.most = max(self.most, used_bytes())
+        self.samples += 1
+        return self.most
+
+
+def watch(reference: Callable[[], PeakMemory | None]) -> None:
+    """Sample a peak until nobody holds it any more."""
+    while peak := reference():
+        peak.read()
+        del peak
+        time.sleep(INTERVAL_S)

@@ -1,0 +1,52 @@
+"""Freed memory goes back to the system, and mapped files do not count."""
+
+import gc
+import mmap
+import platform
+import time
+
+import numpy as np
+import pytest
+from processes import succeed
+
+from kd.run.host_memory import INTERVAL_S, PeakMemory, used_bytes
+
+MIB = 2**20
+FRAGMENT = """
+import sys
+from kd.run.exit import run
+from kd.run.host_memory import used_bytes
+
+def main():
+    del [bytearray(31 * 2**20)][0]  # raises glibc's own threshold
+    before, large, small = used_bytes(), [], []
+    for _ in range(20):
+        large.append(bytearray(b"x" * (8 * 2**20)))
+        small.append(bytearray(b"x" * 50_000))
+    del large
+    print((used_bytes() - before) // 2**20)
+
+run(main) if sys.argv[1] == "run" else main()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_every_script_returns_freed_memory_to_the_system():
+    """Large blocks between small ones, as in a training step; without `run` most are kept."""
+    kept = {how: int(succeed("python", "-c", FRAGMENT, how)) for how in ("run", "plain")}
+    assert kept["run"] <= 8 and kept["plain"] >= 24, kept
+
+
+def test_the_peak_counts_memory_that_was_freed_and_no_mapped_file(tmp_path):
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(64 * MIB))
+    gc.collect()
+    start, peak = used_bytes(), PeakMemory()
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0  # reads every page
+        assert peak.read() - start < 16 * MIB
+    array, seen = np.ones(48 * MIB, np.uint8), peak.samples
+    while peak.samples < seen + 2:  # the thread sees it without a call of `read`
+        time.sleep(INTERVAL_S)
+    del array
+    assert 40 * MIB < peak.read() - start < 64 * MIB
