@@ -8,6 +8,7 @@ import bisect
 import csv
 import itertools
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".zip", ".tar", ".7z", ".rar")
 LARGEST_ROW = 16 * 2**20  # bytes; a line beyond it points to a broken file
 BINARY = {
     b"\x1f\x8b": "gzip; unpack it first",
@@ -24,7 +26,12 @@ BINARY = {
     b"ARROW1": "Arrow; name it .arrow",
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with git lfs pull",
+    b"<!DOCTYPE html": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
 }
+TABLES = {".parquet": b"PAR1", ".arrow": b"ARROW1"}
+BLANK = re.compile(r"[ \t\r\n]*")
 TABLE_BATCH = 256  # rows of a table that are decoded together
 
 
@@ -97,7 +104,9 @@ def json_object(line: bytes, place: str) -> dict:
 def as_object(row: Any, place: str) -> dict:
     """Return a parsed row. Raises BadRow if it is not an object."""
     if not isinstance(row, dict):
-        raise BadRow(place, "not an object", f"found {type(row).__name__}; wanted a JSON object")
+        hint = " (a file that is one JSON list is named .json)" if isinstance(row, list) else ""
+        found = f"found {type(row).__name__}; wanted a JSON object{hint}"
+        raise BadRow(place, "not an object", found)
     return row
 
 
@@ -152,19 +161,46 @@ def json_list(path: str) -> RowList:
     A syntax error fails the whole file, because the next row cannot be found after it.
     """
     text = read_text(path)
-    items, line, position, counted = [], 1, text.index("[") + 1, 0
+    items, line, counted = [], 1, 0
+    position = next_character(text, text.index("[") + 1)
+    closed = text.startswith("]", position)
     try:
-        while True:
-            position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,"))
-            if text[position : position + 1] == "]":
-                return RowList(path, items)
+        while not closed:
             line += text.count("\n", counted, position)
             counted = position
             row, position = STRICT_JSON.raw_decode(text, position)
             items.append((line, row))
+            position = next_character(text, position)
+            closed = text.startswith("]", position)
+            if not closed and not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position += 0 if closed else 1
+            position = next_character(text, position)
     except (ValueError, RecursionError) as error:
         where = line + text.count("\n", counted, getattr(error, "pos", counted))
         raise ValueError(f"{path}, line {where}: not JSON: {error}") from error
+    rest = next_character(text, position + 1)
+    if rest < len(text):
+        found = "a second list" if text[rest] == "[" else repr(text[rest : rest + 40])
+        raise ValueError(
+            f"{path}, line {text.count(chr(10), 0, rest) + 1}: {found} follows the list; wanted "
+            "one list, or one JSON object per line in a file named .jsonl"
+        )
+    return RowList(path, items)
+
+
+def next_character(text: str, position: int) -> int:
+    """Return the position of the next character that JSON reads, which may be the end."""
+    return BLANK.match(text, position).end()
+
+
+def check_one_row_per_line(path: str, head: bytes) -> None:
+    """Raise ValueError if a file is one JSON value on several lines, not one object per line."""
+    first = head.splitlines()[0].strip()
+    if first not in (b"{", b"["):
+        return
+    wanted = "wanted one JSON object per line, or one list of objects in a file named .json"
+    raise ValueError(f"{path}, line 1: only {first.decode()!r} on the line; {wanted}")
 
 
 def csv_rows(path: str) -> RowList:
@@ -175,7 +211,9 @@ def csv_rows(path: str) -> RowList:
     csv.field_size_limit(LARGEST_ROW)
     items: list[tuple[int, Any]] = []
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file, delimiter="\t" if path.endswith(".tsv") else ",", strict=True)
+        lines = csv.reader(
+            file, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True
+        )
         header: list[str] | None = None
         while True:
             line = lines.line_num + 1
@@ -282,16 +320,25 @@ class FilteredRows:
         return self.reader.rows(self.indices[i] for i in indices)
 
 
+def file_kind(path: str) -> str:
+    """Return the ending of a file name in lower case, such as .jsonl."""
+    return Path(path).suffix.lower()
+
+
 def read_file(path: str, sample_by: str = "line") -> Reader:
     """Open one local file. Raises ValueError if it has no rows or is not in the expected format."""
     with open(path, "rb") as file:
         head = file.read(4096)
-    ending = Path(path).suffix
-    if ending in (".parquet", ".arrow"):
-        return read_table(path, ending[1:])
+    ending = file_kind(path)
+    if not head:
+        raise ValueError(f"{path}: the file is empty; wanted at least one row")
     for magic, what in BINARY.items():
-        if head.startswith(magic):
+        if head.startswith(magic) and magic != TABLES.get(ending):
             raise ValueError(f"{path}: the file is {what}")
+    if ending in TABLES:
+        return read_table(path, ending[1:])
+    if b"\0" in head[:2]:
+        raise ValueError(f"{path}: the file is binary or UTF-16; save it as UTF-8")
     if ending in (".csv", ".tsv"):
         reader: Reader = csv_rows(path)
     elif ending == ".txt":
@@ -299,6 +346,7 @@ def read_file(path: str, sample_by: str = "line") -> Reader:
     elif ending == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         reader = json_list(path)
     else:
+        check_one_row_per_line(path, head.lstrip(b"\xef\xbb\xbf \t\r\n") or b"\n")
         reader = JsonLines(path)
     if not len(reader):
         raise ValueError(f"{path}: no rows; wanted at least one")
@@ -313,7 +361,8 @@ def read_table(path: str, kind: str) -> Table:
     try:
         table = load_dataset(kind, data_files=path, split="train")
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a {kind} file: {error.__cause__ or error}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{path}: not a {kind} file: {reason}") from error
     if not len(table):
         raise ValueError(f"{path}: no rows; wanted at least one")
     return Table(f"{path},", table)

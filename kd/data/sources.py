@@ -16,22 +16,24 @@ Keys of a source:
 `kd.data.conversations` lists the formats of a row.
 """
 
+import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from kd.data.conversations import COLUMNS, ROLES, to_row
 from kd.data.files import (
-    ENDINGS,
     BadRow,
     Concatenation,
     FilteredRows,
     JsonLines,
     Reader,
     Table,
+    file_kind,
     read_file,
 )
+from kd.data.local_files import local_files
 from kd.recipe import attempt, unknown_key
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
@@ -57,17 +59,25 @@ def check_source(source: dict) -> None:
         raise ValueError(f"data: source {source} has no path; wanted a file or a data set name")
     check_values(source, f"data: {path}")
     files = local_files(path)
-    if files == []:
-        raise ValueError(
-            f"data: no file {path}; wanted {' '.join(ENDINGS)}, a folder or a glob pattern of "
-            "these, or the name of a hub data set"
-        )
-    kinds = Counter(Path(file).suffix for file in files or [])
+    if files is None:
+        return
+    kinds = Counter(map(file_kind, files))
     if len(kinds) > 1:
         raise ValueError(
             f"data: {path} has files of several kinds, {dict(kinds)}; wanted one kind, for "
             f"example {path.rstrip('/')}/*{min(kinds)}"
         )
+    for key in ("name", "split", "revision"):
+        if key in source:
+            raise ValueError(
+                f"data: {path}: {key} {source[key]}, but this is a local file or folder; only a "
+                "hub data set has one, remove the key"
+            )
+    if "sample_by" in source and ".txt" not in kinds:
+        raise ValueError(f"data: {path}: sample_by has an effect on .txt files only; remove it")
+    closed = next((file for file in files if not os.access(file, os.R_OK)), None)
+    if closed:
+        raise ValueError(f"data: {closed}: no permission to read it; change its mode or owner")
 
 
 def check_values(source: dict, where: str) -> None:
@@ -78,7 +88,7 @@ def check_values(source: dict, where: str) -> None:
     count, weight = source.get("count", 1), source.get("weight", 1)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{where}: count {count!r}; wanted a whole number above 0")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:
         raise ValueError(f"{where}: weight {weight!r}; wanted a number above 0")
     if "count" in source and "weight" in source:
         raise ValueError(f"{where}: has count and weight; wanted one of them")
@@ -96,24 +106,13 @@ def check_values(source: dict, where: str) -> None:
             raise ValueError(f"{where}: columns: {unknown_key(name, list(COLUMNS))}")
         if not isinstance(theirs, str) and not (name == "id" and theirs is None):
             raise ValueError(f"{where}: columns: {name}: {theirs!r}; wanted the name of a column")
+    names = [theirs for theirs in columns.values() if theirs is not None]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{where}: columns: {twice} is given twice; wanted a column for each name")
     for role in roles.values():
         if role not in ROLES:
             raise ValueError(f"{where}: roles: {role!r}; wanted one of {', '.join(ROLES)}")
-
-
-def local_files(path: str) -> list[str] | None:
-    """Return the files of a path, sorted by name; None if it is the name of a hub data set."""
-    if any(wildcard in path for wildcard in "*?["):
-        base = Path(path)
-        found = base.anchor and Path(base.anchor).glob(str(base.relative_to(base.anchor)))
-        found = found or Path().glob(path)
-    elif Path(path).is_dir():
-        found = Path(path).rglob("*")
-    elif path.endswith(ENDINGS) or path.startswith(("/", "./", "../", "~")):
-        return [path] if Path(path).is_file() and path.endswith(ENDINGS) else []
-    else:
-        return None
-    return sorted(str(file) for file in found if file.suffix in ENDINGS and file.is_file())
 
 
 def open_source(source: dict) -> Reader:
@@ -147,8 +146,10 @@ def hub_table(source: dict):
     try:
         return load_dataset(source["path"], source.get("name"), split=split, revision=revision)
     except (DatasetsError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"data: {source['path']}, split {split}: cannot be loaded: {error}"
+            f"data: {source['path']}, split {split}: no file or folder here, and as a hub data set "
+            f"it cannot be loaded: {reason}"
         ) from error
 
 
@@ -206,6 +207,11 @@ def planned_counts(
             len(readers[i]) * sum(weights) / w for i, w in zip(weighted, weights, strict=True)
         )
         for i, share in zip(weighted, shares(mixture_rows or int(most), weights), strict=True):
+            if not share:
+                raise ValueError(
+                    f"data: {sources[i]['path']}: weight {sources[i]['weight']} is too small for a "
+                    "single row; wanted a larger one, or larger mixture_rows"
+                )
             counts[i] = share
     if train_rows:
         planned = [

@@ -1,6 +1,7 @@
 """Malformed rows and files give an error with file and line; rows can be dropped and counted."""
 
 import json
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd.data.files import LARGEST_ROW, BadRow
-from kd.data.sources import load_rows, read_rows
+from kd.data.sources import check_sources, load_rows, read_rows
 
 GOOD = b'{"text": "a good row"}'
 USER = {"role": "user", "content": "a"}
@@ -33,7 +34,7 @@ LINES: dict[str, tuple[object, str, str]] = {
     "a key twice": (b'{"text": "a", "text": "b"}', "not JSON", "key 'text' occurs twice"),
     "a number of 5000 digits": (b'{"n": ' + b"7" * 5000 + b"}", "not JSON", "not JSON"),
     "200000 brackets": (b"[" * 200_000, "not JSON", "not JSON"),
-    "a list": (b"[1, 2]", "not an object", "found list"),
+    "a list": (b"[1, 2]", "not an object", "found list; wanted a JSON object (a file that"),
     "a string": (b'"text"', "not an object", "found str"),
     "null": (b"null", "not an object", "found NoneType"),
     "a number": (b"3", "not an object", "found int"),
@@ -148,10 +149,10 @@ def test_bom_crlf_and_blank_lines_are_allowed_and_lines_keep_their_numbers(tmp_p
 
 
 FILES = {
-    "empty.jsonl": (b"", "no rows"),
+    "empty.jsonl": (b"", "the file is empty"),
     "blank.jsonl": (b"\n \n", "no rows"),
     "empty.json": (b"[]", "no rows"),
-    "empty.csv": (b"", "no rows"),
+    "empty.csv": (b"", "the file is empty"),
     "header.csv": (b"prompt,completion\n", "no rows"),
     "empty.txt": (b" \n", "no rows"),
     "gzip.jsonl": (b"\x1f\x8b\x08abc", "gzip; unpack it first"),
@@ -161,8 +162,85 @@ FILES = {
     "open.json": (b'[{"text": "a"},\n{"text": "b"', "open.json, line 2: not JSON"),
     "latin.json": (b'[{"text":\n "caf\xe9"}]', "latin.json, line 2: not UTF-8"),
     "twice.csv": (b"text,text\na,b\n", "wanted a unique name for each"),
+    "two.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "two.json, line 2: a second list follows"),
+    "behind.json": (
+        b'[{"text": "a"}] {"text": "b"}',
+        """line 1: '{"text": "b"}' follows the list""",
+    ),
+    "comma.json": (b'[{"text": "a"},]', "comma.json, line 1: not JSON"),
+    "commas.json": (b'[{"text": "a"},,{"text": "b"}]', "commas.json, line 1: not JSON"),
+    "none.json": (
+        b'[\n{"text": "a"}\n{"text": "b"}]',
+        "none.json, line 3: not JSON: Expecting ','",
+    ),
+    "one.json": (
+        b'{\n "data": [{"text": "a"}]\n}',
+        "line 1: only '{' on the line; wanted one JSON",
+    ),
+    "list.jsonl": (
+        b'[\n {"text": "a"}\n]',
+        "line 1: only '\\[' on the line; wanted one JSON object",
+    ),
+    "wide.jsonl": ('{"text": "a"}'.encode("utf-16-le"), "binary or UTF-16; save it as UTF-8"),
+    "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS; fetch"),
+    "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS; fetch"),
+    "page.json": (b"<!DOCTYPE html><html>", "a web page; download the file itself"),
     "not.parquet": (b"PAR1 and then nothing", "not a parquet file"),
 }
+
+
+# The files of a folder, what the recipe names, and the reason why it cannot be read.
+PATHS = {
+    "an empty folder": ({}, "", "the folder .* has no file; wanted .jsonl"),
+    "a folder of other kinds": (
+        {"a.md": b"a", "b.pdf": b"b", ".a.jsonl": GOOD, ".b/a.jsonl": GOOD},
+        "",
+        "has no such file, only {'.md': 1, '.pdf': 1}; wanted",
+    ),
+    "an empty folder named as a file": ({"x.jsonl/.a": b""}, "x.jsonl", "x.jsonl has no file"),
+    "gzip": ({"a.jsonl.gz": b"\x1f\x8b"}, "a.jsonl.gz", "a.jsonl.gz is compressed; unpack"),
+    "gzip beside a file": ({"a.jsonl": GOOD, "b.jsonl.gz": b""}, "", "b.jsonl.gz is compressed"),
+    "gzip, absent": ({}, "a.jsonl.gz", "no file .*a.jsonl.gz; wanted"),
+    "mixed kinds": ({"a.jsonl": GOOD, "b.CSV": b"text"}, "", "several kinds, {'.*': 1, '.*': 1}"),
+    "another kind": ({"a.xlsx": b"PK"}, "a.xlsx", "a.xlsx is a file of another kind; wanted"),
+    "a pattern of nothing": ({"a.jsonl": GOOD}, "b*.jsonl", r"no file matches .*b\*.jsonl"),
+    "a name of 5000 letters": ({}, "a" * 5000, "File name too long"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_without_rows_is_an_error_with_the_true_reason(tmp_path, name):
+    files, path, message = PATHS[name]
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        check_sources([{"path": f"{tmp_path}/{path}"}])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_links_and_closed_and_special_files_are_errors(tmp_path, monkeypatch):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "rows.jsonl").write_bytes(GOOD)
+    for name, message in (
+        ("link", "link.jsonl is a link to .*gone.jsonl, which is missing"),
+        ("pipe", "pipe.jsonl is not a regular file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_sources([{"path": str(tmp_path / f"{name}.jsonl")}])
+    check_sources([{"path": str(tmp_path / "rows.jsonl")}])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read every file
+    with pytest.raises(ValueError, match="rows.jsonl: no permission to read it"):
+        check_sources([{"path": str(tmp_path / "rows.jsonl")}])
+
+
+def test_endings_in_capitals_and_files_named_like_patterns_are_read(tmp_path):
+    for name, content in (("A.JSONL", GOOD), ("b[1].jsonl", GOOD), ("c.TSV", b"text\tid\na\tb\n")):
+        (tmp_path / name).write_bytes(content)
+        assert len(load_rows([{"path": str(tmp_path / name)}], 0)) == 1
+    (tmp_path / "c.TSV").unlink()
+    assert len(load_rows([{"path": str(tmp_path)}], 0)) == 2
 
 
 @pytest.mark.parametrize("name", FILES)
