@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # from glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 THRESHOLD_BYTES = 2**16
 STATUS = Path("/proc/self/status")
 KIB = 1024
@@ -21,19 +21,13 @@ def return_freed_memory() -> None:
     """Make glibc return freed blocks to the system instead of keeping them.
 
     Tensors on the CPU come from malloc. By default glibc raises the size from which a block has a
-    mapping of its own, up to 32 MiB, with every large block that is freed. Smaller ones then share
-    heaps, one for each thread, that fill with holes and grow from step to step. Called at the start
-    of every script; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_ARENA_MAX have precedence.
+    mapping of its own, up to 32 MiB, with every large block that is freed. Smaller blocks then
+    share heaps that fill with holes and grow from step to step. Called at the start of every
+    script; the variable MALLOC_MMAP_THRESHOLD_ has precedence. Limiting the number of heaps
+    (MALLOC_ARENA_MAX) changed nothing beyond this.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    options = {
-        "MALLOC_MMAP_THRESHOLD_": (M_MMAP_THRESHOLD, THRESHOLD_BYTES),
-        "MALLOC_ARENA_MAX": (M_ARENA_MAX, 1),
-    }
-    for variable, (option, value) in options.items():
-        if variable not in os.environ:
-            ctypes.CDLL(None).mallopt(option, value)
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES)
 
 
 def used_bytes() -> int:
