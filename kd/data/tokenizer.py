@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from kd.data.template import render, with_arguments
+from kd.data.tokenizer_file import check_tokenizer
 from kd.pretrained import check_template_syntax, read_tokenizer
 
 PROBE = (
@@ -18,9 +19,10 @@ PROBE = (
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub name or folder; `chat_template` is a file that replaces its own.
 
-    Raises ValueError if it has no end-of-sequence token.
+    Raises ValueError if it has no end-of-sequence token, or if it does not read text.
     """
     tokenizer = read_tokenizer(name)
+    check_tokenizer(name, tokenizer)
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text()
         check_template_syntax(tokenizer.chat_template, chat_template)
