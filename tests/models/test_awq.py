@@ -14,7 +14,7 @@ from small import save_small
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kd.models import awq, awq_writer
+from kd.models import awq, awq_writer, packed_writer
 from kd.models.frozen import load_frozen
 from kd.models.sharding import load_unsharded
 from kd.models.tensor_files import TensorFiles
@@ -98,7 +98,7 @@ def test_a_quantized_teacher_generates_as_its_rounded_model(checkpoints):
 def test_an_interrupted_writer_continues_after_the_last_complete_file(
     checkpoints, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(awq_writer, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(packed_writer, "FILE_BYTES", 20_000)
 
     def write(folder, group: int = 16):
         quantize(checkpoints / "model", folder, group)
@@ -107,22 +107,22 @@ def test_an_interrupted_writer_continues_after_the_last_complete_file(
     expected = write(tmp_path / "whole")
     assert len(expected) > 2
     writes = []
-    real = awq_writer.save_file
+    real = packed_writer.save_file
 
     def save_two(*args, **kw):
         if len(writes) == 2:
             raise KeyboardInterrupt
         writes.append(real(*args, **kw))
 
-    monkeypatch.setattr(awq_writer, "save_file", save_two)
+    monkeypatch.setattr(packed_writer, "save_file", save_two)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cut")
     assert not (tmp_path / "cut" / "done.json").exists()
     saved = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut").glob("*.safetensors")}
-    monkeypatch.setattr(awq_writer, "save_file", real)
+    monkeypatch.setattr(packed_writer, "save_file", real)
     assert write(tmp_path / "cut") == expected and len(saved) == 2
     assert all(file.stat().st_mtime_ns == time for file, time in saved.items())
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match="group_size: found 16, wanted 8"):
         write(tmp_path / "cut", group=8)
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from scripts import run_main
 from small import save_small
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from kd.models.frozen import load_frozen
 from kd.models.load import disable_cpu_repacking
 from kd.models.nf4 import Nf4Linear
 from kd.models.sharding import load_unsharded
@@ -44,3 +46,21 @@ def test_weights_and_logits_equal_those_of_bitsandbytes(tmp_path, kind):
         bias = 0 if other.bias is None else other.bias
         assert torch.equal(layer.dequantized(torch.bfloat16), (other(square) - bias).T), name
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_written_checkpoint_is_read_by_bitsandbytes_and_here_as_the_same_model(tmp_path, tied):
+    """The oracle quantizes while it loads."""
+    save_small(tmp_path / "model", hidden=160, tie_word_embeddings=tied)
+    paths = ("--model", tmp_path / "model", "--output_dir", tmp_path / "nf4")
+    run_main("train/quantize.py", *paths, "--format", "nf4")
+    oracle = BitsAndBytesConfig(load_in_4bit=True, **KINDS["nested"])
+    expected = load_frozen(str(tmp_path / "model"), quantization_config=oracle)(IDS).logits
+    theirs = load_frozen(str(tmp_path / "nf4"))
+    assert sum(type(module).__name__ == "Linear4bit" for module in theirs.modules()) == 14
+    assert torch.equal(theirs(IDS).logits, expected)
+    ours = load_unsharded(str(tmp_path / "nf4"), "sdpa", "auto", torch.device("cpu"))
+    assert torch.equal(ours(IDS).logits, expected)
+    with pytest.raises(ValueError, match="is quantized already"):
+        run_main("train/quantize.py", "--model", tmp_path / "nf4", "--output_dir", tmp_path / "a")

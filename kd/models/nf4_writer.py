@@ -1,0 +1,28 @@
+"""NF4 as a format of kd/models/packed_writer.py: what bitsandbytes and Transformers read."""
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor
+from transformers import BitsAndBytesConfig
+
+from kd.models.packed_writer import PackedFormat
+
+
+def nf4_format(compute_dtype: torch.dtype) -> PackedFormat:
+    """NF4 with double quantization (arXiv 2305.14314, section 3), computed in `compute_dtype`."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return PackedFormat(
+        config.to_dict(), "llm_int8_skip_modules", lambda linear: True, "no layer to pack;", pack
+    )
+
+
+def pack(weight: Tensor) -> dict[str, Tensor]:
+    """Round a weight, (out, in), to NF4: the tensors of a bitsandbytes checkpoint by name."""
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return {"weight": packed} | parts
