@@ -89,6 +89,8 @@ def users_shell(command: str, cwd: Path = ROOT, timeout: float = 600, **environm
 
 def check_start(words: list[str]) -> None:
     """Check a started command: the launcher's parser accepts it, and the script's own parser."""
+    if words[1].endswith("launch/start.py"):  # it starts the launcher behind it
+        words = words[2:]
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[at]).is_file(), f"no script {words[at]}"
     if words[0] == "accelerate":

@@ -151,19 +151,16 @@ def test_an_interrupted_cache_that_two_processes_finish_has_the_same_bits(
     models, work, whole_cache
 ):
     folder = work / "killed"
-    arguments = flags(
-        models, work, teacher_cache=folder, output_dir=work / "none", use_cpu="true",
-        max_per_device_train_batch_size=8,
-    )  # fmt: skip
+    keys = {"teacher_cache": folder, "use_cpu": "true", "max_per_device_train_batch_size": 8}
+    arguments = flags(models, work, output_dir=work / "none", **keys)
     killed = start(sys.executable, "-c", KILLED, "train/cache_teacher.py", *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stdout
     survived = all_records(folder)
     expected = all_records(whole_cache[0])
     assert 0 < len(survived) < len(expected)
 
-    partial = start(
-        "python", "train/distill.py", *arguments, "--output_dir", work / "partial"
-    )  # names the first missing document and starts no training
+    again = flags(models, work, output_dir=work / "partial", **keys)
+    partial = start("python", "train/distill.py", *again)  # names the first missing document
     assert partial.returncode == 2 and "Traceback" not in partial.stdout, partial.stdout
     assert f"of {ROWS} training documents; the first is number" in partial.stdout
     assert "Loading weights" not in partial.stdout

@@ -106,7 +106,8 @@ def flags_of(work, *flags) -> list[str]:
     data = json.dumps([{"path": str(work / "rows.jsonl")}])
     words = ("--model", work / "model", "--data", data, "--max_length", "512", "--use_cpu", "true")
     words += ("--global_batch_size", "16", "--max_per_device_train_batch_size", "16")
-    return [str(word) for word in (*words, "--output_dir", work / "out", *flags)]
+    place = () if "--output_dir" in flags else ("--output_dir", work / "out")
+    return [str(word) for word in (*words, *place, *flags)]
 
 
 def planned_gib(work, monkeypatch, *flags) -> float:
