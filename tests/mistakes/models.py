@@ -1,5 +1,7 @@
 """Bad models: folders that are absent, damaged or of another kind, and pairs that do not fit."""
 
+import json
+
 from mistakes.frame import Case
 
 DISTILL = "train/distill.py"
@@ -18,5 +20,23 @@ CASES = [
         DISTILL,
         "merge it first: python train/merge.py --adapter",
         {"teacher": "WORK/adapter", "teacher_deepspeed": TEACHER_ZERO3},
+    ),
+    Case(
+        "tokenizer without its vocabulary",
+        "train/sft.py",
+        "HERE/model: the tokenizer has 2 tokens and keeps 0% of a plain sentence",
+        {"model": "HERE/model"},
+        files={
+            "model/config.json": json.dumps(
+                {
+                    "model_type": "qwen2",
+                    "vocab_size": 320,
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "intermediate_size": 64,
+                }
+            ),
+            "model/tokenizer_config.json": '{"eos_token": "<|im_end|>"}',
+        },
     ),
 ]
