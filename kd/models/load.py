@@ -8,10 +8,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kd.data.tokenizer import generation_config, template_tokens, untrained_tokens
+from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
+from kd.distributed import rank
 from kd.models.quantized import quantization_format, quantization_settings
 from kd.pretrained import load_config, load_model
 from kd.settings.distillation import ModelSettings
+
+EXPECTED_END = 0.1  # least probability of the end of a turn in a model that was trained on it
 
 
 def check_attention(implementation: str) -> None:
@@ -115,8 +118,10 @@ def check_template_tokens(
     embedding = model.get_input_embeddings().weight  # (V, H)
     if not ids or embedding.numel() == 0:  # ZeRO-3 has sharded the rows
         return ids
+    if rank() > 0 or not settings.lora_rank or settings.train_template_tokens:
+        return ids
     untrained = untrained_tokens(embedding.detach(), ids)
-    if untrained and settings.lora_rank and not settings.train_template_tokens:
+    if untrained and not ends_turns(model, tokenizer):
         tokens = ", ".join(tokenizer.convert_ids_to_tokens(untrained))
         print(
             f"note: the template's tokens {tokens} look untrained in this model, and LoRA does not "
@@ -124,6 +129,33 @@ def check_template_tokens(
             "(PEFT's trainable_token_indices)"
         )
     return ids
+
+
+@torch.no_grad()
+def ends_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model expects the template's end-of-turn token after a complete answer.
+
+    A chat model does, also if its template's tokens have small or similar embeddings, as those of
+    Qwen2.5-Coder-Instruct.
+    """
+    end = turn_end(tokenizer)
+    if end is None:
+        return False
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "The capital of France is Paris."},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    last = (ids[0] == end).nonzero()[-1].item()
+    attention = model.config._attn_implementation
+    try:
+        if "flash" in attention:  # it has no kernel for CPUs
+            model.set_attn_implementation("sdpa")
+        logits = model(input_ids=ids[:, :last].to(model.device), use_cache=False).logits[0, -1]
+    finally:
+        model.set_attn_implementation(attention)
+    return logits.float().softmax(-1)[end].item() > EXPECTED_END
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
