@@ -110,18 +110,40 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_with_the_same_final_
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"learning_rate": 1e-3}, "learning_rate: 5e-05 then, 0.001 now"),
+        ({"learning_rate": 1e-3}, "learning_rate: found 5e-05, wanted 0.001"),
         ({"max_steps": 9}, "the learning rate of every step depends on the length of the run"),
     ],
 )
 def test_a_changed_recipe_is_an_error_that_lists_the_differences(
     models, unfinished, change, message
 ):
+    shutil.rmtree(unfinished / "checkpoint-6")  # the run could become longer from its end
     job = distill(models, unfinished, **change)
     assert job.returncode == 2 and message in job.stdout, job.stdout[-3000:]
-    assert "Revert them, or use a new output_dir" in job.stdout and "checkpoint-6" in job.stdout
+    assert "Revert them, or use a new output_dir" in job.stdout and "checkpoint-4" in job.stdout
     record = json.loads((unfinished / "run.json").read_text())
     assert record["recipe"]["learning_rate"] == 5e-5  # it still describes the folder
+
+
+def test_a_finished_run_goes_on_from_its_end_when_max_steps_is_raised(models, finished, tmp_path):
+    """One step more, which would not train at the rate of 0 with which the shorter run ended."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    job = distill(models, output, max_steps=7)
+    assert job.returncode == 0, job.stdout[-3000:]
+    assert f"resuming from {output}/checkpoint-6" in job.stdout
+    rate = 5e-5 * (1 - 6 / 7)  # of the linear schedule over seven steps
+    assert f"follows the linear schedule of the whole length, {rate:.3g} in" in job.stdout
+    assert weights(output) != weights(finished)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, 8)]
+
+    # In the middle of an epoch, Transformers trains one step too many on a resume from the end.
+    last = weights(output)
+    (output / "done.json").write_text('{"train_loss": 1')  # damaged: not done
+    again = distill(models, output, max_steps=7)
+    assert "done.json cannot be read" in again.stdout and again.returncode == 0
+    assert weights(output) == last and not (output / "checkpoint-8").exists()
 
 
 def test_another_number_of_processes_is_a_clear_error(models, unfinished):
@@ -193,12 +215,12 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="only root can mount a small disk")
 def test_a_full_disk_is_reported_and_leaves_the_last_good_checkpoint(models, tmp_path):
-    """A real disk that holds one checkpoint but not two."""
+    """A real disk that holds two checkpoints but not three: the third one is written first."""
     output = tmp_path / "run"
     output.mkdir()
     command = [sys.executable, "train/distill.py", *flags(models, output)]
     script = 'mount -t tmpfs -o size="$0" none "$1" && shift && "$@"; rc=$?; ls -R "$OUT"; exit $rc'
-    job = start("unshare", "-m", "bash", "-c", script, "700k", output, *command, OUT=str(output))
+    job = start("unshare", "-m", "bash", "-c", script, "1200k", output, *command, OUT=str(output))
     assert job.returncode == 2, job.stdout[-3000:]
-    assert "the last good checkpoint is checkpoint-2" in job.stdout, job.stdout[-3000:]
+    assert "the last good checkpoint is checkpoint-4" in job.stdout, job.stdout[-3000:]
     assert "saving-checkpoint" not in job.stdout.split("error:")[1]
