@@ -31,7 +31,6 @@ n student and m teacher tokens of a tile, s segments, r rows of a block, V vocab
 import numpy as np
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from kd.losses import elementwise
 from kd.losses.head import Head
@@ -62,6 +61,7 @@ def tile_metrics(
     student_head: Head,
     objective: Objective,
     gradient: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the metric sums of a tile and, where `gradient` is given, fill it.
 
@@ -74,6 +74,7 @@ def tile_metrics(
         student_head: Finishes the student's product.
         objective: The loss.
         gradient: (n, V), as in `kd.losses.elementwise.tile_metrics`, or None.
+        scales: (n,), likewise, or None.
 
     Returns:
         (len(TOKEN_METRICS),) sums in float64.
@@ -110,7 +111,8 @@ def tile_metrics(
                 logits_gradient.index_add_(0, rows, scale_gradient_(soft_gradient, objective))
         if gradient is not None:
             add_later_gradient(logits_gradient, logits, labels, block, slopes, ours, objective)
-            gradient[block] = student_head.unfinish_(logits_gradient, logits)
+            found = student_head.unfinish_(logits_gradient, logits)
+            elementwise.store(found, gradient[block], None if scales is None else scales[block])
         sums += metric_sums(metrics)
         done = end
     sums += teacher_sums(teacher, teacher_labels, theirs, ours)
@@ -157,7 +159,7 @@ def segment_divergence(
         (heads[0], ours, outputs.student_classes),
         (heads[1], theirs, outputs.teacher_classes),
     ):
-        log_p = torch.log_softmax(logits / objective.temperature, -1)
+        log_p = torch.log_softmax(elementwise.scaled_logits(logits, objective.temperature), -1)
         mapped.append(class_log_probs(log_p, text, chosen, partition, known))
     (log_q, log_masses, log_text), (_, teacher_log_masses, teacher_log_text) = mapped
     for masses in (log_masses, teacher_log_masses):
@@ -218,7 +220,7 @@ def add_later_gradient(
         return
     rows = index_tensor(later, slopes)
     of_text, of_class, log_ratio = slopes[block][rows].to(logits)[:, :, None].unbind(1)
-    log_q = torch.log_softmax(logits[rows] / objective.temperature, -1)
+    log_q = torch.log_softmax(elementwise.scaled_logits(logits[rows], objective.temperature), -1)
     log_not = text.log_not[block][rows, None].to(logits)
     at_label = of_text * log_not.exp() - of_class * (log_ratio + log_not).clamp_(max=0).exp()
     found = (log_q + log_ratio).clamp_(max=0).exp_().mul_(of_class)
@@ -238,7 +240,10 @@ def cross_entropy_metrics(
     log_q = torch.log_softmax(logits, -1)
     q = log_q.exp()
     cross_entropy = -log_q.gather(-1, labels)[:, 0]
-    metrics = {"cross_entropy": cross_entropy, "student_entropy": -vecdot(q, log_q)}
+    metrics = {
+        "cross_entropy": cross_entropy,
+        "student_entropy": elementwise.entropy(q, log_q, out=log_q),
+    }
     weight = objective.soft_weight
     if not with_gradient:
         return metrics, None
@@ -273,7 +278,7 @@ def teacher_sums(
     for block in row_blocks(teacher):
         log_p = torch.log_softmax(teacher[block], -1)
         cross_entropy[block] = -log_p.gather(-1, labels[block, None])[:, 0].double()
-        entropy[block] = -vecdot(log_p.exp(), log_p).double()
+        entropy[block] = elementwise.entropy(log_p.exp(), log_p, out=log_p).double()
     cumulative = torch.cat([cross_entropy.new_zeros(1), cross_entropy.cumsum(0)])
     of_segment = cumulative[theirs.first + theirs.count] - cumulative[theirs.first]
     probability = ours.count * (-of_segment / ours.count).exp()

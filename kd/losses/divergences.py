@@ -118,7 +118,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _masked_expectation(p: Tensor, x: Tensor) -> Tensor:
     """Sum of p x over V, (N,), where 0 * -inf counts as 0 and NaN stays NaN."""
-    return torch.where(p == 0, torch.zeros_like(p), p * x).sum(-1)
+    return (p * x.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -200,8 +200,14 @@ def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> Tensor:
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Sum of p x over V, (r, 1), without the (r, V) product in memory."""
-    return vecdot(p, x)[:, None]
+    """Sum of p x over V, (r, 1), without the (r, V) product in memory; 0 * inf counts as 0.
+
+    May set x to 0 where p is 0.
+    """
+    value = vecdot(p, x)[:, None]
+    if value.is_cuda or value.isnan().any():  # a CPU looks first: few logits are infinite
+        value = vecdot(p, x.masked_fill_(p == 0, 0.0))[:, None]
+    return value
 
 
 CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -21,6 +21,9 @@ BLOCK_ELEMENTS = 5 * 2**17  # 4 rows of 152 064: larger blocks leave the cache a
 # long as the arithmetic.
 SCRATCH = 5
 STRETCH = 512  # ids per stretch of `argmax`
+# Rows of a float16 gradient are multiplied by powers of two, so that their largest element is below
+# 2 ** (LARGEST_BITS + 1) and small ones do not underflow; by at most 2 ** SCALE_BITS.
+LARGEST_BITS, SCALE_BITS = 14, 18
 
 
 def tile_metrics(
@@ -31,6 +34,7 @@ def tile_metrics(
     teacher_head: Head | None,
     objective: Objective,
     gradient: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the metric sums of a tile and, where `gradient` is given, fill it.
 
@@ -43,6 +47,8 @@ def tile_metrics(
         objective: The loss.
         gradient: (n, V), receives the gradient of the loss summed over the tile with respect to
             the student's product. It may share memory with `student`.
+        scales: (n,), receives the factor by which each row of `gradient` has been multiplied, see
+            `LARGEST_BITS`; None for a gradient as it is.
 
     Returns:
         (len(TOKEN_METRICS),) sums in float64.
@@ -54,7 +60,7 @@ def tile_metrics(
         return block_metrics(logits, teacher_logits, labels, objective, with_gradient, scratch)
 
     return in_blocks(
-        metrics_of, block_rows(student), SCRATCH, student, labels, student_head, gradient
+        metrics_of, block_rows(student), SCRATCH, student, labels, student_head, gradient, scales
     )
 
 
@@ -71,6 +77,7 @@ def in_blocks(
     labels: Tensor,
     student_head: Head,
     gradient: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Apply `metrics_of` to blocks of `rows` tokens of a tile; see `tile_metrics`.
 
@@ -83,6 +90,7 @@ def in_blocks(
         labels: (n,) target ids.
         student_head: Finishes the student's product.
         gradient: (n, V) to be filled, or None.
+        scales: (n,) to be filled, or None.
 
     Returns:
         (len(TOKEN_METRICS),) sums in float64.
@@ -99,8 +107,22 @@ def in_blocks(
         ordered = torch.stack([metrics[name] for name in TOKEN_METRICS])  # (metrics, r)
         sums += ordered.sum(-1, dtype=torch.float64)
         if gradient is not None:
-            gradient[block] = student_head.unfinish_(logits_gradient, logits)
+            found = student_head.unfinish_(logits_gradient, logits)
+            store(found, gradient[block], None if scales is None else scales[block])
     return sums
+
+
+def store(found: Tensor, gradient: Tensor, scales: Tensor | None) -> None:
+    """Round a block's gradient `found` (r, V) to the dtype of `gradient` (r, V).
+
+    With `scales` (r,), multiplies each row by a power of two beforehand, and stores it there.
+    Overwrites `found`.
+    """
+    if scales is not None:
+        largest = torch.linalg.vector_norm(found, torch.inf, -1)  # (r,), without another (r, V)
+        scales.copy_((LARGEST_BITS - largest.log2().floor_()).clamp_(max=SCALE_BITS).exp2_())
+        found.mul_(scales[:, None])
+    gradient.copy_(found)
 
 
 def block_metrics(
@@ -129,7 +151,7 @@ def block_metrics(
     weight, temperature = objective.soft_weight, objective.temperature
     student_argmax = probabilities(student, log_q, q)  # (r, 1)
     cross_entropy = -log_q.gather(-1, labels)[:, 0]
-    student_entropy = -vecdot(q, log_q)
+    student_entropy = entropy(q, log_q, spare)
     zero = torch.zeros_like(cross_entropy)
     divergence = teacher_cross_entropy = label_probability = agreement = teacher_entropy = zero
     gradient = None
@@ -137,11 +159,11 @@ def block_metrics(
         teacher_argmax = probabilities(teacher, log_p, p)  # (r, 1)
         teacher_cross_entropy = -log_p.gather(-1, labels)[:, 0]
         label_probability = p.gather(-1, labels)[:, 0]
-        teacher_entropy = -vecdot(p, log_p)
+        teacher_entropy = entropy(p, log_p, spare)
         agreement = (teacher_argmax == student_argmax)[:, 0].to(cross_entropy)
         if temperature != 1.0:
-            probabilities(torch.div(teacher, temperature, out=spare), log_p, p)
-            probabilities(torch.div(student, temperature, out=spare), log_q, q)
+            probabilities(teacher, log_p, p, temperature, teacher_argmax)
+            probabilities(student, log_q, q, temperature, student_argmax)
         closed_form, mixture = CLOSED_FORMS[objective.divergence], objective.mixture.values()
         value, gradient = closed_form(log_p, log_q, p, q, spare, *mixture)
         divergence = value[:, 0] * objective.divergence_scale
@@ -161,16 +183,36 @@ def block_metrics(
     return metrics, gradient
 
 
-def probabilities(logits: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
-    """Fill log_p and p, (r, V) each, from logits (r, V); return the argmax ids, (r, 1).
+def probabilities(
+    logits: Tensor, log_p: Tensor, p: Tensor, temperature: float = 1.0, top: Tensor | None = None
+) -> Tensor:
+    """Fill log_p and p, (r, V) each, from logits (r, V) / temperature.
 
     Runs softmax once and reads its normalizer back from the probability of the argmax, which is at
-    least 1 / V. That costs half of softmax plus log_softmax.
+    least 1 / V. That costs half of softmax plus log_softmax. Returns the argmax ids, (r, 1), which
+    may be passed as `top`.
     """
-    torch.softmax(logits, -1, out=p)
-    top = argmax(logits)
-    torch.sub(logits, logits.gather(-1, top) - p.gather(-1, top).log(), out=log_p)
+    top = argmax(logits) if top is None else top
+    # First, because the quotient and the normalizer would take the digits of large logits.
+    torch.sub(logits, logits.gather(-1, top), out=log_p)
+    if temperature != 1.0:
+        log_p.div_(temperature)
+    torch.softmax(log_p, -1, out=p)
+    log_p.add_(p.gather(-1, top).log())
     return top
+
+
+def scaled_logits(logits: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """Return (logits - the largest of each row) / temperature, (r, V), without loss of digits."""
+    return torch.sub(logits, logits.amax(-1, keepdim=True), out=out).div_(temperature)
+
+
+def entropy(p: Tensor, log_p: Tensor, out: Tensor) -> Tensor:
+    """-sum p log p in nats, (r,), of p and log_p (r, V), where 0 * -inf counts as 0.
+
+    Overwrites `out` (r, V), which may be `log_p`.
+    """
+    return -vecdot(p, torch.clamp(log_p, min=torch.finfo(p.dtype).min, out=out))
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ from kd.settings.distillation import Objective
 
 TILE = 256  # most tokens per tile on a CPU: larger products are hardly faster
 PIECE_BYTES = 2**25  # of a head that is converted to another dtype at one time
+# Gradients of logits, of 1e-9 where a student is close to its teacher, underflow float16. So rows
+# of a float16 gradient are multiplied by powers of two (kd.losses.elementwise), which the products
+# undo: that of the hidden states afterwards. The product of the head's gradient sums over rows, so
+# there each row of the states is multiplied by HEAD_SCALE / its power, and the sum divided by
+# HEAD_SCALE, which keeps these states within the range of float16.
+HEAD_SCALE = 2.0**8
 
 
 def linear_distillation_loss(
@@ -193,13 +199,39 @@ def _pieces(weight: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[tup
         yield piece, weight.detach()[piece].to(dtype)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """Compute out = a @ b or out += a @ b, rounded only to the dtype of `out`."""
+def _multiply(
+    a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False, factor: float = 1.0
+) -> None:
+    """Compute out = a @ b or out += factor * a @ b, rounded only to the dtype of `out`."""
     dtypes = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
-        torch.addmm(out, a, b, out=out, **dtypes)
+        torch.addmm(out, a, b, alpha=factor, out=out, **dtypes)
     else:
         torch.mm(a, b, out=out, **dtypes)
+
+
+def _add_head_gradients(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gradient: Tensor,
+    hidden: Tensor,
+    scales: Tensor | None,
+) -> None:
+    """Add a tile's part to the gradients of the head, `weight` (V, H) and `bias` (V,).
+
+    Takes the gradient of the logits (n, V), multiplied by `scales` (n,) if they are given, and the
+    hidden states (n, H).
+    """
+    vocab_size, factor, shares = gradient.shape[1], 1.0, None
+    if scales is not None:
+        factor, shares = 1 / HEAD_SCALE, (HEAD_SCALE / scales).to(gradient.dtype)
+    if weight is not None:
+        hidden = hidden if shares is None else hidden * shares[:, None]
+        _multiply(gradient.T, hidden, weight[:vocab_size], accumulate=True, factor=factor)
+    if bias is not None and shares is None:
+        bias[:vocab_size] += gradient.sum(0, dtype=bias.dtype)
+    elif bias is not None:
+        _multiply(shares[None], gradient, bias[None, :vocab_size], accumulate=True, factor=factor)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -235,6 +267,9 @@ class _FusedLoss(torch.autograd.Function):
         student_buffer = buffer(exact, vocab_size)
         teacher_buffer = buffer(exact, teacher_vocab_size) if live else None
         gradient_buffer = student_buffer if dtype == exact else buffer(dtype, vocab_size)
+        half_scales = None
+        if dtype == torch.float16 and any(trained):
+            half_scales = torch.empty(tokens, dtype=exact, device=hidden.device)
         gradients = [
             torch.zeros(x.shape, dtype=exact, device=hidden.device) if needed else None
             for x, needed in zip(inputs, trained, strict=True)
@@ -251,9 +286,12 @@ class _FusedLoss(torch.autograd.Function):
                 teacher_hidden = teacher.hidden[rows].to(teacher_dtype)
                 _project(teacher_hidden, teacher.head.weight, teacher_logits)
             gradient = gradient_buffer[:n] if any(trained) else None
+            scales = None if half_scales is None else half_scales[:n]
             if isinstance(teacher, SparseTeacherOutputs):
                 known = teacher.rows(tile, exact)
-                sums += sparse.tile_metrics(student, known, labels[tile], head, objective, gradient)
+                sums += sparse.tile_metrics(
+                    student, known, labels[tile], head, objective, gradient, scales
+                )
             elif other_tokenizer:
                 sums += aligned.tile_metrics(
                     student,
@@ -264,6 +302,7 @@ class _FusedLoss(torch.autograd.Function):
                     head,
                     objective,
                     gradient,
+                    scales,
                 )
             else:
                 sums += metrics_of(
@@ -274,14 +313,15 @@ class _FusedLoss(torch.autograd.Function):
                     teacher and teacher.head,
                     objective,
                     gradient,
+                    scales,
                 )
-            hidden_gradient, weight_gradient, bias_gradient = gradients
+            hidden_gradient, *head_gradients = gradients
             if hidden_gradient is not None:
                 _back_project(gradient, head.weight, hidden_gradient[tile])
-            if weight_gradient is not None:
-                _multiply(gradient.T, tile_hidden, weight_gradient[:vocab_size], accumulate=True)
-            if bias_gradient is not None:
-                bias_gradient[:vocab_size] += gradient.sum(0, dtype=exact)
+                if scales is not None:
+                    hidden_gradient[tile] /= scales[:, None]
+            if any(trained[1:]):
+                _add_head_gradients(*head_gradients, gradient, tile_hidden, scales)
         ctx.gradients = gradients
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         divergence = sums[TOKEN_METRICS.index("divergence")]

@@ -142,7 +142,7 @@ def segment_log_probs(
         inside = later_rows[(later_rows >= block.start) & (later_rows < block.stop)]
         if len(inside):
             inside = index_tensor(inside, labels)
-            scaled = logits[inside] / temperature
+            scaled = elementwise.scaled_logits(logits[inside], temperature)
             total, label = scaled.logsumexp(-1), labels[inside, None]
             log_p[inside] = (scaled.gather(-1, label)[:, 0] - total).double()
             others = scaled.scatter_(-1, label, -torch.inf).logsumexp(-1)

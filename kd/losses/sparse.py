@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from kd.losses import elementwise
 from kd.losses.head import Head
@@ -76,11 +75,13 @@ def tile_metrics(
     student_head: Head,
     objective: Objective,
     gradient: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the metric sums of a tile and fill `gradient`, as `elementwise.tile_metrics` does.
 
     `student` is the product (n, V) of the student's head, `teacher` the normalized `rows` of the
-    tile, `labels` (n,), `gradient` (n, V) or None. Returns (len(TOKEN_METRICS),) in float64.
+    tile, `labels` (n,), `gradient` (n, V) and `scales` (n,) or None. Returns (len(TOKEN_METRICS),)
+    in float64.
     """
 
     def metrics_of(block: slice, logits: Tensor, labels: Tensor, scratch: Tensor):
@@ -88,7 +89,9 @@ def tile_metrics(
         return block_metrics(logits, known, labels, objective, with_gradient, scratch)
 
     rows = len(student) if student.is_cuda else elementwise.block_rows(student)
-    return elementwise.in_blocks(metrics_of, rows, SCRATCH, student, labels, student_head, gradient)
+    return elementwise.in_blocks(
+        metrics_of, rows, SCRATCH, student, labels, student_head, gradient, scales
+    )
 
 
 def block_metrics(
@@ -108,10 +111,10 @@ def block_metrics(
     ids, temperature = teacher.ids, objective.temperature
     student_argmax = elementwise.probabilities(student, log_q, q)  # (r, 1)
     cross_entropy = -log_q.gather(-1, labels)[:, 0]
-    student_entropy = -vecdot(q, log_q)
+    student_entropy = elementwise.entropy(q, log_q, rest)
     agreement = (student_argmax == ids[:, :1])[:, 0].to(cross_entropy)
 
-    torch.div(student, temperature, out=rest)
+    elementwise.scaled_logits(student, temperature, out=rest)
     total = rest.logsumexp(-1, keepdim=True)  # (r, 1)
     log_classes = rest.gather(-1, ids) - total  # (r, k)
     if teacher.log_tail is not None:
@@ -123,7 +126,9 @@ def block_metrics(
     if with_gradient:
         if teacher.log_tail is not None:
             # Each tail id's share of the tail; 0 at the k ids, where rest is -inf.
-            rest.sub_(tail).exp_().mul_(class_gradient[:, -1:])
+            rest.sub_(tail.clamp(min=torch.finfo(tail.dtype).min)).exp_().mul_(
+                class_gradient[:, -1:]
+            )
             class_gradient = class_gradient[:, :-1]
         rest.scatter_(-1, ids, class_gradient)
         gradient = elementwise.loss_gradient(rest, q, labels, objective)

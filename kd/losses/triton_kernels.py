@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kd.losses.elementwise import LARGEST_BITS, SCALE_BITS
 from kd.losses.head import Head
 from kd.losses.metrics import TOKEN_METRICS
 from kd.settings.distillation import Objective
@@ -38,6 +39,8 @@ AGREEMENT = tl.constexpr(TOKEN_METRICS.index("top1_agreement"))
 STUDENT_ENTROPY = tl.constexpr(TOKEN_METRICS.index("student_entropy"))
 TEACHER_ENTROPY = tl.constexpr(TOKEN_METRICS.index("teacher_entropy"))
 COUNT = tl.constexpr(TOKEN_METRICS.index("tokens"))
+LARGEST = tl.constexpr(float(LARGEST_BITS))
+MOST = tl.constexpr(float(SCALE_BITS))
 
 
 def tile_metrics(
@@ -48,12 +51,13 @@ def tile_metrics(
     teacher_head: Head | None,
     objective: Objective,
     gradient: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the metric sums of a tile and fill `gradient`, as `elementwise.tile_metrics` does.
 
-    Takes float32 products `student` and `teacher` (n, V), labels (n,), and a gradient (n, V) or
-    None. Leaves the products as they are, unless `gradient` shares the memory of `student`. Returns
-    (len(TOKEN_METRICS),) sums in float64.
+    Takes float32 products `student` and `teacher` (n, V), labels (n,), a gradient (n, V) and
+    `scales` (n,), or None. Leaves the products as they are, unless `gradient` shares the memory of
+    `student`. Returns (len(TOKEN_METRICS),) sums in float64.
     """
     assert objective.divergence in KERNEL_DIVERGENCES
     n, vocab_size = student.shape
@@ -65,6 +69,7 @@ def tile_metrics(
         student if teacher is None else teacher,
         labels,
         student if gradient is None else gradient,
+        scales,
         metrics,
         student_head.bias,
         teacher_head.bias,
@@ -119,46 +124,65 @@ def _fold(z, ids, mask, top, total, moment, warm, best, inverse_temperature, WAR
     best = tl.where(z_top > top, place, best)
     new = tl.maximum(top, z_top)
     shift = tl.where(total > 0.0, top - new, 0.0)  # top starts at -inf
-    e = tl.where(mask, tl.exp(z - new), 0.0)
-    moment = tl.exp(shift) * (moment + shift * total) + tl.sum(e * (z - new), 0)
+    z -= tl.where(new == -float("inf"), 0.0, new)  # all logits so far may be -inf
+    e = tl.where(mask, tl.exp(z), 0.0)
+    terms = tl.where(e == 0.0, 0.0, e * z)
+    moment = tl.exp(shift) * (moment + shift * total) + tl.sum(terms, 0)
     total = tl.exp(shift) * total + tl.sum(e, 0)
     if WARM:
         rescaled = warm * tl.exp(shift * inverse_temperature)
-        e = tl.where(mask, tl.exp((z - new) * inverse_temperature), 0.0)
+        e = tl.where(mask, tl.exp(z * inverse_temperature), 0.0)
         warm = rescaled + tl.sum(e, 0)
     return new, total, moment, warm, best
 
 
 @triton.jit
 def _terms(log_p, log_q, p, q, mixture, DIVERGENCE: tl.constexpr):
-    """Return the terms whose sum over V is the divergence, and d up to a constant."""
+    """Return the terms whose sum over V is the divergence, and d up to a constant.
+
+    0 times an infinity counts as 0; so d is 0 where q is, and with it the gradient q (d - sum q d).
+    """
     tiny = 1.1754943508222875e-38
     if DIVERGENCE == "forward_kl":  # its gradient is q - p
-        value = p * (log_p - log_q)
+        value = tl.where(p == 0.0, 0.0, p * (log_p - log_q))
         d = value
     elif DIVERGENCE == "reverse_kl":
-        d = log_q - log_p
+        d = tl.where(q == 0.0, 0.0, log_q - log_p)
         value = q * d
     elif DIVERGENCE == "jensen_shannon":
         log_m = tl.log(tl.maximum(mixture * p + (1 - mixture) * q, tiny))
-        d = (1 - mixture) * (log_q - log_m)
-        value = mixture * p * (log_p - log_m) + q * d
+        d = tl.where(q == 0.0, 0.0, (1 - mixture) * (log_q - log_m))
+        value = tl.where(p == 0.0, 0.0, mixture * p * (log_p - log_m)) + q * d
     elif DIVERGENCE == "skew_forward_kl":
         m = tl.maximum(mixture * p + (1 - mixture) * q, tiny)
-        value = p * (log_p - tl.log(m))
+        value = tl.where(p == 0.0, 0.0, p * (log_p - tl.log(m)))
         d = (mixture - 1) * (p / m)
     elif DIVERGENCE == "skew_reverse_kl":
         m = tl.maximum(mixture * q + (1 - mixture) * p, tiny)
-        gap = log_q - tl.log(m)
+        gap = tl.where(q == 0.0, 0.0, log_q - tl.log(m))
         value = q * gap
         d = gap - mixture * (q / m)
     elif DIVERGENCE == "total_variation":
         value = tl.abs(p - q) / 2
         d = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     else:  # soft_cross_entropy, whose gradient is q - p
-        value = -p * log_q
+        value = tl.where(p == 0.0, 0.0, -p * log_q)
         d = value
     return value, d
+
+
+@triton.jit
+def _row_scale(divergence, soft_factor, hard_factor, factor, SIMPLE: tl.constexpr):
+    """Return the power of two for a row of a float16 gradient, from a bound of its elements.
+
+    Elements of q - p are at most 1. For the other divergences, |q (d - sum q d)| is at most
+    divergence + 2. Reverse KL, of value D = sum q d: q_i d_i <= D + sum_j q_j max(-d_j, 0), and
+    q (-d) = q log(p / q) <= p - q <= p, so that the sum is at most 1. Skew reverse KL is the same
+    with the mixture for p, and an additional term of at most 1; the others are bounded by 1.
+    """
+    bound = soft_factor if SIMPLE else soft_factor * (divergence + 2.0)
+    bound = (bound + hard_factor) * tl.abs(factor)
+    return tl.exp2(tl.minimum(-tl.floor(tl.log2(bound)) + LARGEST, MOST))
 
 
 @triton.jit(do_not_specialize=["n"])  # n of the last tile varies; do not recompile for it
@@ -167,6 +191,7 @@ def _tile_kernel(
     teacher,
     labels,
     gradient,
+    scales,
     metrics,
     student_bias,
     teacher_bias,
@@ -257,6 +282,11 @@ def _tile_kernel(
 
     if GRADIENT:
         out = gradient + token * gradient_stride
+        factor = student_scale
+        if scales is not None:
+            scale = _row_scale(divergence, soft_factor, hard_factor, student_scale, SIMPLE)
+            tl.store(scales + token, scale)
+            factor = student_scale * scale
         for start in range(0, VOCAB_SIZE, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             mask = ids < VOCAB_SIZE
@@ -283,7 +313,7 @@ def _tile_kernel(
                 )
             if STUDENT_SOFTCAP:
                 g = g * (1 - (z / student_softcap) * (z / student_softcap))
-            tl.store(out + ids, (g * student_scale).to(gradient.dtype.element_ty), mask=mask)
+            tl.store(out + ids, (g * factor).to(gradient.dtype.element_ty), mask=mask)
 
     if TEACHER:
         tl.store(metrics + n * DIVERGENCE_SUM + token, divergence)

@@ -29,14 +29,21 @@ def main() -> None:
             found[key] = difference(objective, real, True, scale)
         objective = Objective(1.0, name)
         found[f"{objective}, no gradient"] = difference(objective, True, False, 1.0)
+        squared = Objective(1.0, name, 4.0, True)
+        found[f"{squared}, float16"] = difference(squared, True, True, 0.1, half=True)
+        found[f"{objective}, infinite"] = difference(objective, False, True, 1.0, infinite=True)
     for training in (False, True):
         key = f"no teacher, gradient: {training}"
         found[key] = difference(Objective(soft_weight=0.0), False, training, 1.0, teacher=False)
     json.dump(found, sys.stdout)
 
 
-def difference(objective, real, training, scale, teacher=True) -> float:
-    """Return the larger of the metrics' relative and the gradient's absolute difference."""
+def difference(objective, real, training, scale, teacher=True, half=False, infinite=False) -> float:
+    """Return the larger of the metrics' relative and the gradient's absolute difference.
+
+    With `half`, the kernel's gradient is float16, and the difference that of its norm; with
+    `infinite`, both models exclude the same ids, a whole block among them.
+    """
     torch.manual_seed(0)
     labels = torch.randint(VOCAB_SIZE, (TOKENS,))
     student_logits = scale * torch.randn(TOKENS, VOCAB_SIZE)
@@ -50,10 +57,16 @@ def difference(objective, real, training, scale, teacher=True) -> float:
         )
         for softcap in (20.0, 30.0)
     )
-    results = []
+    if infinite:
+        for logits in (student_logits, teacher_logits):
+            logits[:, :130] = -torch.inf
+        labels = labels.clamp(min=130)
+    results, scales = [], None
     for module in (elementwise, triton_kernels):
         student = student_logits.clone()
         gradient = student if training else None
+        if half and module is triton_kernels:
+            gradient, scales = torch.empty_like(student, dtype=torch.half), torch.empty(TOKENS)
         sums = module.tile_metrics(
             student,
             teacher_logits.clone() if teacher else None,
@@ -62,10 +75,16 @@ def difference(objective, real, training, scale, teacher=True) -> float:
             teacher_head if teacher else None,
             objective,
             gradient,
+            scales,
         )
         results.append((sums, gradient))
     (sums, gradient), (kernel_sums, kernel_gradient) = results
     worst = ((kernel_sums - sums).abs() / sums.abs().clamp(min=1.0)).max().item()
+    if half:
+        assert torch.equal(scales.log2(), scales.log2().round())  # powers of two, which are exact
+        exact = kernel_gradient.float() / scales[:, None]
+        rounding = (exact - gradient).norm() / gradient.norm() / 2**-11  # at most 1 in float16
+        return max(worst, 2e-5 * rounding.item())
     if training:
         # Gradients of reverse KL are of the order of the logits.
         size = gradient.abs().max().clamp(min=1.0)

@@ -1,5 +1,6 @@
 """The fused loss equals float64 autograd on whole logits, for any tiles, dtypes and padding."""
 
+import contextlib
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -205,20 +206,69 @@ def test_half_precision_heads_are_multiplied_in_float32(dtype, piece_bytes):
         assert one.dtype == dtype and distance(one, other) < torch.finfo(dtype).eps
 
 
-def test_half_precision_products_round_only_the_logits_gradient_and_no_sum():
-    """Emulate the buffers of CUDA on a CPU: bfloat16 products with float32 output."""
-    problem = Problem(bias=True).to(torch.bfloat16)
-    exact = problem.to(torch.float64)
+@contextlib.contextmanager
+def cuda_products(dtype: torch.dtype):
+    """Emulate the buffers of CUDA on a CPU: half-precision products with float32 output."""
 
-    def multiply(a, b, out, accumulate=False):
-        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-        product = a.float() @ b.float()
+    def multiply(a, b, out, accumulate=False, factor=1.0):
+        assert a.dtype == b.dtype == dtype and out.dtype == torch.float32
+        product = factor * (a.float() @ b.float())
         out.copy_(out + product if accumulate else product)
 
     with (
-        patch.object(fused, "_product_dtype", lambda *_: torch.bfloat16),
+        patch.object(fused, "_product_dtype", lambda *_: dtype),
         patch.object(fused, "_multiply", multiply),
     ):
+        yield
+
+
+def float16_errors(problem: Problem, objective: Objective) -> list[float]:
+    """Return the error of every gradient with float16 products, relative to float64."""
+    problem = problem.to(torch.float16)
+    exact = problem.to(torch.float64)
+    truth, _ = exact.expected(objective)
+    with cuda_products(torch.float16):
+        loss, _ = problem.fused(objective)
+    # The gradient as it is kept, before the loss scale.
+    expected = torch.autograd.grad(truth, exact.trained)
+    found = [x for x in loss.grad_fn.gradients if x is not None]
+    pairs = zip(found, expected, strict=True)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_float16_gradients_of_the_logits_do_not_underflow(divergence, temperature):
+    """Nearly all of the 20 000 probabilities are below the smallest number of float16."""
+    for soft_weight in (1.0, 0.5):
+        problem = Problem(4, 20_000, magnitude=0.5, bias=True)
+        errors = float16_errors(problem, Objective(soft_weight, divergence, temperature))
+        assert max(errors) < 1e-3, errors
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_float16_gradients_of_an_almost_converged_student_do_not_underflow(temperature):
+    problem = Problem(4, 20_000, student_padding=16, width=20, magnitude=0.5)
+    weight = problem.teacher.head.weight
+    problem.head = Head(weight.clone().requires_grad_(), None, problem.head.scale)
+    problem.hidden = (problem.teacher.hidden * 1.01).detach().requires_grad_()
+    for divergence in ("forward_kl", "reverse_kl"):
+        errors = float16_errors(problem, Objective(1.0, divergence, temperature))
+        assert max(errors) < 1e-3, errors
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_large_float16_gradients_do_not_overflow(divergence):
+    """The gradient of reverse KL grows with the logits, here to more than 10 000."""
+    problem = Problem(30, magnitude=300.0, scale=4.0)
+    objective = Objective(1.0, divergence, 4.0, temperature_squared=True)
+    assert max(float16_errors(problem, objective)) < 2e-3
+
+
+def test_half_precision_products_round_only_the_logits_gradient_and_no_sum():
+    problem = Problem(bias=True).to(torch.bfloat16)
+    exact = problem.to(torch.float64)
+    with cuda_products(torch.bfloat16):
         loss, _ = problem.fused(Objective(0.5))
     truth, _ = exact.expected(Objective(0.5))
     assert distance(loss, truth) < 1e-6
