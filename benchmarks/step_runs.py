@@ -77,7 +77,7 @@ def prepared(case: Case, folder: str, steps: int) -> Run:
         flags |= {"teacher": f"{folder}/teacher", "divergence": case.divergence}
         recipe = parse_distillation(argv=as_flags(flags | {"student": f"{folder}/student"}))
     else:
-        recipe, _ = parse_sft(argv=as_flags(flags | {"model": f"{folder}/student"}))
+        recipe = parse_sft(argv=as_flags(flags | {"model": f"{folder}/student"}))
     recipe = recipe.with_arguments()
     tokenizers, resume = load_tokenizers(recipe), find_resume_point(recipe)
     return plan_run(recipe, tokenizers, load_rows(recipe, tokenizers, resume), resume)

@@ -173,9 +173,9 @@ FLAGS = [
 
 def test_a_recipe_records_the_keys_of_its_script_and_no_others():
     """Checkpoints compare these records, so a key must not appear or vanish."""
-    recipe, rows_to_print = parse_sft(argv=["--model", "m", *FLAGS])
+    recipe = parse_sft(argv=["--model", "m", *FLAGS])
     sft = recipe.to_dict()
-    assert sft["model"] == "m" and rows_to_print == 0
+    assert sft["model"] == "m" and recipe.show_rows == 0
     assert not {"student", "teacher", "soft_weight", "student_fraction", "show_rows"} & sft.keys()
     assert recipe.objective.soft_weight == 0.0 and recipe.model.dtype == "float32"
     recipe = parse_distillation(argv=["--student", "s", "--teacher", "t", *FLAGS])
@@ -188,4 +188,4 @@ def test_every_weight_in_half_precision_needs_a_float32_copy():
     with pytest.raises(ValueError, match="set dtype: float32"):
         parse_sft(argv=["--model", "m", *FLAGS, "--dtype", "bfloat16"])
     lora = ["--dtype", "bfloat16", "--lora_rank", "4"]
-    assert parse_sft(argv=["--model", "m", *FLAGS, *lora])[0].model.dtype == "bfloat16"
+    assert parse_sft(argv=["--model", "m", *FLAGS, *lora]).model.dtype == "bfloat16"

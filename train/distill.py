@@ -11,7 +11,8 @@ from kd.training.preflight import check_surroundings
 
 def main() -> None:
     recipe = parse_distillation(description=__doc__, check_sources=check_sources)
-    check_surroundings(recipe)
+    if not recipe.show_rows:
+        check_surroundings(recipe)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.training.out_of_memory import explain_out_of_memory
     from kd.training.recipe_checks import check_recipe
@@ -19,9 +20,9 @@ def main() -> None:
     from kd.training.run_plan import plan_run
     from kd.training.run_training import finish, load_student, make_trainer, set_up_teacher, train
     from kd.training.tokenizers import load_tokenizers
-    from kd.training.training_rows import load_rows
+    from kd.training.training_rows import load_rows, print_rows
 
-    if is_finished(recipe):
+    if print_rows(recipe) or is_finished(recipe):
         return
     recipe = recipe.with_arguments()
     check_recipe(recipe)

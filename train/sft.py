@@ -10,8 +10,8 @@ from kd.training.preflight import check_surroundings
 
 
 def main() -> None:
-    recipe, rows_to_print = parse_sft(description=__doc__, check_sources=check_sources)
-    if not rows_to_print:
+    recipe = parse_sft(description=__doc__, check_sources=check_sources)
+    if not recipe.show_rows:
         check_surroundings(recipe)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
     from kd.training.out_of_memory import explain_out_of_memory
@@ -22,10 +22,7 @@ def main() -> None:
     from kd.training.tokenizers import load_tokenizers
     from kd.training.training_rows import load_rows, print_rows
 
-    if rows_to_print:
-        print_rows(recipe, rows_to_print)
-        return
-    if is_finished(recipe):
+    if print_rows(recipe) or is_finished(recipe):
         return
     recipe = recipe.with_arguments()
     check_recipe(recipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from kd.data.alignment import NO_SEGMENT, AlignedRow
 from kd.data.encoding import EncodedRow
 from kd.data.tokenised_rows import TokenisedRows
 
@@ -15,8 +16,17 @@ BEGIN, END = "[[", "]]"  # around targets
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def shown_rows(rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """Return the text of `count` rows, evenly spaced over the mixture, with marked targets."""
+def shown_rows(
+    rows: TokenisedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    teacher: PreTrainedTokenizerBase | None = None,
+) -> str:
+    """Return the text of `count` rows, evenly spaced over the mixture, with marked targets.
+
+    With `teacher`, the tokenizer of a teacher to which the rows are aligned, also what it reads and
+    the segments that are compared.
+    """
     count = min(count, len(rows))
     parts = [f"targets are between {BEGIN} and {END}, which are not part of the data"]
     for i in np.linspace(0, len(rows) - 1, count).round().astype(int).tolist():
@@ -26,7 +36,27 @@ def shown_rows(rows: TokenisedRows, tokenizer: PreTrainedTokenizerBase, count: i
                 f"--- row {i} of {len(rows)}{which}: {len(document)} tokens, "
                 f"{document.targets} targets\n{marked(document, tokenizer)}"
             )
+            if teacher:
+                parts.append(shown_alignment(document, tokenizer, teacher))
     return "\n".join(parts)
+
+
+def shown_alignment(
+    row: AlignedRow, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+) -> str:
+    """Return what the teacher reads, and each segment's tokens: student's = teacher's."""
+    sides = [(row.input_ids, row.segments, ours), (row.teacher_ids, row.teacher_segments, theirs)]
+    found: list[list[str]] = [[], []]
+    for i in range(int(row.segments.max(initial=NO_SEGMENT)) + 1):
+        for (ids, segments, tokenizer), shown in zip(sides, found, strict=True):
+            tokens = tokenizer.convert_ids_to_tokens(ids[segments == i].tolist())
+            shown.append(" ".join(tokens))
+    segments = "; ".join(f"{a} = {b}" if a != b else a for a, b in zip(*found, strict=True))
+    tokens, targets = len(row.teacher), row.teacher.targets
+    return (
+        f"the teacher: {tokens} tokens up to its last target, {targets} targets\n"
+        f"{marked(row.teacher, theirs)}\nsegments (= where the tokens differ): {segments}"
+    )
 
 
 def marked(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -297,15 +297,24 @@ class SftSettings:
     """The model of train/sft.py."""
 
     model: str = setting("", "Hub name or folder of the model to train.")
+
+    def __post_init__(self) -> None:
+        require_model("model", self.model)
+
+
+@dataclass
+class ShowSettings:
+    """A look at the rows before training."""
+
     show_rows: int = setting(
         0,
-        "Print this many rows with their target tokens marked, then exit without training.",
+        "Print this many rows with their target tokens marked, then exit without training. With "
+        "align_tokenizers: as both tokenizers see them.",
         least=0,
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        require_model("model", self.model)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from kd.settings.distillation import (
     Objective,
     OnPolicySettings,
     SftSettings,
+    ShowSettings,
     StudentSettings,
     TeacherSettings,
 )
@@ -40,6 +41,7 @@ class Recipe:
     objective: Objective = SFT
     on_policy: OnPolicySettings | None = None
     deepspeed: bool | None = None  # default: as this process was launched
+    show_rows: int = 0  # print this many rows instead of training
 
     def __post_init__(self) -> None:
         if self.deepspeed is None:
@@ -110,18 +112,18 @@ CheckSources = Callable[[list[dict]], None]  # kd.data.sources.check_sources, of
 
 def parse_sft(
     description: str = "", argv: list[str] | None = None, check_sources: CheckSources | None = None
-) -> tuple[Recipe, int]:
-    """The recipe of train/sft.py, and the number of rows to print instead of training (0: train).
+) -> Recipe:
+    """The recipe of train/sft.py.
 
     Raises ValueError with a line for every mistake in the recipe and the flags.
     """
-    kinds = (SftSettings, ModelSettings, DataSettings, TrainingSettings)
+    kinds = (SftSettings, ModelSettings, DataSettings, TrainingSettings, ShowSettings)
     with all_mistakes():
-        sft, *settings = parse(*kinds, argv=argv, description=description)
-        recipe = attempt(Recipe, sft.model, *settings)
+        sft, *settings, show = parse(*kinds, argv=argv, description=description)
+        recipe = attempt(Recipe, sft.model, *settings, show_rows=show.show_rows)
         if check_sources:
             check_sources([*settings[1].sources, *settings[1].eval_sources])
-    return recipe, sft.show_rows
+    return recipe
 
 
 def parse_distillation(
@@ -130,20 +132,23 @@ def parse_distillation(
     on_policy: bool = True,
     check_sources: CheckSources | None = None,
 ) -> Recipe:
-    """The recipe of train/distill.py; without the on-policy keys, that of train/cache_teacher.py.
+    """The recipe of train/distill.py; without its on-policy keys, that of train/cache_teacher.py.
 
     Raises ValueError with a line for every mistake in the recipe and the flags.
     """
     kinds = (StudentSettings, TeacherSettings, Objective, ModelSettings, DataSettings)
-    kinds += (TrainingSettings, OnPolicySettings) if on_policy else (TrainingSettings,)
+    kinds += (TrainingSettings,)
+    kinds += (OnPolicySettings, ShowSettings) if on_policy else ()
     with all_mistakes():
         student, teacher, objective, model, data, training, *rest = parse(
             *kinds, argv=argv, description=description
         )
-        recipe = attempt(Recipe, student.student, model, data, training, teacher, objective, *rest)
+        on_policy_keys, show = rest or (None, ShowSettings())
+        run = (student.student, model, data, training, teacher, objective, on_policy_keys)
+        recipe = attempt(Recipe, *run, show_rows=show.show_rows)
         attempt(check_teacher_keys, teacher, model, objective, scoring=not on_policy)
-        if rest:
-            attempt(check_on_policy, rest[0], teacher, data)
+        if on_policy_keys:
+            attempt(check_on_policy, on_policy_keys, teacher, data)
         if check_sources:
             check_sources([*data.sources, *data.eval_sources])
     return recipe

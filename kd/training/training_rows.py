@@ -139,10 +139,14 @@ def load_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Docume
     return Documents([part for part in (rows.train, rows.heldout) if part])
 
 
-def print_rows(recipe: Recipe, count: int) -> None:
-    """Print `count` rows, evenly spaced, as training reads them; their targets are marked.
+def print_rows(recipe: Recipe) -> bool:
+    """Print the rows that `show_rows` asks for, as training reads them; False if it asks for none.
 
-    Raises ValueError for unreadable rows.
+    Targets are marked. Raises ValueError for unreadable rows.
     """
-    tokenizer = load_tokenizers(recipe).student
-    print_rank0(shown_rows(tokenize(recipe, tokenizer).train, tokenizer, count))
+    if recipe.show_rows:
+        tokenizers = load_tokenizers(recipe)
+        ours, theirs = tokenizers.student, tokenizers.teacher
+        rows = tokenize(recipe, ours, theirs).train
+        print_rank0(shown_rows(rows, ours, recipe.show_rows, theirs))
+    return bool(recipe.show_rows)

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import ROOT, succeed
-from small import small_rows, small_tokenizer
+from scripts import run_main
+from small import CHATML, save_small, small_rows, small_tokenizer
 
 from kd.data import row_cache as cache
 from kd.data.encoding import IGNORE_INDEX, encode_rows
@@ -215,3 +216,38 @@ def test_show_rows_marks_the_targets(models, tmp_path):
     assert f"<|im_start|>assistant\n[[{answer}<|im_end|>]]\n" in printed
     assert printed.count("--- row ") == 3 and not (tmp_path / "out").exists()
     assert len(list((tmp_path / "cache").glob("*.lock"))) == 1
+
+
+def test_show_rows_of_a_distillation_shows_what_both_tokenizers_see(models, tmp_path, capsys):
+    other = small_tokenizer(340)
+    other.chat_template = CHATML.replace("<|im_start|>", "> ")
+    save_small(tmp_path / "other", other)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(3))))
+    flags = {
+        "student": models / "student",
+        "teacher": tmp_path / "other",
+        "align_tokenizers": True,
+        "use_cpu": True,
+        "data": [{"path": str(tmp_path / "rows.jsonl")}],
+        "global_batch_size": 4,
+        "data_cache": tmp_path / "cache",
+        "output_dir": tmp_path / "out",
+        "show_rows": 1,
+    }
+    tokens = [text for key, value in flags.items() for text in (f"--{key}", as_text(value))]
+    run_main("train/distill.py", *tokens)
+    printed = capsys.readouterr().out
+    answer = small_rows(1)[0]["messages"][1]["content"]
+    ours, theirs = printed.split("the teacher: ")
+    assert f"<|im_start|>assistant\n[[{answer}<|im_end|>]]\n" in ours
+    assert f"> assistant\n[[{answer}<|im_end|>]]" in theirs
+    segments = theirs.split("segments (= where the tokens differ): ")[1].split("; ")
+    sides = [segment.strip().split(" = ") for segment in segments]
+    for side, tokenizer in ((0, small_tokenizer()), (-1, other)):
+        tokens = " ".join(pair[side] for pair in sides).split()
+        assert tokens == tokenizer.tokenize(f"{answer}<|im_end|>")
+    assert any(len(pair) == 2 for pair in sides) and not (tmp_path / "out").exists()
+
+
+def as_text(value) -> str:
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
