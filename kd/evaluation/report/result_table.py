@@ -104,8 +104,8 @@ def run_name(model: str, seed: str) -> str:
 def read_results(folders: list[str]) -> Results:
     """Read all result files of these folders.
 
-    Raises ValueError if there is no result, if a model is measured twice, or if two results of a
-    metric were measured with different settings.
+    Raises ValueError if there is no result, if a file is not a result, if a model is measured
+    twice, or if two results of a metric were measured with different settings.
     """
     records: list[tuple] = []
     metrics: dict[str, Metric] = {}
@@ -117,7 +117,7 @@ def read_results(folders: list[str]) -> Results:
             for path in sorted(Path(folder).glob(pattern)):
                 content = read_json(path, "remove it and measure again")
                 name, kind = path.stem, pattern.split("/")[0]
-                for metric, items in READERS[kind](content):
+                for metric, items in read_items(kind, content, path):
                     label = metrics.setdefault(metric.label, metric).label
                     if (label, name) in sources:
                         raise ValueError(
@@ -140,6 +140,23 @@ def read_results(folders: list[str]) -> Results:
         check_comparable(label, found)
     check_same_model_files(files)
     return Results(pd.DataFrame(records, columns=COLUMNS), metrics, files, sources)
+
+
+def read_items(kind: str, content: dict, path: Path) -> list[tuple[Metric, Items]]:
+    """Return the metrics of a result file with their items.
+
+    Raises ValueError, naming the field, if the file is not a result of this kind.
+    """
+    try:
+        found = list(READERS[kind](content))
+        for field in ("settings", "versions", "commit"):
+            content[field]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: found no result of {kind} ({type(error).__name__}: {error}); wanted a file "
+            "that a script of eval/ wrote; remove it and measure again"
+        ) from error
+    return found
 
 
 def check_comparable(label: str, settings: dict[str, dict]) -> None:
