@@ -22,6 +22,7 @@ from deepspeed.utils import safe_get_full_grad
 from kd.data.encoding import IGNORE_INDEX, encode_rows
 from kd.data.packing import Collator, pack
 from kd.data.tokenizer import load_tokenizer
+from kd.distributed import rank, world_size
 from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained
@@ -29,6 +30,7 @@ from kd.run.exit import leave
 from kd.settings.distillation import OWN_BASE, ModelSettings, Objective, TeacherSettings
 from kd.settings.training_arguments import RunArguments, training_arguments
 from kd.teachers.live import LiveTeacher
+from kd.training.non_finite import non_finite_weight, own_part
 from kd.training.trainer import DistillationTrainer
 from tests.small import small_rows
 
@@ -225,10 +227,26 @@ def gradients(work: Path, cell: Cell) -> dict:
         "weights of ranks": digests,
         "gathers": trainer.gathers,
         "passes": trainer.passes,
+        "non-finite": [non_finite_weight(trainer.model), *spoil_a_weight(trainer.model)],
         "teacher's bytes": sum(
             getattr(p, "ds_numel", 0) * p.itemsize for p in trainer.teacher.module.parameters()
         ),
     }
+
+
+def spoil_a_weight(model: torch.nn.Module) -> tuple[str, str | None]:
+    """Write an infinity to the last value of a weight, on the last rank that holds some of it.
+
+    Returns the name of the weight, and what rank 0 then finds.
+    """
+    name, weight = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    part = own_part(weight)
+    counts = [len(part)] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(counts, len(part))
+    if rank() == max(i for i, count in enumerate(counts) if count):
+        part[-1] = torch.inf
+    return name, non_finite_weight(model)
 
 
 def count_gathers() -> None:

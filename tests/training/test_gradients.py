@@ -247,6 +247,13 @@ def test_fault_2_ranks_keep_equal_weights(work, cell):
     assert len(digests) == 2 and len(set(digests)) == 1
 
 
+@pytest.mark.parametrize("cell", SPLITS[1] + LAYOUTS, ids=lambda cell: cell.name)
+def test_an_infinity_in_a_trained_weight_is_found_wherever_the_weight_is(work, cell):
+    """On one rank, on all ranks of DDP, and in one rank's shard under ZeRO-3."""
+    before, spoilt, after = torch.load(work / f"{cell.name}.pt")["non-finite"]
+    assert before is None and after == spoilt
+
+
 def check_same_run(found: dict, expected: dict) -> None:
     """Compare losses and gradients of all steps bit for bit."""
     assert found["losses"] == expected["losses"] and len(found["losses"]) == 4
