@@ -27,10 +27,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from kd.data.alignment import AlignedCollator, AlignedEncoder
@@ -114,7 +114,7 @@ def own_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def make_student(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a small model with random weights."""
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(  # a qwen2 model would not read this tokenizer
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -123,11 +123,12 @@ def make_student(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        attention_bias=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
