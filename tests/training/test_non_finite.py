@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from processes import ROOT, logged_steps, start
+from scripts import run_main
 from small import small_rows
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from kd.settings.training_arguments import training_arguments
 from kd.settings.training_recipe import Recipe
 from kd.training.out_of_memory import explain_out_of_memory
 from kd.training.stragglers import straggler
+from kd.training.watchdog import Watchdog
 
 BAD = "Zebra quartz"  # in one row only; one of its tokens has a NaN embedding
 ROWS = DataSettings(data='[{"path": "rows.jsonl"}]')  # max_length 1024
@@ -90,6 +92,40 @@ def test_too_many_such_steps_end_the_run_with_rank_rows_and_a_final_message(mode
     assert len(named) == 1 and named[0].startswith("[rank "), job.stdout[-4000:]
     end = job.stdout.split("Root Cause (first observed failure)")[1]
     assert "ValueError: 1 steps in a row were not finite" in end
+
+
+def test_a_run_that_ends_in_a_skipped_step_has_failed_and_keeps_its_good_checkpoint(
+    models, work, tmp_path
+):
+    """The second and last step has the bad row."""
+    rows = (work / "good.jsonl").read_text().split("\n")[:7] + [json.dumps({"text": BAD})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = json.dumps([{"path": str(tmp_path / "rows.jsonl")}])
+    order = {"train_sampling_strategy": "sequential", "save_steps": 1, "report_to": "none"}
+    command = flags(models, work, tmp_path / "run", data=data, **order)
+    for _ in range(2):  # a second start must not take the skipped step for a good end
+        with pytest.raises(ValueError, match="has failed: its last 1 steps were not finite") as end:
+            run_main("train/distill.py", *command)
+        assert "The last good checkpoint in" in str(end.value) and "checkpoint-1." in str(end.value)
+        left = {path.name for path in (tmp_path / "run").iterdir()}
+        assert "checkpoint-1" in left
+        assert not left & {"done.json", "checkpoint-2", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("moment", ["on_train_begin", "on_optimizer_step"])
+def test_a_weight_that_is_not_finite_is_not_saved(models, work, tmp_path, monkeypatch, moment):
+    """In the model that is loaded, and after the last update, which no loss shows."""
+
+    def spoil(self, args, state, control, model=None, **_):
+        next(p for p in model.parameters() if p.requires_grad).data[-1, -1] = math.nan
+
+    monkeypatch.setattr(Watchdog, moment, spoil)
+    data = json.dumps([{"path": str(work / "good.jsonl")}])
+    keys = {"data": data, "max_steps": 1, "save_strategy": "no", "report_to": "none"}
+    with pytest.raises(ValueError, match=r"lora_A.default.weight has values that are NaN"):
+        run_main("train/distill.py", *flags(models, work, tmp_path / "run", **keys))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"done.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.slow
