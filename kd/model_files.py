@@ -6,6 +6,7 @@ Nothing is loaded here, so that a mistake is told before Transformers is importe
 import difflib
 import functools
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ PROBE_SECONDS = 10  # for the hub's first answer
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 POINTER = b"version https://git-lfs"  # the beginning of a file that git-lfs has not fetched
 
 
@@ -28,7 +30,7 @@ def check_files(name: str | Path, *files: str) -> dict[str, bool]:
     folder, name = Path(name), str(name)
     if not folder.is_dir():
         if is_path(name):
-            raise ValueError(f"{name}: no such folder{similar(folder)}; wanted a model's folder")
+            raise ValueError(f"no folder {name}{similar(folder)}; wanted the folder of a model")
         return {"trust_remote_code": False, "local_files_only": only_cached(name, files[0])}
     found = [folder / file for file in files if (folder / file).is_file()]
     if not found:
@@ -49,19 +51,12 @@ def check_files(name: str | Path, *files: str) -> dict[str, bool]:
 
 def is_path(name: str) -> bool:
     """Whether a name that is no folder is meant as one, because the hub has no such names."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if name.startswith((".", "/", "~")) or Path(name).exists():
         return True
     parts = Path(name).parts
     if len(parts) > 1 and Path(parts[0]).is_dir():
         return True
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return True
-    return False
+    return not HUB_NAME.fullmatch(name)
 
 
 def similar(folder: Path) -> str:

@@ -165,10 +165,10 @@ def test_a_template_with_a_syntax_error_is_named_with_its_line(work, tmp_path):
 
 def test_a_folder_that_does_not_exist_is_told_with_the_one_that_does(work, monkeypatch):
     monkeypatch.setattr(model_files, "hub_problem", lambda name: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match=f"no such folder .there is {work / 'good'}."):
+    with pytest.raises(ValueError, match=f"no folder .*godo .there is {work / 'good'}."):
         load_config(str(work / "godo"))
     for name in ("./godo", "~/godo", "kd/none", "a/b/c", "C:\\models"):
-        with pytest.raises(ValueError, match="no such folder"):
+        with pytest.raises(ValueError, match="no folder "):
             read_tokenizer(name)
 
 

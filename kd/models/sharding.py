@@ -6,7 +6,6 @@ teacher costs a rank its file size / ranks, plus the layer in use.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kd.distributed import local_rank, raise_on_all_ranks, rank, world_size
+from kd.model_files import read_json
 from kd.models.blocks import decoder_blocks
 from kd.models.heads import backbone_only
 from kd.models.quantized import StoredParameter, check_readable, empty_model
@@ -186,7 +186,7 @@ def engine_settings(ds_config: str) -> dict:
 
     Raises ValueError for other ZeRO stages and for precision sections.
     """
-    settings = json.loads(Path(ds_config).read_text())
+    settings = read_json(Path(ds_config), "wanted a DeepSpeed configuration")
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise ValueError(f"teacher_deepspeed: {ds_config} has ZeRO stage {stage}; wanted 3")

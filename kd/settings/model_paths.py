@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kd.model_files import is_path, similar
 from kd.recipe import mistake
 
 WANTED_MODEL = "wanted a hub name or a folder"
@@ -31,6 +32,7 @@ def check_path(name: str, path: str) -> None:
                 "folder of a finished training run or of one of its checkpoints"
             )
         return
-    parent = folder.parent
-    if path.count("/") > 1 or path[0] in "./~" or (parent != Path(".") and parent.is_dir()):
-        mistake(f"{name}: no folder {path}; wanted the folder of a model or a hub name")
+    if is_path(path):
+        mistake(
+            f"{name}: no folder {path}{similar(folder)}; wanted the folder of a model or a hub name"
+        )

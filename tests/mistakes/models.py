@@ -6,6 +6,28 @@ from mistakes.frame import Case
 
 DISTILL = "train/distill.py"
 TEACHER_ZERO3 = "ds_configs/teacher_zero3.json"
+CODE = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+PACKED = {"model_type": "qwen2", "quantization_config": {"quant_method": "awq", "bits": 4}}
+IN_NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+OUT = {"output_dir": "HERE/out"}
+HELD_OUT = {"data": [{"path": "WORK/rows.jsonl"}], "out_dir": "HERE/out"}
+# A folder whose name has a typo, in every script: (script, flags, the wrong name).
+TYPOS = [
+    (DISTILL, {"student": "WORK/studnet"}, "studnet"),
+    (DISTILL, {"teacher": "WORK/techer"}, "techer"),
+    ("train/sft.py", {"model": "WORK/studnet"}, "studnet"),
+    ("train/cache_teacher.py", {"teacher": "WORK/techer"}, "techer"),
+    ("train/quantize.py", {"model": "WORK/techer"} | OUT, "techer"),
+    ("train/inherit.py", {"parent": "WORK/techer", "keep": 1} | OUT, "techer"),
+    ("eval/perplexity.py", {"models": "a=WORK/studnet"} | HELD_OUT, "studnet"),
+]
+
+
+def model(config: dict) -> dict:
+    """The files of a folder model/ in which only config.json is read."""
+    return {"model/config.json": json.dumps(config)}
+
+
 CASES = [
     Case("other tokenizer", DISTILL, "set align_tokenizers: true", {"teacher": "WORK/other"}),
     Case("teacher's format", DISTILL, "AWQ with {'bits': 8", {"teacher": "WORK/packed"}),
@@ -38,5 +60,76 @@ CASES = [
             ),
             "model/tokenizer_config.json": '{"eos_token": "<|im_end|>"}',
         },
+    ),
+    *(
+        Case(
+            f"typo in {flags_of} of {script}",
+            script,
+            f"WORK/{name} (there is WORK/",
+            flags,
+        )
+        for script, flags, name in TYPOS
+        for flags_of in [next(iter(flags))]
+    ),
+    Case(
+        "code that comes with a model",
+        "train/sft.py",
+        "HERE/model: its configuration needs code of its own (auto_map), which is never run here",
+        {"model": "HERE/model"},
+        files=model(CODE),
+    ),
+    Case(
+        "half a config.json",
+        "train/sft.py",
+        "HERE/model/config.json: cannot be read as JSON",
+        {"model": "HERE/model"},
+        files={"model/config.json": '{"model_type": "qwen2", "vocab'},
+    ),
+    Case(
+        "AWQ as student",
+        "train/sft.py",
+        "HERE/model: found awq weights, which cannot be trained",
+        {"model": "HERE/model"},
+        files=model(PACKED),
+    ),
+    Case(
+        "NF4 without LoRA",
+        "train/sft.py",
+        "HERE/model: found bitsandbytes 4-bit weights, and without LoRA there is nothing to train",
+        {"model": "HERE/model"},
+        files=model({"model_type": "qwen2", "quantization_config": IN_NF4}),
+    ),
+    Case(
+        "adapter as student",
+        "train/sft.py",
+        "It is an adapter: merge it first (python train/merge.py --adapter WORK/adapter",
+        {"model": "WORK/adapter"},
+    ),
+    Case(
+        "head with more layers",
+        "train/sft.py",
+        "modernbert-decoder: the loss computes logits itself",
+        {"model": "HERE/model"},
+        files=model({"model_type": "modernbert-decoder"}),
+    ),
+    Case(
+        "model without logits",
+        "train/sft.py",
+        "HERE/model: vit has no causal language model in Transformers",
+        {"model": "HERE/model"},
+        files=model({"model_type": "vit"}),
+    ),
+    Case(
+        "syntax of a chat template",
+        "train/sft.py",
+        "HERE/chat.jinja: the chat template has a syntax error in line 2",
+        {"chat_template": "HERE/chat.jinja"},
+        files={"chat.jinja": "{% for m in messages %}\n{{ m.content }\n{% endfor %}"},
+    ),
+    Case(
+        "group size of NF4",
+        "train/quantize.py",
+        "group_size: 32, but NF4 has blocks of 64 numbers",
+        {"model": "WORK/teacher", "format": "nf4", "group_size": 32} | OUT,
     ),
 ]
