@@ -2,6 +2,7 @@
 # Machine: two processes on any CPU, float32. For tests and first tries of the whole distributed path.
 # Student under ZeRO-2; teacher sharded over both processes by its own ZeRO-3 engine.
 #   launch/cpu.sh train/distill.py --config recipes/small/d_distill.yaml
+#   launch/cpu.sh train/distill.py --help
 set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # more threads compete for the cores
 export DS_ACCELERATOR=cpu  # DeepSpeed would look for one and warn that it found none

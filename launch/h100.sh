@@ -3,6 +3,7 @@
 # with --teacher_deepspeed ds_configs/teacher_zero3.json. Rehearsed on CPUs, not measured on H100s.
 #   launch/h100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
 #   NUM_PROCESSES=8 launch/h100.sh train/distill.py --config recipes/d_qwen1.5_32b_to_14b/distill.yaml
+#   launch/h100.sh train/distill.py --help
 set -euo pipefail
 accelerate_config=accelerate_configs/h100.yaml
 flags=(--bf16 true --max_per_device_train_batch_size 8 --gradient_checkpointing true --gpu_memory_gb 79)

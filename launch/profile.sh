@@ -40,6 +40,9 @@ script=${1:-}
 [[ -f $script || ! -f $repository/$script ]] || script=$repository/$script
 [[ -f $script ]] || { echo "usage: $0 [--dry-run] [--cpu] [--torchrun] SCRIPT [flags]; no script '$script'" >&2; exit 2; }
 shift
+for flag in "$@"; do
+    case $flag in -h | --help | --help-all) exec python "$script" "$flag" ;; esac  # needs no launcher
+done
 if [[ -n $torchrun ]]; then
     launcher=(torchrun --nproc-per-node "${NUM_PROCESSES:-$processes}")
     if [[ -n ${NNODES:-} ]]; then

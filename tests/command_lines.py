@@ -43,6 +43,9 @@ def parse_only(script: str, flags: list[str], settings: bool = False):
         patch.setattr(sys, "argv", [script, *flags])
         patch.setattr(parser, "build", stop)
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_another)
-        with pytest.raises(ParsedCommandLine) as parsed:
+        with pytest.raises((ParsedCommandLine, SystemExit)) as parsed:
             main()
+    if isinstance(parsed.value, SystemExit):  # --help
+        assert parsed.value.code == 0
+        return {}
     return parsed.value.args[0]

@@ -5,6 +5,7 @@ the same place is an error. Nothing here imports torch or Transformers: a mistak
 """
 
 import dataclasses
+import os
 import sys
 import typing
 from typing import Any
@@ -29,10 +30,18 @@ def parse(*groups: type, argv: list[str] | None = None, description: str = "") -
     argv = list(sys.argv[1:] if argv is None else argv)
     for token in argv:
         if token in HELP:
-            print(help_page(groups, description, everything=HELP[token]))
+            show(help_page(groups, description, everything=HELP[token]))
             sys.exit(0)
     with all_mistakes():
         return build(groups, read_keys(groups, argv))
+
+
+def show(page: str) -> None:
+    """Print the help page; a reader such as `head` may close the pipe before its end."""
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_keys(groups: tuple[type, ...], argv: list[str]) -> dict[str, Any]:
