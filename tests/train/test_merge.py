@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kd.models.card import read_run
 from kd.models.gguf import compare_gguf
 from kd.models.load import disable_cpu_repacking, load_trained, nf4_config
 from kd.settings.distillation import ModelSettings
@@ -136,7 +137,7 @@ def test_bfloat16_rounds_the_float32_sum_once_and_a_finished_merge_is_kept(
         assert torch.equal(rounded[name], weight.bfloat16())
     run_here("--adapter", str(adapter), "--output_dir", str(tmp_path))
     assert "finished already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="merged with other settings"):
+    with pytest.raises(ValueError, match="other settings.*\n  dtype: found 'float32', wanted 'bf"):
         run_here("--adapter", str(adapter), "--output_dir", str(out))
 
 
@@ -171,7 +172,10 @@ def qlora(tokenizer, tmp_path_factory) -> tuple[Path, Path, Path]:
     rows.write_text("".join(json.dumps({"text": "what is a list? " * n}) + "\n" for n in (2, 3, 5)))
     recipe = {"quantization": "nf4", "data": json.dumps([{"path": str(rows)}]), "eval_data": None}
     recipe |= {"student": str(root / "base"), "teacher": "some/teacher", "learning_rate": 1e-4}
+    recipe |= {"num_train_epochs": 3.0, "max_steps": 50}
     (root / "adapter" / "run.json").write_text(json.dumps({"recipe": recipe}))
+    state = {"global_step": 50, "epoch": 0.625, "best_global_step": 20}
+    (root / "adapter" / "trainer_state.json").write_text(json.dumps(state))
     return root / "base", root / "adapter", rows
 
 
@@ -227,11 +231,23 @@ def test_the_card_has_the_recipe_the_difference_the_results_and_the_licence(qlor
     run_here("--adapter", str(adapter), "--output_dir", str(out), "--results", str(results))
     card = (out / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {base}\n")
+    assert "| epochs trained | 0.625 |\n| optimizer steps | 50 |" in card
+    assert "num_train_epochs" not in card  # three were planned, and max_steps ended them
     assert "| learning_rate | 0.0001 |" in card and "4-bit adapter vs. merged model" in card
     assert f"| perplexity | 12.35 | {results}/perplexity/mine.json |" in card
     assert "other.json" not in card and "bytes" not in card
     terms = card.split("## Licence")[1]
     assert all(f"`{name}`" in terms for name in (base, "some/teacher", rows))
+
+
+def test_the_card_of_the_best_step_has_the_epochs_until_that_step(qlora):
+    _, adapter, _ = qlora
+    record, old = adapter / "run.json", (adapter / "run.json").read_text()
+    recipe = json.loads(old)["recipe"] | {"load_best_model_at_end": True}
+    record.write_text(json.dumps({"recipe": recipe}))
+    run = read_run(str(adapter))
+    record.write_text(old)
+    assert (run["epochs trained"], run["optimizer steps"]) == (0.25, 20)
 
 
 def test_a_folder_without_the_converter_is_rejected_before_the_merge(qlora, tmp_path):
