@@ -357,12 +357,15 @@ def read_table(path: str, kind: str) -> Table:
     """Open a Parquet or Arrow file. Raises ValueError if it cannot be read or has no rows."""
     from datasets import load_dataset  # takes seconds to import; other files do not need it
     from datasets.exceptions import DatasetsError
+    from pyarrow.parquet import read_metadata
 
     try:
+        if kind == "parquet" and not read_metadata(path).num_rows:  # load_dataset fails otherwise
+            raise ValueError("it has no rows; wanted at least one")
         table = load_dataset(kind, data_files=path, split="train")
     except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{path}: not a {kind} file: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as {kind}: {reason}") from error
     if not len(table):
         raise ValueError(f"{path}: no rows; wanted at least one")
     return Table(f"{path},", table)

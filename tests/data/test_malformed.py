@@ -185,7 +185,7 @@ FILES = {
     "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS; fetch"),
     "lfs.parquet": (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS; fetch"),
     "page.json": (b"<!DOCTYPE html><html>", "a web page; download the file itself"),
-    "not.parquet": (b"PAR1 and then nothing", "not a parquet file"),
+    "not.parquet": (b"PAR1 and then nothing", "cannot be read as parquet"),
 }
 
 
