@@ -112,8 +112,7 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    return _masked_expectation(a, log_a) - _masked_expectation(a, log_b)
+    return _masked_expectation(log_a.exp(), log_a - log_b)
 
 
 def _masked_expectation(p: Tensor, x: Tensor) -> Tensor:

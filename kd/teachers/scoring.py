@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.distributed import barrier, print_rank0, rank, world_size
+from kd.losses.elementwise import entropy, scaled_logits
 from kd.losses.fused import head_logits
 from kd.losses.head import TeacherOutputs
 from kd.losses.sparse import SparseTeacherOutputs
@@ -43,9 +44,10 @@ def score(outputs: TeacherOutputs, labels: Tensor, manifest: dict) -> np.ndarray
         tile = slice(start, start + TILE)
         logits = head_logits(outputs.hidden[tile], outputs.head, vocab_size)  # (n, V)
         log_p = logits.log_softmax(-1)
-        scalars = [log_p.gather(-1, labels[tile, None])[:, 0], -(log_p.exp() * log_p).sum(-1)]
+        entropies = entropy(log_p.exp(), log_p, out=torch.empty_like(log_p))
+        scalars = [log_p.gather(-1, labels[tile, None])[:, 0], entropies]
         if temperature != 1.0:
-            log_p = (logits / temperature).log_softmax(-1)
+            log_p = scaled_logits(logits, temperature).log_softmax(-1)
         top, ids = log_p.topk(k)  # (n, k), most likely first
         tail = log_p.scatter_(-1, ids, -torch.inf).logsumexp(-1)
         chosen = records[tile]

@@ -44,7 +44,8 @@ class StepMetrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums = torch.zeros(len(REPORTED), device=self.device)
+        # float32 would stop counting tokens at 2^24.
+        self.sums = torch.zeros(len(REPORTED), dtype=torch.float64, device=self.device)
         self.tokens_read = torch.zeros((), dtype=torch.long, device=self.device)
         self.positions = 0
         self.completions = [0, 0, 0]

@@ -197,7 +197,7 @@ class DistillationTrainer(Trainer):
         """Means over all held-out target tokens; Trainer's own is a mean over batches."""
         model = self.model_wrapped
         model.eval()
-        sums = torch.zeros(len(REPORTED), device=self.args.device)
+        sums = torch.zeros(len(REPORTED), dtype=torch.float64, device=self.args.device)
         quiet = not self.is_world_process_zero() or self.args.disable_tqdm
         batches = self.heldout_batches(eval_dataset)
         teacher_outputs = self.teacher_outputs_of(batches)
@@ -206,9 +206,7 @@ class DistillationTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             sums += self.run_student(model, inputs, next(teacher_outputs))["metrics"]
         means = means_over_tokens(all_sum(sums), self.metrics.shown)
-        weight = self.objective.soft_weight
-        means["loss"] = (1 - weight) * means["cross_entropy"]
-        means["loss"] += weight * means.get("divergence", 0.0)
+        means["loss"] = self.objective.total(means.get("divergence", 0.0), means["cross_entropy"])
         if self.hidden:
             means["loss"] += self.hidden.weight * means["hidden"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}

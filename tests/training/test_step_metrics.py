@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from jobs.step_metrics import WORK
 from processes import start
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -15,7 +16,8 @@ from tensorboard.plugins.hparams.backend_context import Context
 from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
-from kd.training.step_metrics import reproducible
+from kd.losses.metrics import REPORTED
+from kd.training.step_metrics import StepMetrics, reproducible
 from kd.training.tensorboard import open_writer, write_hparams
 
 
@@ -34,6 +36,14 @@ def test_all_ranks_log_the_same_metrics_and_each_log_starts_from_zero(found):
     shared = [[{k: v for k, v in log.items() if k != "pace"} for log in rank] for rank in found]
     assert shared[0] == shared[1] and shared[0][0] == shared[0][1]
     assert one[0]["pace"] == [3.0, 32] and two[0]["pace"] == [4.0, 32]  # differs between ranks
+
+
+def test_every_token_of_a_long_interval_is_counted():
+    metrics = StepMetrics(torch.device("cpu"), ["cross_entropy"])
+    batch = {"tokens": torch.tensor([1]), "input_ids": torch.zeros(1, 1)}
+    for tokens in (2.0**24, 1.0, 1.0, 1.0):
+        metrics.add(torch.full((len(REPORTED),), tokens), batch)
+    assert metrics.sums.tolist() == [2**24 + 3] * len(REPORTED)
 
 
 def test_means_are_over_the_tokens_of_all_ranks_and_times_are_per_step(found):
