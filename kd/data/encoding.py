@@ -71,10 +71,6 @@ class EncodedRow:
         """The arrays that the row cache stores, by file name."""
         return {"ids": self.input_ids, "mask": self.target_mask}
 
-    def without_targets(self) -> "EncodedRow":
-        """Return a row of the same tokens in which none is a target."""
-        return EncodedRow(self.input_ids, np.zeros(len(self), np.bool_))
-
     def count_alignment(self, report: "EncodingReport") -> None:
         """Add to the alignment counts of `report`; a row with one tokenizer has none."""
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from kd.data import alignment
 from kd.data.alignment import NO_SEGMENT, AlignedCollator, AlignedEncoder, AlignedRow
 from kd.data.encoding import IGNORE_INDEX, Encoder
-from kd.data.packing import Collator
+from kd.data.packing import Collator, FilledUp
 from kd.data.row_cache import RowSettings, tokenised_rows
 from kd.data.tokenised_rows import AlignedRows
 from kd.data.vocabularies import shared_vocabulary
@@ -262,10 +262,10 @@ def test_cached_rows_equal_those_of_the_encoder_and_depend_on_the_teachers_token
 def test_a_batch_numbers_the_segments_of_its_targets_in_order():
     student, teacher = TOKENIZERS["byte-level"], TOKENIZERS["larger byte-level"]
     rows = [row for row in encoder_of(student, teacher)([("", r) for r in small_rows(5)])]
-    blank = rows[0].without_targets()
+    blank = FilledUp([[rows[0]]], 2)[1]
     for flat in (False, True):
         collate = AlignedCollator(Collator(0, flat=flat), 0)
-        batch = collate([[rows[0], rows[1]], [blank], [rows[2]]])
+        batch = collate([[rows[0], rows[1]], blank, [rows[2]]])
         targets = [
             (batch[name][:, 1:] != IGNORE_INDEX).sum() for name in ("labels", "teacher_labels")
         ]

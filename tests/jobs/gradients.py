@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_grad
 
-from kd.data.encoding import IGNORE_INDEX, encode_rows
+from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack
 from kd.data.tokenizer import load_tokenizer
 from kd.distributed import rank, world_size
@@ -197,7 +198,7 @@ def gradients(work: Path, cell: Cell) -> dict:
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(cell.rows), tokenizer, 512)
     if cell.blank:
-        rows += [row.without_targets() for row in rows]
+        rows += [EncodedRow(row.input_ids, np.zeros_like(row.target_mask)) for row in rows]
     args = training_settings(work, cell)
     student = load_student(work, cell, tokenizer)
     trainer = Recorder(

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from kd.data.alignment import AlignedCollator, AlignedEncoder
 from kd.data.encoding import EncodedRow, Encoder
-from kd.data.packing import Collator, pack
+from kd.data.packing import Collator, FilledUp, pack
 from kd.data.vocabularies import shared_vocabulary
 from kd.models.heads import LossInputs, return_loss
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
@@ -106,7 +106,7 @@ def test_batching_changes_neither_loss_nor_gradients_nor_metrics(pair, split):
         "flat": [rows[:3], rows[3:]],
         "with filler rows": [
             rows[:5],
-            [[rows[0][0].without_targets()]],
+            [FilledUp(rows[:1], 2)[1]],
             rows[5:],
         ],
     }[split]
