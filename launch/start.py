@@ -106,7 +106,7 @@ def handle_interrupts() -> None:
     def kill(number: int, frame: FrameType | None) -> None:
         import psutil
 
-        os.write(2, b"SIGINT again: ended without saving\n")
+        os.write(2, b"SIGINT again: ended at once\n")
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()

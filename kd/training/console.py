@@ -10,17 +10,21 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 
 class Console(TrainerCallback):
-    """Prints the logs of a training on rank 0, instead of Transformers' dictionaries."""
+    """Prints the logs of a training on rank 0, instead of Transformers' dictionaries.
 
-    def __init__(self) -> None:
+    `parts`: whether the loss has several terms, so that the divergence is a figure of its own.
+    """
+
+    def __init__(self, parts: bool) -> None:
+        self.parts = parts
         self.bar: tqdm | None = None
 
     @classmethod
-    def instead_of_theirs(cls, trainer: Trainer) -> "Console":
+    def instead_of_theirs(cls, trainer: Trainer, parts: bool) -> "Console":
         """Replace the callbacks with which Transformers prints logs and shows a bar."""
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        console = cls()
+        console = cls(parts)
         trainer.add_callback(console)
         return console
 
@@ -42,9 +46,11 @@ class Console(TrainerCallback):
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **_) -> None:
         """Print the line of a log."""
-        if state.is_world_process_zero and logs:
+        shown = {k: v for k, v in (logs or {}).items() if self.parts or "divergence" not in k}
+        line = log_line(shown, state.global_step, state.max_steps)
+        if state.is_world_process_zero and line:
             with tqdm.external_write_mode():
-                print(log_line(logs, state.global_step, state.max_steps), flush=True)
+                print(line, flush=True)
 
     def on_train_end(self, args, state, control, **_) -> None:
         """Remove the bar."""
@@ -52,13 +58,13 @@ class Console(TrainerCallback):
 
 
 def log_line(logs: dict[str, float], step: int, last: int) -> str:
-    """The line of a training step, of an evaluation or of the end of a training."""
+    """The line of a training step, of an evaluation or of the end of a training; else empty."""
     if "train_runtime" in logs:
         return f"trained to step {step} of {last} in {duration(logs['train_runtime'])}"
-    if any(name.startswith("eval_") for name in logs):
+    if "eval_loss" in logs:
         means = {name.removeprefix("eval_"): value for name, value in logs.items()}
         return f"held out, after step {step}: {figures(means)}"
-    return f"step {step} of {last}: {figures(logs)}"
+    return f"step {step} of {last}: {figures(logs)}" if "loss" in logs else ""
 
 
 def figures(logs: dict[str, float]) -> str:
@@ -71,8 +77,6 @@ def figures(logs: dict[str, float]) -> str:
         "target_tokens_per_second": "{:,.0f} tokens/s",
         "memory_gib": "{:.2f} GiB",
     }
-    if logs.get("divergence") == logs.get("loss"):  # soft_weight is 1
-        del shown["divergence"]
     found = [text.format(logs[name]) for name, text in shown.items() if name in logs]
     return ", ".join(found)
 

@@ -62,7 +62,8 @@ class DistillationTrainer(Trainer):
         **kw,
     ):
         super().__init__(*args, **kw)
-        self.console = Console.instead_of_theirs(self)
+        parts = 0 < objective.soft_weight < 1 or hidden is not None
+        self.console = Console.instead_of_theirs(self, parts)
         self.run_identity = run_identity or {}
         self.objective = objective
         self.hidden = hidden
