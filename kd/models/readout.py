@@ -95,7 +95,8 @@ def own_logits(
 ) -> tuple[nn.Linear, Tensor, Tensor]:
     """Run what a model computes after its backbone, on random hidden states.
 
-    Returns (head, hidden states (T, H), logits (T, V)).
+    Returns (head, hidden states (T, H), logits (T, V)). Raises ValueError for a head that is not a
+    Linear.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
