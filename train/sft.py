@@ -13,7 +13,7 @@ def main() -> None:
     recipe = parse_sft(description=__doc__, check_sources=check_sources)
     if not recipe.show_rows:
         check_surroundings(recipe)
-    # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    # Not at the top: torch and Transformers take seconds to import, and mistakes are told before.
     from kd.training.out_of_memory import explain_out_of_memory
     from kd.training.recipe_checks import check_recipe
     from kd.training.resume import find_resume_point, is_finished
