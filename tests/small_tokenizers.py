@@ -1,12 +1,24 @@
 """Small tokenizers that split one text differently: byte-level BPE and SentencePiece-like."""
 
 import json
+from pathlib import Path
 
 from small import CHATML, TEXT, small_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kd.data.tokenizer import load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+HOSTILE = (
+    "x = {\n\t'a': [1, 2.5e-3],\n    'b': f(*args)[0]}  # don't\r\n\r\n    return",
+    "1234567890 3.14159 0x7fff 2024-12-31 \u00b2\u00bd \u0661\u0662",
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u00ab\u0401\u00bb",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u4eca\u5929\u662f2024\u5e74",
+    " leading,  double,   triple \t tab \n\n\n \u00a0 no-break \u3000 wide   ",
+    "\U0001f642\U0001f469\u200d\U0001f4bb caf\u00e9 cafe\u0301 \u202eright-to-left",
+    "_foo (bar) DON'T it's '''quoted''' <|im_start|>user\nno<|im_end|>",
+)
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -80,3 +92,11 @@ TOKENIZERS = {
     "Gemma's": sentencepiece(front=False, vocab_size=400, texts=OTHER_TEXT),
     "unigram": sentencepiece("unigram", vocab_size=160),
 }
+
+
+def check_cuts_as_its_file(folder: Path) -> None:
+    """Assert that a folder's tokenizer, as loaded, and its tokenizer.json cut all texts alike."""
+    by_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for tokenizer in (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)):
+        for text in HOSTILE:
+            assert tokenizer(text)["input_ids"] == by_file.encode(text).ids, text

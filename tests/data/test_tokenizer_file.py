@@ -5,24 +5,13 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT
-from scripts import run_main
 from small import save_small, small_tokenizer
-from small_tokenizers import TOKENIZERS
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer
+from small_tokenizers import TOKENIZERS, check_cuts_as_its_file
+from transformers import AutoConfig
 
 from kd.data.tokenizer import load_tokenizer
 
 SHIPPED = ROOT / "data" / "quickstart"
-HOSTILE = (
-    "x = {\n\t'a': [1, 2.5e-3],\n    'b': f(*args)[0]}  # don't\r\n\r\n    return",
-    "1234567890 3.14159 0x7fff 2024-12-31 \u00b2\u00bd \u0661\u0662",
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u00ab\u0401\u00bb",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u4eca\u5929\u662f2024\u5e74",
-    " leading,  double,   triple \t tab \n\n\n \u00a0 no-break \u3000 wide   ",
-    "\U0001f642\U0001f469\u200d\U0001f4bb caf\u00e9 cafe\u0301 \u202eright-to-left",
-    "_foo (bar) DON'T it's '''quoted''' <|im_start|>user\nno<|im_end|>",
-)
 
 
 def save(folder: Path, tokenizer, model_type: str, **changes) -> str:
@@ -34,31 +23,16 @@ def save(folder: Path, tokenizer, model_type: str, **changes) -> str:
     return str(folder)
 
 
-def check_cuts_as_its_file(folder: Path) -> None:
-    by_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for tokenizer in (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)):
-        for text in HOSTILE:
-            assert tokenizer(text)["input_ids"] == by_file.encode(text).ids, text
-
-
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_the_shipped_tokenizers_cut_text_as_their_files_do(name, capsys):
     check_cuts_as_its_file(SHIPPED / name)
     assert not capsys.readouterr().out
 
 
-def test_a_student_made_of_the_shipped_teacher_cuts_text_as_the_teacher_and_its_file(tmp_path):
-    flags = ("--parent", SHIPPED / "teacher", "--layers", 0, 5, "--output_dir", tmp_path / "a")
-    run_main("train/inherit.py", *flags)
-    check_cuts_as_its_file(tmp_path / "a")
-    student, teacher = (load_tokenizer(str(x)) for x in (tmp_path / "a", SHIPPED / "teacher"))
-    for text in HOSTILE:
-        assert student(text)["input_ids"] == teacher(text)["input_ids"]
-
-
 def test_a_file_that_cuts_text_differently_is_told_in_one_line(tmp_path, capsys):
     """Transformers gives every model of type qwen2 the pre-tokenizer of Qwen."""
     name = str(save_small(tmp_path / "model"))
+    capsys.readouterr()
     loaded = load_tokenizer(name)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"note: {name}: Transformers cuts text in another way than")
@@ -82,7 +56,9 @@ def test_a_file_that_cuts_text_differently_is_told_in_one_line(tmp_path, capsys)
 def test_a_space_in_front_and_added_special_tokens_are_no_difference(
     tmp_path, capsys, tokenizer, model_type, changes
 ):
-    load_tokenizer(save(tmp_path, TOKENIZERS[tokenizer], model_type, **changes))
+    name = save(tmp_path, TOKENIZERS[tokenizer], model_type, **changes)
+    capsys.readouterr()
+    load_tokenizer(name)
     assert not capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from processes import ROOT, start, succeed
+from small_tokenizers import check_cuts_as_its_file
 
 DATA = ROOT / "runs" / "quickstart" / "data"
 SMALL = ROOT / "runs" / "small"
@@ -33,6 +34,8 @@ def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
     assert "'cross_entropy'" in printed
     config = json.loads((SMALL / "c_text" / "config.json").read_text())
     assert config["inherited"]["layers"] == [0, 2, 5]  # the trained model keeps the record
+    for name in ("c_inherit", "c_text"):
+        check_cuts_as_its_file(SMALL / name)
 
 
 def test_three_loss_terms_with_the_inherited_layer_map_and_a_sharded_teacher(inherited):
