@@ -51,7 +51,7 @@ def tile_metrics(
     teacher_head: Head | None,
     objective: Objective,
     gradient: Tensor | None,
-    scales: Tensor | None = None,
+    scales: Tensor | None,
 ) -> Tensor:
     """Compute the metric sums of a tile and fill `gradient`, as `elementwise.tile_metrics` does.
 
