@@ -180,8 +180,8 @@ TABLES = {
         "means",
         note=f"These figures were {OLD_CUT}",
     ),
-    "on_policy": Table({}, note=f"The rows of the stage were {OLD_CUT}"),
-    "other_tokenizer": Table({}, note=f"The students were {OLD_CUT}"),
+    "on_policy": Table({}, note=f"These figures were {OLD_CUT}"),
+    "other_tokenizer": Table({}, note=f"These figures were {OLD_CUT}"),
     "recovery": Table(
         {
             "SIGKILLs": "kills",
