@@ -135,8 +135,11 @@ def load_adapter(
     if stored is not None:
         wanted = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
         check_names(f"{name}: the adapter", wanted - stored, "lacks")
-        repeated = {f"base_model.model.{key}" for key in base}
-        check_names(f"{name}: the model has no place for", stored - wanted - repeated, "")
+        plain = {key: key.replace(".base_layer.", ".") for key in stored - wanted}
+        unknown = {
+            key for key, own in plain.items() if own.removeprefix("base_model.model.") not in base
+        }
+        check_names(f"{name}: the model has no place for", unknown, "")
     return loaded
 
 
