@@ -4,6 +4,7 @@ The keys are an allow-list: those of Transformers' TrainingArguments that have a
 ours. kd/settings/training_arguments.py makes the TrainingArguments from them after all checks.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -278,6 +279,7 @@ class TrainingSettings(
     UNUSED = UNUSED
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
         self.check_keys()
         if self.check:
             self._set_up_check()
