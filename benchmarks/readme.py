@@ -180,7 +180,7 @@ TABLES = {
         "means",
         note=f"These figures were {OLD_CUT}",
     ),
-    "on_policy": Table({}, note=f"These figures were {OLD_CUT}"),
+    "on_policy": Table({}, note=f"At commit 4929224, the stage was {OLD_CUT}"),
     "other_tokenizer": Table({}, note=f"These figures were {OLD_CUT}"),
     "recovery": Table(
         {
