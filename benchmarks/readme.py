@@ -181,7 +181,7 @@ TABLES = {
         note=f"These figures were {OLD_CUT}",
     ),
     "on_policy": Table({}, note=f"At commit 4929224, the stage was {OLD_CUT}"),
-    "other_tokenizer": Table({}, note=f"These figures were {OLD_CUT}"),
+    "other_tokenizer": Table({}, note=f"At commit 716efe8, the students were {OLD_CUT}"),
     "recovery": Table(
         {
             "SIGKILLs": "kills",
