@@ -70,13 +70,15 @@ def test_the_same_tokens_under_other_ids_train_as_with_the_ordinary_loss(work, t
 
 
 def test_two_ranks_with_a_sharded_teacher_train_as_one_process_with_a_whole_one(work, tmp_path):
-    """The last step of an epoch has one row, so that one rank has blank rows only."""
+    """The student is sharded too. The last step of an epoch has one row, for one of the ranks."""
     settings = {"teacher": work / "other", "align_tokenizers": "true"}
     wanted, printed = run(["python"], work, tmp_path / "one", **settings)
     assert "tokens map one to one; the student has 320, the teacher" in printed
     assert "of the targets equal one teacher token" in printed
+    settings["deepspeed"] = "ds_configs/student_zero3.json"
     found, printed = run(["launch/cpu.sh"], work, tmp_path / "two", **settings)
-    assert "streaming the teacher" in printed and "= 2 processes x 2 rows x 2" in printed
+    assert "teacher (1/2 per process)" in printed and "student's gathered layers" in printed
+    assert "= 2 processes x 2 rows x 2" in printed
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
     assert wanted[-1][0] < wanted[0][0]
 
