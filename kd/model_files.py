@@ -91,15 +91,18 @@ def only_cached(name: str, file: str) -> bool:
     return True
 
 
-def hub_problem(name: str) -> str | None:
-    """Why the hub does not give a model; None if it does. Waits PROBE_SECONDS at most."""
+def hub_problem(name: str, kind: str = "model") -> str | None:
+    """Why the hub does not give a "model" or a "dataset"; None if it does.
+
+    Waits PROBE_SECONDS at most.
+    """
     from huggingface_hub import HfApi
 
     answers: list[str | None] = [f"no answer within {PROBE_SECONDS} seconds"]
 
     def ask() -> None:
         try:
-            HfApi().model_info(name, timeout=PROBE_SECONDS)
+            HfApi().repo_info(name, repo_type=kind, timeout=PROBE_SECONDS)
             answers.append(None)
         except Exception as error:  # of the HTTP library or the hub's: each is a reason
             answers.append(first_line(error))

@@ -34,6 +34,7 @@ from kd.data.files import (
     read_file,
 )
 from kd.data.local_files import local_files
+from kd.model_files import hub_problem
 from kd.recipe import attempt, unknown_key
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
@@ -138,19 +139,29 @@ def _open_unfiltered(source: dict) -> Reader:
 
 
 def hub_table(source: dict):
-    """Load a hub data set. Raises ValueError if it cannot be loaded."""
-    from datasets import load_dataset  # takes seconds to import; local files do not need it
+    """Load a hub data set. Raises ValueError if it cannot be loaded.
+
+    If the hub cannot be reached, only its cache is read; datasets would ask for half a minute.
+    """
+    import datasets  # takes seconds to import; local files do not need it
     from datasets.exceptions import DatasetsError
 
     split, revision = source.get("split", "train"), source.get("revision")
+    problem = hub_problem(source["path"], "dataset")
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or problem is not None
     try:
-        return load_dataset(source["path"], source.get("name"), split=split, revision=revision)
+        return datasets.load_dataset(
+            source["path"], source.get("name"), split=split, revision=revision
+        )
     except (DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = problem or " ".join(str(error).split())
         raise ValueError(
             f"data: {source['path']}, split {split}: no file or folder here, and as a hub data set "
             f"it cannot be loaded: {reason}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def load_rows(
