@@ -4,11 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
 from kd.distributed import broadcast, raise_on_all_ranks, rank
 from kd.models.adapters import adapter_base
+from kd.pretrained import hub_folder
 from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
 from kd.teachers.cache_files import FORMAT
 from kd.teachers.file_hashes import file_hashes
@@ -72,14 +72,14 @@ def teacher_fingerprint(name: str) -> str:
 def checkpoint_hash(name: str) -> str:
     """A hash of the names and contents of a checkpoint's files; an adapter's base is included.
 
-    `name` is a folder or a hub name. Raises ValueError if it has no weights, OSError if a file
-    cannot be read or fetched.
+    `name` is a folder or a hub name. Raises ValueError if it has no weights or if they cannot be
+    fetched, OSError if a file cannot be read.
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns=[*CONFIGURATION, *SAFETENSORS]))
+        folder = hub_folder(name, [*CONFIGURATION, *SAFETENSORS])
         if not matching(folder, SAFETENSORS):
-            folder = Path(snapshot_download(name, allow_patterns=[*CONFIGURATION, *PICKLED]))
+            folder = hub_folder(name, [*CONFIGURATION, *PICKLED])
     weights = matching(folder, SAFETENSORS + PICKLED)
     if not weights:
         raise ValueError(

@@ -137,6 +137,12 @@ def data(path: str, **keys) -> dict:
 
 
 CASES = [
+    Case(
+        "hub data set",
+        DISTILL,
+        "no/such_set, split train: no file or folder here, and as a hub data set it cannot be",
+        data("no/such_set"),
+    ),
     *(Case(name, DISTILL, text, data(path), files=f) for name, (path, f, text) in PATHS.items()),
     *(
         Case(name, SFT, text, data(f"HERE/{file}"), prepare=prepare)
