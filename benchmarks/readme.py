@@ -62,7 +62,6 @@ TABLES = {
             "start's KL removed": "kl_removed.mean:.1%",
         },
         "settings.*.metrics",
-        note=f"These figures were {OLD_CUT}",
     ),
     "step": Table(
         {
