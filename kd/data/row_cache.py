@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import shutil
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from kd.data.sources import check_sources, hub_table, local_files, read_rows
 from kd.data.tokenised_rows import AlignedRows, TokenisedRows, read_report
 from kd.data.vocabularies import shared_vocabulary
 from kd.data.workers import encode_in_order, worker_count
+from kd.distributed import print_rank0
 from kd.run.atomic import atomic_path
 
 ENDS = {"ids": "ends", "teacher_ids": "teacher_ends"}  # file of tokens: file of its rows' ends
@@ -156,10 +156,9 @@ def locked(lock: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            start = time.monotonic()
-            print(f"waiting for the process that prepares {lock.with_suffix('')}", flush=True)
+            # The other ranks of a run always wait for rank 0, which shows the progress.
+            print_rank0(f"waiting for the process that prepares {lock.with_suffix('')}")
             fcntl.lockf(file, fcntl.LOCK_EX)
-            print(f"waited {time.monotonic() - start:.0f} s for the rows", flush=True)
         except OSError as error:
             raise ValueError(
                 f"data_cache: the file system of {lock.parent} has no file locks ({error}); set "

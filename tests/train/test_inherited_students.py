@@ -30,8 +30,9 @@ def inherited(docstrings):
 
 def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
     assert "layers [0, 2, 5] of 6" in inherited
-    printed = finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")
-    assert "'cross_entropy'" in printed
+    finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")
+    state = json.loads((SMALL / "c_text" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["cross_entropy"] > 0.0
     config = json.loads((SMALL / "c_text" / "config.json").read_text())
     assert config["inherited"]["layers"] == [0, 2, 5]  # the trained model keeps the record
     for name in ("c_inherit", "c_text"):
@@ -41,7 +42,7 @@ def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
 def test_three_loss_terms_with_the_inherited_layer_map_and_a_sharded_teacher(inherited):
     recipe = "recipes/small/c_distill_hidden.yaml"
     printed = finish("launch/cpu.sh", "train/distill.py", "--config", recipe)
-    assert "layers=((1, 1), (2, 3), (3, 6))" in printed and "streaming the teacher" in printed
+    assert "layers=((1, 1), (2, 3), (3, 6))" in printed and "teacher (1/2 per process)" in printed
     state = json.loads((SMALL / "c_distill_hidden" / "trainer_state.json").read_text())
     for step in state["log_history"][:4]:
         # DistilBERT's weights 5 : 2 : 1, the first multiplied by the squared temperature.
@@ -52,7 +53,7 @@ def test_three_loss_terms_with_the_inherited_layer_map_and_a_sharded_teacher(inh
 @pytest.mark.slow
 def test_distillation_alone_and_layers_chosen_by_influence(inherited):
     printed = finish("python", "train/distill.py", "--config", "recipes/small/c_distill.yaml")
-    assert "hidden states:" not in printed and "'divergence'" in printed
+    assert "hidden states:" not in printed and ", agreement " in printed
     recipe = "recipes/small/c_inherit_measured.yaml"
     printed = succeed("python", "train/inherit.py", "--config", recipe)
     done = json.loads((SMALL / "c_inherit_measured" / "done.json").read_text())
