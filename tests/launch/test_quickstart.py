@@ -38,11 +38,12 @@ def test_hidden_system_prompt_is_in_no_training_row(report):
 
 
 @pytest.mark.slow
-def test_teacher_is_better_and_distillation_removes_half_of_the_kl(report):
+def test_teacher_is_better_and_distillation_removes_more_of_the_kl_than_its_text(report):
     metrics = {name: entry["metrics"] for name, entry in report["settings"].items()}
     teacher, start_ = (metrics[name]["text_perplexity"]["mean"] for name in ("teacher", "start"))
     assert teacher <= 0.75 * start_
-    assert metrics["distill"]["kl_removed"]["mean"] >= 0.5
+    removed = {name: metrics[name]["kl_removed"]["mean"] for name in ("sft", "distill")}
+    assert removed["distill"] >= 0.45 and removed["distill"] - removed["sft"] >= 0.08, removed
     assert {metrics[name]["forward_kl"]["n"] for name in ("sft", "distill", "distill+sft")} == {3}
 
 
