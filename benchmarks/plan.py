@@ -5,8 +5,8 @@ python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 On a GPU, measured is the peak that PyTorch allocated. On a CPU it is the peak of RssAnon (anonymous
 memory, without mapped files and libraries) of the larger rank, above its value before the student
 is loaded, until the end of training. Planned is the value in run.json without the allowance for
-libraries. The ranks run the training script as it is, with the settings of the allocator that every
-script makes (kd/run/host_memory.py).
+libraries. The ranks run the training script as it is, which sets the allocator for large models
+(kd/run/host_memory.py).
 """
 
 import gc

@@ -1,5 +1,6 @@
 """Measure time, memory, losses and operators of the steps of benchmarks/step.py."""
 
+import resource
 import time
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch.profiler import profile
 from transformers import Trainer, TrainerCallback
 
 from kd.data.encoding import IGNORE_INDEX
-from kd.training.step_metrics import memory_bytes
 from kd.training.step_times import StepTimes
 
 WARM_UP = 1  # steps
@@ -20,6 +20,16 @@ KINDS = {  # substrings of operator and CUDA kernel names; the first match count
     "softmax": ("softmax", "logsumexp"),
     "optimizer": ("adam", "foreach", "multi_tensor"),
 }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the GPU, or resident where it runs on a CPU.
+
+    The same for every implementation; files that are mapped count, too.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def operators(profiled: profile, seconds: float) -> dict[str, float]:
@@ -80,7 +90,7 @@ class Watch(TrainerCallback):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun if step > WARM_UP else 0.0
         if step == self.steps:
-            peak = memory_bytes(self.device) / 2**20
+            peak = peak_bytes(self.device) / 2**20
             self.found |= {"seconds": seconds, "peak_mib": peak}
         if step == self.steps and self.times:
             phases, inside, steps = self.times.read()

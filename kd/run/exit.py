@@ -13,7 +13,6 @@ from pathlib import Path
 from kd.credentials import without_credentials
 from kd.distributed import barrier, is_initialized, rank, rank_prefix, world_size
 from kd.run.folder_lock import release_locks
-from kd.run.host_memory import return_freed_memory
 from kd.run.launcher import check_launcher, prints_mistakes
 from kd.run.outcome import Stopped, report_outcome
 
@@ -29,7 +28,6 @@ def run(main: Callable[[], None]) -> None:
     gloo's threads abort about one process in ten at interpreter exit, after all work is done, so a
     distributed process exits by os._exit. The done marker, written earlier, signals success.
     """
-    return_freed_memory()
     exit_with_launcher()
     prefix = rank_prefix()
     print_start()

@@ -22,9 +22,8 @@ def return_freed_memory() -> None:
 
     Tensors on the CPU come from malloc. By default glibc raises the size from which a block has a
     mapping of its own, up to 32 MiB, with every large block that is freed. Smaller blocks then
-    share heaps that fill with holes and grow from step to step. Called at the start of every
-    script; the variable MALLOC_MMAP_THRESHOLD_ has precedence. Limiting the number of heaps
-    (MALLOC_ARENA_MAX) changed nothing beyond this.
+    share heaps that fill with holes and grow from step to step. The variable MALLOC_MMAP_THRESHOLD_
+    has precedence. Limiting the number of heaps (MALLOC_ARENA_MAX) changed nothing beyond this.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES)

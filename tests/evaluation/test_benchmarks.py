@@ -160,8 +160,8 @@ def test_wrong_settings_are_named_in_the_error(house, flags, message):
         ("boolq", [*BOOLQ, {"passage": "a"}], "line 6 has no field label, question; found passage"),
         ("winogrande", [{"question": "a"}], "cannot read rows with the fields question .*'answer'"),
         ("boolq", [BOOLQ[0], BOOLQ[1] | {"label": 2}], "row 2: the answer is 2; wanted one of"),
-        ("gsm8k", "{", "line 1: not JSON"),
-        ("gsm8k", "", "no rows"),
+        ("gsm8k", "{", "line 1: only '{' on the line"),
+        ("gsm8k", "", "the file is empty; wanted at least one row"),
     ],
 )
 def test_rows_that_do_not_fit_their_task_are_refused(tmp_path, task, rows, message):

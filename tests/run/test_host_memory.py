@@ -8,14 +8,15 @@ import time
 import numpy as np
 import pytest
 from processes import succeed
+from torch import nn
 
+from kd.models import load
 from kd.run.host_memory import INTERVAL_S, PeakMemory, used_bytes
 
 MIB = 2**20
 FRAGMENT = """
 import sys
-from kd.run.exit import run
-from kd.run.host_memory import used_bytes
+from kd.run.host_memory import return_freed_memory, used_bytes
 
 def main():
     del [bytearray(31 * 2**20)][0]  # raises glibc's own threshold
@@ -26,15 +27,25 @@ def main():
     del large
     print((used_bytes() - before) // 2**20)
 
-run(main) if sys.argv[1] == "run" else main()
+if sys.argv[1] == "returned":
+    return_freed_memory()
+main()
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_every_script_returns_freed_memory_to_the_system():
-    """Large blocks between small ones, as in a training step; without `run` most are kept."""
-    kept = {how: int(succeed("python", "-c", FRAGMENT, how)) for how in ("run", "plain")}
-    assert kept["run"] <= 8 and kept["plain"] >= 24, kept
+def test_freed_memory_is_returned_to_the_system():
+    """Large blocks between small ones, as in a training step; by default most are kept."""
+    kept = {how: int(succeed("python", "-c", FRAGMENT, how)) for how in ("returned", "plain")}
+    assert kept["returned"] <= 8 and kept["plain"] >= 24, kept
+
+
+@pytest.mark.parametrize(("width", "calls"), [(2**12, 1), (2**11, 0)])
+def test_a_large_model_is_what_asks_for_it(monkeypatch, width, calls):
+    asked = []
+    monkeypatch.setattr(load, "return_freed_memory", lambda: asked.append(1))
+    load.keep_memory_flat(nn.Linear(width, 2**12, bias=False))
+    assert len(asked) == calls
 
 
 def test_the_peak_counts_memory_that_was_freed_and_no_mapped_file(tmp_path):

@@ -203,14 +203,14 @@ def test_a_cache_that_was_made_with_other_settings_is_refused(models, work, whol
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--teacher", "self", "wanted a model to score with"),
-        ("--gpu_memory_gb", "0.1", "the teacher does not fit"),
+        ("teacher", "self", "wanted a model to score with"),
+        ("gpu_memory_gb", "0.1", "the teacher does not fit"),
     ],
 )
 def test_a_teacher_that_cannot_score_is_refused_before_it_is_loaded(
     models, work, tmp_path, flag, value, message
 ):
-    cache = {"teacher_cache": tmp_path / "cache", "output_dir": tmp_path / "out"}
-    done = start("python", "train/cache_teacher.py", *flags(models, work, **cache), flag, value)
+    changes = {"teacher_cache": tmp_path / "cache", "output_dir": tmp_path / "out", flag: value}
+    done = start("python", "train/cache_teacher.py", *flags(models, work, **changes))
     assert done.returncode == 2 and message in done.stdout, done.stdout[-3000:]
     assert "Traceback" not in done.stdout and "scoring" not in done.stdout

@@ -41,7 +41,7 @@ def test_a_measured_student_is_saved_with_its_tokenizer_and_the_measurements(fol
         ("--keep 5", "keep: 5; wanted 1 to 4"),
         ("--keep 2 --choice angular", "choice: angular is measured on text; give data"),
         ("--keep 2 --data ROWS", "data: given, but nothing is measured on it"),
-        ("--keep 2 --choice angular --data ROWS --tokens 1", "tokens: wanted 2 or more"),
+        ("--keep 2 --choice angular --data ROWS --tokens 1", "tokens: 1; wanted 2 or more"),
     ],
 )
 def test_wrong_flags_are_rejected_before_the_parent_is_loaded(folder, flags, message, monkeypatch):

@@ -286,7 +286,12 @@ def llama_adapter(tmp_path_factory) -> Path:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=special,
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+        show_progress=False,
+    )
     pieces.train_from_iterator(["what is a list? what is a map? " * 3], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=pieces,
