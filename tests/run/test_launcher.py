@@ -59,7 +59,9 @@ def test_a_script_says_what_it_does_before_it_imports_torch(tmp_path):
 
 INTERRUPTED = f"""
 import os
+import signal
 from kd.run.exit import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 run(lambda: os.kill(os.getpid(), {int(signal.SIGINT)}))
 """
 

@@ -21,7 +21,8 @@ def test_a_measured_student_is_saved_with_its_tokenizer_and_the_measurements(fol
     data = json.dumps([{"path": str(folder / "rows.jsonl")}])
     call = ("python", "train/inherit.py", "--parent", folder / "parent", "--keep", 2)
     call = (*call, "--output_dir", folder / "student", "--choice", "perplexity", "--data", data)
-    printed = succeed(*call, "--tokens", 300)
+    call = (*call, "--tokens", 300)
+    printed = succeed(*call)
     done = json.loads((folder / "student" / "done.json").read_text())
     assert f"layers {done['layers']} of 4" in printed
     assert len(done["perplexity_without"]) == 2 and done["of"] == 4
