@@ -42,7 +42,7 @@ def mistake(text: str, unread: str | None = None) -> None:
         _collected.unread.add(unread)
 
 
-def attempt(check: Callable, *arguments: Any, **options: Any) -> Any:
+def attempt(check: Callable, /, *arguments: Any, **options: Any) -> Any:
     """Call `check`; its ValueError is a mistake like the others.
 
     After a mistake, any other error counts as a consequence of it.
