@@ -177,7 +177,7 @@ TABLES = {
             "top-1 agreement": "top1_agreement.mean:.1%",
         },
         "means",
-        note=f"These figures were {OLD_CUT}",
+        note="The machine was busy, which more than doubled the CPU seconds.",
     ),
     "on_policy": Table({}, note=f"At commit 4929224, the stage was {OLD_CUT}"),
     "other_tokenizer": Table({}, note=f"At commit 716efe8, the students were {OLD_CUT}"),
