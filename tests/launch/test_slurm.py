@@ -221,9 +221,10 @@ def profile(folder: Path, lines: str) -> str:
 
 
 def test_failure_differs_from_a_signal_and_the_failed_nodes_log_is_shown(cluster, models, tmp_path):
-    """Node 1 fails by itself; then SLURM ends node 0 by a signal."""
-    failing = '[[ $NODE_RANK == 0 ]] || { sleep 2; echo "device 3 fell off the bus"; exit 1; }'
-    other = profile(tmp_path, f"{failing}\nsleep 300")
+    """Node 1 fails by itself, once node 0 runs; then SLURM ends node 0 by a signal."""
+    up = tmp_path / "up"
+    failure = f'until [[ -e {up} ]]; do sleep 0.2; done; echo "device 3 fell off the bus"; exit 1'
+    other = profile(tmp_path, f"[[ $NODE_RANK == 0 ]] || {{ {failure}; }}\ntouch {up}\nsleep 300")
     run = distill(cluster, models, tmp_path / "run", name="failure", profile=other)
     assert run.end() == "FAILED" and run.restarts() == 0
     assert "device 3 fell off the bus" in run.batch_log()
