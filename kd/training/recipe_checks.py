@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from kd.data.packing import check_packing
-from kd.data.sources import check_sources
 from kd.distributed import broadcast, rank
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
@@ -20,18 +19,20 @@ from kd.training.preflight import lack_of_disk
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise ValueError for settings of a training run that cannot work."""
-    check_sources(recipe.data.sources)
-    check_sources(recipe.data.eval_sources)
+    """Raise ValueError for settings of a training run that cannot work with its models.
+
+    The parse has checked what the settings alone say, sources of rows included.
+    """
     check_attention(recipe.model.attn_implementation)
     names, live = [recipe.model_name], recipe.live_teacher
     if live:
         check_teacher(live, recipe.model)
         hidden_objective(recipe)
         names.append(teacher_base(live, recipe.model_name))
-    check_trainable(recipe.model_name, recipe.model)
     for name in names:
         config = load_config(name)
+        if name == recipe.model_name:
+            check_trainable(config, name, recipe.model)
         check_head(config, name)
         if recipe.data.packing:
             check_packing(config, name)
