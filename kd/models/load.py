@@ -4,6 +4,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -11,7 +12,7 @@ from transformers import (
 from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
 from kd.distributed import rank
 from kd.models.quantized import quantization_format, quantization_settings
-from kd.pretrained import load_config, load_model
+from kd.pretrained import load_model
 from kd.run.host_memory import return_freed_memory
 from kd.settings.distillation import ModelSettings
 
@@ -34,13 +35,13 @@ def check_attention(implementation: str) -> None:
         )
 
 
-def check_trainable(name: str, settings: ModelSettings) -> None:
+def check_trainable(config: PretrainedConfig, name: str, settings: ModelSettings) -> None:
     """Raise ValueError if the model's weights are stored in a form that cannot be trained.
 
     LoRA trains on 4-bit weights of bitsandbytes, which Transformers reads into the same layers as
     `quantization: nf4`.
     """
-    stored = quantization_settings(load_config(name))
+    stored = quantization_settings(config)
     if not stored:
         return
     found = quantization_format(stored)
@@ -77,15 +78,18 @@ def load_trained(
     return model
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The quantization of a QLoRA base: NF4 with double quantization (arXiv 2305.14314)."""
+def nf4_config(dtype: torch.dtype, storage: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """NF4 with double quantization (arXiv 2305.14314, section 3), computed in `dtype`.
+
+    `storage` is the type of the packed weights; the default, `dtype`, is that of a QLoRA base.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         # DeepSpeed flattens all weights together, so their storage types must be the same.
-        bnb_4bit_quant_storage=dtype,
+        bnb_4bit_quant_storage=storage or dtype,
     )
 
 

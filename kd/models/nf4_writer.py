@@ -3,19 +3,14 @@
 import torch
 from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
-from transformers import BitsAndBytesConfig
 
+from kd.models.load import nf4_config
 from kd.models.packed_writer import PackedFormat
 
 
 def nf4_format(compute_dtype: torch.dtype) -> PackedFormat:
-    """NF4 with double quantization (arXiv 2305.14314, section 3), computed in `compute_dtype`."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    """The NF4 of `nf4_config`, stored in bytes, as checkpoints have it."""
+    config = nf4_config(compute_dtype, storage=torch.uint8)
     return PackedFormat(
         config.to_dict(), "llm_int8_skip_modules", lambda linear: True, "no layer to pack;", pack
     )
