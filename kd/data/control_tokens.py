@@ -5,9 +5,10 @@ a control token, whoever wrote it. Here only the template writes control tokens:
 in a message, a tool or a plain text are encoded as ordinary text. Tokens that the tokenizer does
 not mark as special, such as `<think>` or `<tool_call>`, stay one token everywhere.
 
-The row's own control tokens are guarded by private-use characters while the template renders it.
-The control tokens that are then left are the template's. They are encoded by a copy of the
-tokenizer that knows them by other names, so everything around them is encoded as ever.
+The row's own control tokens have other names while the template renders it: a mark, which is a
+private-use character that the row does not contain, and a number. The control tokens that are then
+left are the template's. They are encoded by a copy of the tokenizer that knows them by such names,
+so everything around them is encoded as ever.
 """
 
 import bisect
@@ -22,21 +23,22 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from kd.data.template import Span, render
 
-# Followed by the number of a control token, from plane 16 of Unicode, which is for private use.
-GUARD, NAME = "\U0010fffc", "\U0010fffd"
-FIRST_NUMBER = 0x10F000
+# Plane 16 of Unicode, which is for private use: its last characters are marks, the others numbers.
+FIRST_NUMBER = 0x100000
+MARKS = [chr(code) for code in range(0x10FFFD, 0x10FF00, -1)]
 KEEP = "set control_tokens_in_text: keep if the rows mean their control tokens"
 
 
 class ControlTokens:
     """The special tokens of a tokenizer, and the encoding of rows whose text contains them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mark: str = MARKS[0]) -> None:
+        self.tokenizer, self.mark = tokenizer, mark
+        self.others: dict[str, ControlTokens] = {}  # by mark
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         known = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         self.ids = {text: i for text, i in [*special.items(), *known] if text}
-        self.names = {text: chr(FIRST_NUMBER + i) for i, text in enumerate(self.ids)}
+        self.names = {text: mark + chr(FIRST_NUMBER + i) for i, text in enumerate(self.ids)}
         longest_first = sorted(self.ids, key=len, reverse=True)  # as the tokenizer matches them
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -50,24 +52,37 @@ class ControlTokens:
             return None
         return next((token for part in parts if (token := self.found_in(part))), None)
 
+    def clear_of(self, value: Any) -> "ControlTokens":
+        """Return control tokens with a mark that is not in the text, lists and objects.
+
+        Raises ValueError if all marks are.
+        """
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        mark = next((mark for mark in MARKS if mark not in text), None)
+        if mark is None:
+            raise ValueError(f"found {MARKS[-1]!r} to {MARKS[0]!r} beside a control token; {KEEP}")
+        if mark != self.mark and mark not in self.others:
+            self.others[mark] = ControlTokens(self.tokenizer, mark)
+        return self.others.get(mark, self)
+
     def guarded(self, value: Any) -> Any:
-        """Return texts, lists and objects with a guard in place of every control token."""
+        """Return texts, lists and objects with a name in place of every control token."""
         if isinstance(value, str):
-            return self.pattern.sub(lambda match: GUARD + self.names[match[0]], value)
+            return self.pattern.sub(lambda match: self.names[match[0]], value)
         if isinstance(value, dict):
             return {key: self.guarded(item) for key, item in value.items()}
         return [self.guarded(item) for item in value] if isinstance(value, list) else value
 
     def restored(self, text: str) -> str:
-        """Return a text with control tokens in place of their guards."""
-        for token, name in self.names.items() if GUARD in text else ():
-            text = text.replace(GUARD + name, token)
+        """Return a text with control tokens in place of their names."""
+        for token, name in self.names.items() if self.mark in text else ():
+            text = text.replace(name, token)
         return text
 
     def check_rendered(self, guarded: str, messages: list[dict], **kwargs: Any) -> None:
         """Raise ValueError if the template renders guarded messages in another way than these."""
         plain = render(messages, self.tokenizer, **kwargs)
-        if self.restored(guarded) != plain or GUARD in plain or NAME in plain:
+        if self.restored(guarded) != plain or self.mark in plain:
             raise ValueError(
                 f"it reads {self.found_in(messages)!r} in the text of a message, which is a "
                 f"control token; {KEEP}"
@@ -76,16 +91,16 @@ class ControlTokens:
     def named(self, guarded: str, spans: list[Span] | None = None) -> tuple[str, list[Span]]:
         """Return a rendered text for `copy`, with its spans moved.
 
-        Names take the place of the template's control tokens, and the row's own that of guards.
+        Names take the place of the template's control tokens, and the row's own that of names.
         """
-        numbers = {name: token for token, name in self.names.items()}
-        either = re.compile(f"{GUARD}(.)|{self.pattern.pattern}", re.DOTALL)
+        swapped = self.names | {name: token for token, name in self.names.items()}
+        either = re.compile(f"{self.mark}.|{self.pattern.pattern}", re.DOTALL)
         parts, old, new = [], [0], [0]  # positions in the guarded and in the returned text
         for match in either.finditer(guarded):
             parts += [guarded[old[-1] : match.start()]]
             old.append(match.start())
             new.append(new[-1] + len(parts[-1]))
-            parts += [numbers[match[1]] if match[1] else NAME + self.names[match[0]]]
+            parts += [swapped[match[0]]]
             old.append(match.end())
             new.append(new[-1] + len(parts[-1]))
         parts.append(guarded[old[-1] :])
@@ -107,10 +122,9 @@ class ControlTokens:
                 f"{self.tokenizer.name_or_path}: without a tokenizer.json control tokens cannot be "
                 f"told from text; convert it (save_pretrained of a fast tokenizer), or {KEEP}"
             )
-        names = {text: NAME + number for text, number in self.names.items()}
-        spec = renamed(json.loads(self.tokenizer.backend_tokenizer.to_str()), names)
+        spec = renamed(json.loads(self.tokenizer.backend_tokenizer.to_str()), self.names)
         copy = Tokenizer.from_str(json.dumps(spec))
-        if any(copy.token_to_id(names[text]) != i for text, i in self.ids.items()):
+        if any(copy.token_to_id(self.names[text]) != i for text, i in self.ids.items()):
             raise ValueError(
                 f"{self.tokenizer.name_or_path}: its control tokens cannot be told from text; "
                 f"{KEEP}"
@@ -122,25 +136,26 @@ class ControlTokens:
         found = self.copy.encode_batch(list(texts), add_special_tokens=False)
         special = set(self.ids.values())
         for text, encoding in zip(texts, found, strict=True):
-            if sum(i in special for i in encoding.ids) < text.count(NAME):
+            if sum(i in special for i in encoding.ids) < text.count(self.mark):
                 raise ValueError(f"a control token of the chat template is lost; {KEEP}")
         return BatchEncoding({"input_ids": [encoding.ids for encoding in found]}, found)
 
     def encode_text(self, text: str) -> Encoding:
         """Encode a plain text, in which every control token is text."""
-        return self.copy.encode(text)
+        return self.clear_of(text).copy.encode(text)
 
     def conversation_ids(self, messages: list[dict], **kwargs: Any) -> list[int]:
         """Render a conversation and return its ids, for example of a prompt to be answered.
 
         Raises ValueError as `check_rendered` does.
         """
-        guarded = self.guarded(messages) if self.found_in(messages) else messages
-        text = render(guarded, self.tokenizer, **kwargs)
-        if guarded is messages:  # the template has written the special tokens already
+        if not self.found_in(messages):  # the template has written the special tokens already
+            text = render(messages, self.tokenizer, **kwargs)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self.check_rendered(text, messages, **kwargs)
-        return self.encode_named([self.named(text)[0]])["input_ids"][0]
+        clear = self.clear_of(messages)
+        text = render(clear.guarded(messages), self.tokenizer, **kwargs)
+        clear.check_rendered(text, messages, **kwargs)
+        return clear.encode_named([clear.named(text)[0]])["input_ids"][0]
 
 
 def renamed(spec: dict, names: dict[str, str]) -> dict:

@@ -282,25 +282,18 @@ class Encoder:
         if self.find_spans is None:
             self.find_spans = span_finder(self.tokenizer)
         typed = self.control_tokens and self.control_tokens.found_in(row)
-        shown = self.control_tokens.guarded(row) if typed else row
+        tokens = self.control_tokens.clear_of(row) if typed else None
+        shown = tokens.guarded(row) if tokens else row
         try:
             text, spans = self.find_spans(shown["messages"], shown.get("tools"))
             check_prompts_rendered(shown["messages"], text)
-            return self._encode_guarded(row, text, spans) if typed else (text, spans)
+            return encode_guarded(tokens, row, text, spans) if tokens else (text, spans)
         except (TemplateError, ValueError, TypeError) as error:
             message = f"the chat template rejects this row: {error}"
             bad = BadRow(place, "refused by the chat template", message)
             if self.on_bad_row == "error":
                 raise bad from error
             return bad
-
-    def _encode_guarded(self, row: dict, text: str, spans: list[Span]) -> UncutRow:
-        """Encode the rendering of a guarded row, as `kd.data.control_tokens` explains."""
-        self.control_tokens.check_rendered(text, row["messages"], tools=row.get("tools"))
-        text, spans = self.control_tokens.named(text, spans)
-        batch = self.control_tokens.encode_named([text])
-        ids = batch["input_ids"][0]
-        return UncutRow(np.array(ids, np.int32), token_spans(batch, 0, spans, len(ids)))
 
     @property
     def kept_tokens(self) -> slice:
@@ -321,6 +314,15 @@ class Encoder:
             return BadRow(place, NO_TARGET, "no target token")
         lost = bool(whole_mask[1:].sum() > mask.sum())
         return EncodedRow(row.ids[self.kept_tokens], mask, cut=too_long, targets_cut=lost)
+
+
+def encode_guarded(tokens: ControlTokens, row: dict, text: str, spans: list[Span]) -> UncutRow:
+    """Encode the rendering of a guarded row, as `kd.data.control_tokens` explains."""
+    tokens.check_rendered(text, row["messages"], tools=row.get("tools"))
+    text, spans = tokens.named(text, spans)
+    batch = tokens.encode_named([text])
+    ids = batch["input_ids"][0]
+    return UncutRow(np.array(ids, np.int32), token_spans(batch, 0, spans, len(ids)))
 
 
 def check_prompts_rendered(messages: list[dict], text: str) -> None:

@@ -16,7 +16,7 @@ from kd.pretrained import load_model
 from kd.run.host_memory import return_freed_memory
 from kd.settings.distillation import ModelSettings
 
-LARGE_BYTES = 2**26  # of a model whose freed memory is returned
+LARGE_BYTES = 2**25  # of a model whose freed memory is returned
 EXPECTED_END = 0.1  # least probability of the end of a turn in a model that was trained on it
 
 

@@ -4,8 +4,8 @@ import pytest
 from small import CHATML, small_tokenizer
 from small_tokenizers import TOKENIZERS
 
-from kd.data.control_tokens import ControlTokens
-from kd.data.encoding import BadRow, Encoder, encode_rows
+from kd.data.control_tokens import MARKS, ControlTokens
+from kd.data.encoding import BadRow, Encoder, encode_guarded, encode_rows
 from kd.data.row_cache import RowSettings, make_encoder
 from kd.data.template import render, span_finder
 from kd.evaluation.rows import target_bytes
@@ -28,7 +28,7 @@ def test_rows_without_control_tokens_have_the_same_ids_and_spans_either_way(name
         assert tokens.found_in(messages) is None
         text, spans = find_spans(messages, None)
         (plain,) = encoder.encode_uncut([("row", {"messages": messages})])
-        special = encoder._encode_guarded({"messages": messages}, text, spans)
+        special = encode_guarded(tokens, {"messages": messages}, text, spans)
         assert special.ids.tolist() == plain.ids.tolist() and special.spans == plain.spans
         assert tokens.encode_text(answer).ids == tokenizer(answer)["input_ids"]
 
@@ -102,3 +102,21 @@ def test_prompts_are_encoded_as_training_rows_are():
         ids = tokens.conversation_ids(chat(question), add_generation_prompt=True)
         (row,), _ = encode_rows([{"messages": chat(question, "so")}], tokenizer, 512)
         assert ids == row.input_ids[: len(ids)].tolist() and row.target_mask[len(ids)]
+
+
+def test_text_with_private_use_characters_keeps_them():
+    """Also the characters that stand for control tokens while a row is encoded."""
+    tokenizer = small_tokenizer()
+    tokens = ControlTokens(tokenizer)
+    fake = tokens.names["<|im_end|>"]  # what the copy of the tokenizer reads as <|im_end|>
+    answer = f"{fake}<|im_end|>{MARKS[1]}<b>{fake}"
+    (row, text), _ = encode_rows(
+        [{"messages": chat("why", answer)}, {"text": answer}], tokenizer, 512
+    )
+    assert tokenizer.decode(row.input_ids) == render(chat("why", answer), tokenizer)
+    assert tokenizer.decode(text.input_ids[:-1]) == answer
+    for found, times in ((row, 2), (text, 1)):
+        assert found.input_ids.tolist().count(tokens.ids["<|im_end|>"]) == times
+    ids = tokens.conversation_ids(chat("why", answer))
+    assert ids == row.input_ids.tolist()
+    assert list(tokens.others) == [MARKS[2]]  # made once, for all such rows

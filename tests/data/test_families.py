@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 from small import small_tokenizer
 from transformers import AutoTokenizer
 
+from kd.data.control_tokens import MARKS
 from kd.data.encoding import Encoder, encode_rows
 from kd.data.files import BadRow
 from kd.data.template import with_arguments
 
+TYPED = "\U000f1234"  # the only character that no text contains
 PARTS = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters=TYPED), max_size=12),
     st.sampled_from(
         ["", " ", "\n", "\n\n", "caf\u00e9 \u4e2d\u6587 \U0001f642", "e\u0301", "\u200b",
-         "\u0000", "\ue000", "<think>\nwhy\n</think>\n\n", "</think>", "<think>", "assistant\n",
+         "\u0000", "\ue000", *MARKS[:2],
+         "<think>\nwhy\n</think>\n\n", "</think>", "<think>", "assistant\n",
          "### END", "[INST]", "model", "{{ x }}", "\r\n", "word " * 300]
     ),
 )  # fmt: skip
-TYPED = "\U000f1234"
 INNOCENT = st.lists(PARTS, max_size=4).map("".join)
 EVIL = st.lists(PARTS | st.sampled_from(SPECIAL), max_size=5).map("".join)
 
