@@ -24,10 +24,6 @@ ORDER = [  # most important first; all others follow in alphabetical order
     *("quickstart", "step", "loss", "teacher", "plan", "scale", "cache", "data", "on_policy"),
     *("inheritance", "recovery", "log_cost"),
 ]
-OLD_CUT = (  # still to be measured again
-    "measured while the shipped models were read with Qwen's pre-tokenizer instead of their own: "
-    "all of them read unusual tokens, and the teacher was worse than it is now."
-)
 UNITS = {"gib": 2**30, "mb": 1e6}  # used in place of a number format
 HEAD = """\
 # Benchmarks
@@ -177,7 +173,6 @@ TABLES = {
         "means",
         note="The machine was busy, which more than doubled the CPU seconds.",
     ),
-    "other_tokenizer": Table({}, note=f"At commit 716efe8, the students were {OLD_CUT}"),
     "recovery": Table(
         {
             "SIGKILLs": "kills",
