@@ -113,11 +113,14 @@ def hub_problem(name: str, kind: str = "model") -> str | None:
     return answers[-1]
 
 
-def check_weights(name: str | Path) -> None:
-    """Raise ValueError naming a file of weights that is missing, not fetched or cut off."""
+def check_weights(name: str | Path) -> set[str]:
+    """Return the names of the tensors in a folder's safetensors files; empty for a hub name.
+
+    Raises ValueError naming a file of weights that is missing, not fetched or cut off.
+    """
     folder = Path(name)
     if not folder.is_dir():
-        return  # the hub's client checks the size of what it fetches
+        return set()  # the hub's client checks the size of what it fetches
     files = {folder / file for file in WEIGHTS if (folder / file).is_file()}
     for index in INDICES:
         if (folder / index).is_file():
@@ -126,12 +129,14 @@ def check_weights(name: str | Path) -> None:
             files |= {folder / file for file in places.values()}
     if not files:
         raise ValueError(f"{name}: no file named model.safetensors; wanted the weights")
+    tensors: set[str] = set()
     for file in sorted(files):
         if not file.is_file():
             raise ValueError(f"{file}: missing, but the index names it; fetch it again")
         check_fetched(file)
         if file.suffix == ".safetensors":
-            safetensors_header(file)
+            tensors |= safetensors_header(file)[0].keys()
+    return tensors
 
 
 def check_fetched(file: Path) -> None:

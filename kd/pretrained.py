@@ -7,6 +7,7 @@ missing tensors with random numbers and goes on.
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,10 +91,10 @@ def load_model(
     options = {key: value for key, value in options.items() if value is not None}
     gguf = options.get("gguf_file")
     found = check_files(name, *((gguf,) if gguf else (CONFIG,)))
-    if not gguf:
-        check_weights(name)
+    stored = set() if gguf else check_weights(name)
     # Under ZeRO-3 all ranks load together, and only rank 0 sees the shapes in the files.
-    together = raise_on_all_ranks() if is_deepspeed_zero3_enabled() else contextlib.nullcontext()
+    zero3 = is_deepspeed_zero3_enabled()
+    together = raise_on_all_ranks() if zero3 else contextlib.nullcontext()
     with together, one_line(name, "model"), no_load_report():
         model, info = (model_class or AutoModelForCausalLM).from_pretrained(
             name,
@@ -102,8 +103,27 @@ def load_model(
             **found,
             **options,
         )
+    if zero3 and not getattr(model, "is_quantized", False):
+        info["unexpected_keys"] |= without_place(model, stored)  # Transformers does not look
     check_loaded(str(name), info)
     return model
+
+
+def without_place(model: "PreTrainedModel", stored: set[str]) -> set[str]:
+    """The names of stored tensors that Transformers maps to no tensor of the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    changes, own = get_model_conversion_mapping(model), model.state_dict()
+    kinds = [[c for c in changes if isinstance(c, t)] for t in (WeightRenaming, WeightConverter)]
+    options = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": own}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return {
+        name
+        for name in stored
+        if rename_source_key(name, *kinds, **options)[0] not in own
+        and not any(re.search(pattern, name) for pattern in ignored)
+    }
 
 
 def read_adapter_config(name: str | Path) -> "PeftConfig":
@@ -205,9 +225,10 @@ def tell_unread(name: str | Path, names: Iterable[str]) -> None:
     """Print a note about tensors in a model's files that the model has no place for."""
     names = [key for key in names if not key.endswith(COMPUTED)]
     if names:
+        count = f"{len(names)} tensors were" if len(names) > 1 else "1 tensor was"
         print_rank0(
-            f"note: {name}: {len(names)} tensors were not read, because the model has no "
-            f"parameter for them: {some(names)}"
+            f"note: {name}: {count} not read, because the model has no such parameter: "
+            f"{some(names)}"
         )
 
 

@@ -76,7 +76,7 @@ def test_a_config_with_more_layers_than_the_files_is_refused(work, tmp_path):
 def test_a_tensor_without_a_place_is_told_once_and_a_tied_head_is_not_missing(work, capsys):
     load_frozen(str(work / "extra"))
     printed = capsys.readouterr()
-    assert printed.out.count("1 tensors were not read") == 1 and "model.spare" in printed.out
+    assert printed.out.count("1 tensor was not read") == 1 and "model.spare" in printed.out
     assert "LOAD REPORT" not in printed.err
     assert "lm_head.weight" not in load_file(work / "tied" / "model.safetensors")
     load_frozen(str(work / "tied"))

@@ -6,6 +6,8 @@ Each rank writes WORK/<ranks>-<rank>.json. A good checkpoint has the bytes held 
 gathers, and the largest difference of its logits from the whole model's; a bad one has its error.
 """
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -98,18 +100,20 @@ def error_of(folder: Path, ds_config: str) -> str:
 
 
 def student_error(folder: Path) -> str:
-    """The error of a damaged student that ZeRO-3 shards while Transformers loads it."""
+    """The error, or what is told, of a damaged student that ZeRO-3 shards while it is loaded."""
     sharded = HfDeepSpeedConfig(
         {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     )
+    told = io.StringIO()
     try:
-        load_trained(str(folder), ModelSettings(dtype="float32"), load_tokenizer(str(folder)))
+        with contextlib.redirect_stdout(told):
+            load_trained(str(folder), ModelSettings(dtype="float32"), load_tokenizer(str(folder)))
     except ValueError as error:
         return str(error)
     finally:
         del sharded
         unset_hf_deepspeed_config()
-    return "none"
+    return told.getvalue()
 
 
 def error_while_reading(folder: Path, ds_config: str) -> str:

@@ -117,8 +117,13 @@ def write_gptq(source, folder) -> None:
 
 
 def break_students(work) -> None:
-    """Write two damaged students into students/."""
+    """Write damaged students into students/, and one with a tensor too many."""
+    more = {
+        "model.layers.7.mlp.up_proj.weight": torch.ones(3),
+        "rotary_emb.inv_freq": torch.ones(3),
+    }
     for name, change in (
+        ("surplus tensors", lambda tensors: tensors.update(more)),
         ("missing tensor", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
         ("wrong shape", lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
     ):
@@ -237,13 +242,18 @@ def test_the_same_numbers_packed_as_awq_and_as_gptq_have_the_same_logits(work):
     assert torch.equal(one(ids).logits, other(ids).logits)
 
 
-def test_a_damaged_student_under_zero3_is_refused_on_every_rank(found):
-    """Transformers fills missing tensors at random, and only rank 0 reads the shapes."""
+def test_tensors_that_a_student_under_zero3_lacks_or_has_too_many_are_told(found):
+    """Transformers fills up at random and ignores the rest, and only rank 0 reads the shapes."""
     for rank in found:
         assert (
             "lack 1 tensor: model.layers.1.mlp.up_proj.weight" in rank["students"]["missing tensor"]
         )
         assert "size mismatch for model.norm.weight" in rank["students"]["wrong shape"]
+    told = [rank["students"]["surplus tensors"] for rank in found]
+    assert (
+        "1 tensor was not read, because the model has no such parameter: model.layers.7" in told[0]
+    )
+    assert not any("not read" in other for other in told[1:])
 
 
 def test_errors_about_broken_checkpoints_are_raised_on_every_rank(found):
