@@ -13,14 +13,17 @@ import termios
 from processes import ROOT
 
 SIZE = (40, 100)  # lines and columns
+BARS = re.compile("TQDM_|HF_.*_PROGRESS_BARS")
 
 
 def on_a_terminal(*command) -> str:
     """Run a command that must succeed, and return all that it writes to a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE, 0, 0))
+    # This process, which may have no terminal, has set TQDM_DELAY and others for itself.
+    env = {name: value for name, value in os.environ.items() if not BARS.match(name)}
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=theirs, stderr=theirs
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=theirs, stderr=theirs, env=env
     )
     os.close(theirs)
     parts = []
