@@ -149,6 +149,15 @@ def test_wrong_settings_are_named_in_the_error(house, flags, message):
         inside("benchmarks.py", "--models", f"student={house / 'student'}", *flags)
 
 
+@pytest.fixture(scope="module")
+def task_files(tmp_path_factory):
+    """(a file for the rows of each task, tasks that read them, folder of the task files)."""
+    folder = tmp_path_factory.mktemp("task_files")
+    files = {task: {"test": str(folder / f"{task}.jsonl")} for task in [*TASKS, "gsm8k"]}
+    write_task_files(files, folder)
+    return files, find_tasks(list(files), files, folder), folder
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
@@ -164,13 +173,12 @@ def test_wrong_settings_are_named_in_the_error(house, flags, message):
         ("gsm8k", "", "the file is empty; wanted at least one row"),
     ],
 )
-def test_rows_that_do_not_fit_their_task_are_refused(tmp_path, task, rows, message):
-    file = tmp_path / "rows.jsonl"
+def test_rows_that_do_not_fit_their_task_are_refused(task_files, task, rows, message):
+    files, tasks, folder = task_files
+    file = folder / f"{task}.jsonl"
     file.write_text(rows) if isinstance(rows, str) else write_jsonl(file, rows)
-    files = {task: {"test": str(file)}}
-    write_task_files(files, tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        check_rows(task, files[task], find_tasks([task], files, tmp_path), tmp_path)
+        check_rows(task, files[task], tasks, folder)
     assert str(error.value).startswith(f"task_data: {task}: ") and "\n" not in str(error.value)
 
 
