@@ -130,12 +130,16 @@ def report(error: Exception) -> int:
 
 
 def mistakes(failures: dict) -> list[str]:
-    """The lines of the ranks' mistakes; a mistake that several ranks found is one line."""
+    """The lines of the ranks' mistakes; a mistake that several ranks found is one line.
+
+    Only different mistakes name their ranks. The first rank that finds one may not be rank 0, which
+    is then ended before it tells the same.
+    """
     found: dict[str, int] = {}
     for rank, failure in sorted(failures.items()):
         if isinstance(failure.message, dict) and failure.exitcode == MISTAKE:
             found.setdefault(failure.message["extraInfo"]["py_callstack"], rank)
-    return [f"[rank {rank}] {line}" if rank else line for line, rank in found.items()]
+    return [f"[rank {rank}] {line}" if len(found) > 1 else line for line, rank in found.items()]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run(main: Callable[[], None]) -> None:
         leave(128 + signal.SIGINT)
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
-            raise
+            sys.stderr.write(without_credentials(traceback.format_exc()))
         text = without_credentials(str(error))
         write_launcher_error(error, f"error: {text}")
         if not prints_mistakes():

@@ -83,6 +83,7 @@ def test_without_a_gpu_every_part_reports_it(tmp_path):
     assert {"tests", "step", "loss", "teacher", "plan", "log_cost"} <= {p["name"] for p in parts}
 
 
+@pytest.mark.slow
 def test_every_gpu_test_is_included():
     parts = succeed("python", "benchmarks/gpu.py", "--dry_run").splitlines()
     command = next(shlex.split(line.split(": ", 1)[1]) for line in parts if line[:6] == "tests,")

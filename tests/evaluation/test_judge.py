@@ -198,6 +198,7 @@ def test_a_rerun_requests_only_missing_judgements(files, scored):
         assert len(server.requests) == 2 and all("Bad says" in text_of(r) for r in server.requests)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_where_it_stopped(files, tmp_path):
     with ChatServer(graded) as server:
         flags = [*score_flags(files, tmp_path, server, "good", "bad"), "--concurrency", "2"]

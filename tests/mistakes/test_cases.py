@@ -41,13 +41,17 @@ def test_a_mistake_is_one_line(case: Case, work, tmp_path):
     assert not [file for file in after.keys() - before if file.name == "done.json"]
 
 
-def test_a_process_exits_with_code_2_and_without_a_traceback(work, tmp_path):
+def test_a_process_exits_with_code_2_and_with_a_traceback_only_on_request(work, tmp_path):
     """What `run_main` cannot show: kd.run.exit prints the error and chooses the exit code."""
     case = next(case for case in CASES if case.name == "unknown key")
     done = start("python", case.script, *command_line(case, work, tmp_path))
     assert done.returncode == 2, done.stdout
     assert "error: " in done.stdout and case.message in done.stdout
     assert "Traceback" not in done.stdout
+    secret = {"KD_TRACEBACK": "1", "SERVER_KEY": "the-key-of-the-server"}
+    shown = start("python", case.script, "--the-key-of-the-server", "1", **secret)
+    assert shown.returncode == 2 and "Traceback" in shown.stdout and "error: " in shown.stdout
+    assert "***" in shown.stdout and secret["SERVER_KEY"] not in shown.stdout
 
 
 def test_a_command_without_a_mistake_looks_for_weights(work, tmp_path):

@@ -179,7 +179,7 @@ EXPECTED_ERRORS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(work, request) -> list[dict]:
     """The results of every rank."""
     ranks = request.param

@@ -28,6 +28,7 @@ def inherited(docstrings):
     return succeed("python", "train/inherit.py", "--config", "recipes/small/c_inherit.yaml")
 
 
+@pytest.mark.slow
 def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
     assert "layers [0, 2, 5] of 6" in inherited
     finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")

@@ -69,6 +69,7 @@ def test_the_same_tokens_under_other_ids_train_as_with_the_ordinary_loss(work, t
     torch.testing.assert_close(found[0][0], wanted[0][0], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_sharded_teacher_train_as_one_process_with_a_whole_one(work, tmp_path):
     """The student is sharded too. The last step of an epoch has one row, for one of the ranks."""
     settings = {"teacher": work / "other", "align_tokenizers": "true"}

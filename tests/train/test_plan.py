@@ -1,5 +1,6 @@
 """train/plan.py: every recipe on every profile, and the plan at the start of a run."""
 
+import functools
 import json
 import re
 import shlex
@@ -38,6 +39,12 @@ def with_local_models(recipe, hub) -> list[str]:
     return flags
 
 
+@functools.cache
+def printed_command(profile: str) -> list[str]:
+    """The command that a profile prints for WORDS."""
+    return shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", "train/plan.py", "WORDS"))
+
+
 def plan_script() -> dict:
     names: dict = {"__name__": "planned"}
     exec(compile((ROOT / "train/plan.py").read_text(), "train/plan.py", "exec"), names)
@@ -50,11 +57,11 @@ def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path
     """The command that the profile prints, run in this process."""
     file, flags = tmp_path / "plan.json", with_local_models(recipe, hub)
     rates = ["--tflops", "1", "--memory_gb_s", "10"]  # otherwise the CPU would be measured
-    words = ("train/plan.py", "--config", recipe, *flags, "--rows", "1000", *rates, "--json", file)
-    command = shlex.split(succeed(f"launch/{profile}.sh", "--dry-run", *words))
-    assert command[:2] == ["python", "train/plan.py"]
+    words = ["--config", str(recipe), *flags, "--rows", "1000", *rates, "--json", str(file)]
+    command, (*before, last) = printed_command(profile)[:2], printed_command(profile)[2:]
+    assert command == ["python", "train/plan.py"] and last == "WORDS"
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", command[1:])
+    monkeypatch.setattr(sys, "argv", ["train/plan.py", *before, *words])
     try:
         plan_script()["main"]()
     except ValueError as error:  # experiment D on T4s and on a small computer

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import ROOT, start
@@ -80,6 +81,7 @@ def test_teacher_self_is_the_student_before_training(models, tmp_path):
     assert abs(first) < 1e-6 and all(value > 1e-4 for value in later), (first, later)
 
 
+@pytest.mark.slow
 def test_an_adapter_as_teacher_takes_the_tokenizer_of_its_base(models, tmp_path):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(models / "teacher")

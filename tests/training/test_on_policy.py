@@ -197,6 +197,7 @@ def test_metrics_of_on_policy_rows_are_separate(work):
     assert logged["seconds_generation"] > 0
 
 
+@pytest.mark.slow
 def test_without_a_share_the_run_is_the_off_policy_one_to_the_last_bit(models, tmp_path):
     """By the real command line; with a share the run differs and logs more metrics."""
     (models / "rows_on_policy.jsonl").write_text("\n".join(map(json.dumps, small_rows(24))))
