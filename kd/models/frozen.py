@@ -21,10 +21,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kd.models.adapters import adapter_base, is_adapter, merge_command
 from kd.models.heads import backbone_only, causal_lm
-from kd.models.load import disable_cpu_repacking, keep_memory_flat
+from kd.models.load import disable_cpu_repacking
 from kd.models.quantized import NEED_EXTRA_PACKAGE, READERS, check_readable, packed_format
 from kd.models.sharding import load_unsharded, without_zero_init
 from kd.pretrained import load_adapter, load_config, load_generation_config, load_model
+from kd.run.host_memory import keep_memory_flat
 from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
 
 
@@ -74,7 +75,7 @@ def load_frozen(
                 quantization_config=quantization_config,
             )
         disable_cpu_repacking(model)
-        keep_memory_flat(model)
+        keep_memory_flat(model.device.type, sum(p.nbytes for p in model.parameters()))
         if is_adapter(name):
             model = load_adapter(model, name, device)
             if (Path(name) / "generation_config.json").is_file():

@@ -13,10 +13,8 @@ from kd.data.tokenizer import generation_config, template_tokens, turn_end, untr
 from kd.distributed import rank
 from kd.models.quantized import quantization_format, quantization_settings
 from kd.pretrained import load_model
-from kd.run.host_memory import return_freed_memory
 from kd.settings.distillation import ModelSettings
 
-LARGE_BYTES = 2**25  # of a model whose freed memory is returned
 EXPECTED_END = 0.1  # least probability of the end of a turn in a model that was trained on it
 
 
@@ -69,7 +67,6 @@ def load_trained(
         attn_implementation=settings.attn_implementation,
     )
     disable_cpu_repacking(model)
-    keep_memory_flat(model)
     model.generation_config = generation_config(model, tokenizer)
     new_tokens = check_template_tokens(model, tokenizer, settings)
     if settings.lora_rank:
@@ -104,18 +101,6 @@ def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         trainable_token_indices=tokens,
     )
-
-
-def keep_memory_flat(model: PreTrainedModel) -> None:
-    """Return freed memory to the system from now on, if the model is large and on a CPU.
-
-    New mappings cost time: a model of 1.3 M parameters would train 1.4 times as long, to save less
-    than 0.1 GiB.
-    """
-    parameters = list(model.parameters())
-    size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
-    if size >= LARGE_BYTES and parameters[0].device.type == "cpu":
-        return_freed_memory()
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:

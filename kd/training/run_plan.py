@@ -9,10 +9,12 @@ from kd.data.show import write_summary
 from kd.distributed import print_rank0, rank
 from kd.planning.activations import CannotTrace
 from kd.planning.fitting import fit, fit_scoring, layout_of
-from kd.planning.layout import Plan
+from kd.planning.layout import Layout, Plan
 from kd.planning.machine import present_machine
+from kd.planning.model_sizes import student_tensors, teacher_tensors
 from kd.planning.throughput import matrix_work
 from kd.run.finished import DONE
+from kd.run.host_memory import keep_memory_flat
 from kd.run.run_record import earlier_plan, write_record
 from kd.settings.training_recipe import Recipe
 from kd.teachers.cached import Documents
@@ -77,13 +79,15 @@ def plan_scoring(recipe: Recipe, documents: Documents) -> None:
         print_rank0(plan)
 
 
-def plan_or_none(make_plan: Callable[..., Plan], *arguments: Any) -> Plan | None:
-    """Call `make_plan`; return None, with a note, for a model that cannot be traced.
+def plan_or_none(make_plan: Callable[..., Plan], layout: Layout, *arguments: Any) -> Plan | None:
+    """Call `make_plan` for a layout; return None, with a note, for a model that cannot be traced.
 
     Raises ValueError if the run does not fit; only rank 0 gives the details.
     """
     try:
-        return make_plan(*arguments)
+        tensors = student_tensors(layout) + (teacher_tensors(layout) if layout.teacher else [])
+        keep_memory_flat(layout.device, sum(tensor.bytes for tensor in tensors))
+        return make_plan(layout, *arguments)
     except CannotTrace as error:
         print_rank0(f"no memory plan: {error}")
         return None
