@@ -53,9 +53,9 @@ class ControlTokens:
         return next((token for part in parts if (token := self.found_in(part))), None)
 
     def clear_of(self, value: Any) -> "ControlTokens":
-        """Return control tokens with a mark that is not in the text, lists and objects.
+        """Return control tokens whose mark does not occur in a text, or in lists and objects.
 
-        Raises ValueError if all marks are.
+        Raises ValueError if every mark occurs.
         """
         text = json.dumps(value, ensure_ascii=False, default=str)
         mark = next((mark for mark in MARKS if mark not in text), None)
@@ -91,7 +91,7 @@ class ControlTokens:
     def named(self, guarded: str, spans: list[Span] | None = None) -> tuple[str, list[Span]]:
         """Return a rendered text for `copy`, with its spans moved.
 
-        Names take the place of the template's control tokens, and the row's own that of names.
+        The template's control tokens get names, and the names of the row's own become text again.
         """
         swapped = self.names | {name: token for token, name in self.names.items()}
         either = re.compile(f"{self.mark}.|{self.pattern.pattern}", re.DOTALL)

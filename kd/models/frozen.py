@@ -75,6 +75,7 @@ def load_frozen(
                 quantization_config=quantization_config,
             )
         disable_cpu_repacking(model)
+        # Of a model that is loaded without a plan, as in an evaluation, the size is known only now.
         keep_memory_flat(model.device.type, sum(p.nbytes for p in model.parameters()))
         if is_adapter(name):
             model = load_adapter(model, name, device)

@@ -21,8 +21,9 @@ INTERVAL_S = 0.05  # between two samples; one takes 30 microseconds
 def keep_memory_flat(device: str, model_bytes: float) -> None:
     """Return freed memory to the system from now on, if the models are large and on a CPU.
 
-    To be called before the models are loaded: what loading frees would stay, too. New mappings cost
-    time: a model of 1.3 M parameters would train 1.4 times as long, to save less than 0.1 GiB.
+    A training calls it before it loads its models, since what loading frees would stay, too. New
+    mappings cost time: a model of 1.3 M parameters would train 1.4 times as long, to save less than
+    0.1 GiB.
     """
     if device == "cpu" and model_bytes >= LARGE_BYTES:
         return_freed_memory()

@@ -243,7 +243,10 @@ def test_the_same_numbers_packed_as_awq_and_as_gptq_have_the_same_logits(work):
 
 
 def test_tensors_that_a_student_under_zero3_lacks_or_has_too_many_are_told(found):
-    """Transformers fills up at random and ignores the rest, and only rank 0 reads the shapes."""
+    """Transformers fills missing tensors at random and does not tell surplus ones.
+
+    Only rank 0 reads the shapes.
+    """
     for rank in found:
         assert (
             "lack 1 tensor: model.layers.1.mlp.up_proj.weight" in rank["students"]["missing tensor"]

@@ -58,10 +58,10 @@ def test_every_recipe_has_a_plan_on_every_profile(recipe, profile, hub, tmp_path
     file, flags = tmp_path / "plan.json", with_local_models(recipe, hub)
     rates = ["--tflops", "1", "--memory_gb_s", "10"]  # otherwise the CPU would be measured
     words = ["--config", str(recipe), *flags, "--rows", "1000", *rates, "--json", str(file)]
-    command, (*before, last) = printed_command(profile)[:2], printed_command(profile)[2:]
-    assert command == ["python", "train/plan.py"] and last == "WORDS"
+    python, script, *flags_of_profile, last = printed_command(profile)
+    assert [python, script, last] == ["python", "train/plan.py", "WORDS"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train/plan.py", *before, *words])
+    monkeypatch.setattr(sys, "argv", [script, *flags_of_profile, *words])
     try:
         plan_script()["main"]()
     except ValueError as error:  # experiment D on T4s and on a small computer
