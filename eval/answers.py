@@ -14,12 +14,12 @@ from kd.data.sources import check_sources, load_rows
 from kd.recipe import all_mistakes, parse
 from kd.run.exit import run
 from kd.run.folder_lock import check_writable
-from kd.settings.evaluation import AnswerSettings, EvaluationSettings
+from kd.settings.evaluation import AnswerSettings, HeldoutSettings
 
 
 def main() -> None:
     with all_mistakes():
-        settings, answering = parse(EvaluationSettings, AnswerSettings, description=__doc__)
+        settings, answering = parse(HeldoutSettings, AnswerSettings, description=__doc__)
         check_sources(settings.sources)
     check_writable("out", Path(answering.out).parent)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.

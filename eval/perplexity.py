@@ -45,7 +45,8 @@ def main() -> None:
         description = describe(settings, path, rows_hash(raw), tokenizer, rolling=rolling)
         if is_measured(file, description):
             continue
-        rows = encode_heldout(raw, tokenizer, settings.max_length, rolling)
+        in_text = settings.control_tokens_in_text
+        rows = encode_heldout(raw, tokenizer, settings.max_length, rolling, in_text)
         batches = make_batches(rows, tokenizer.pad_token_id, settings.batch_size)
         sums = row_sums(model_for(settings, path), batches, len(tokenizer), description=name)
         result = likelihood_result(rows, sums.rows[:, 0])

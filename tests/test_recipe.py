@@ -115,7 +115,8 @@ def test_wrong_flags_are_refused_with_the_reason(argv, message):
         (TeacherSettings, {"teacher": "t", "teacher_workspace_mb": -1}, "mb: -1; wanted 0"),
         (DataSettings, {}, "no source given"),
         (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
-        (DataSettings, {"data": "[1]"}, "wanted a list of objects"),
+        (DataSettings, {"data": "[1]"}, 'such as \\[{"path": "rows.jsonl"}\\]$'),
+        (DataSettings, {"data": "[{path: a}]"}, r"found \[{path: a}\], which is not JSON \(Expec"),
         (DataSettings, {"data": '[{"path": "a"}]', "max_length": 1}, "wanted 2 or more"),
     ],
 )

@@ -26,18 +26,28 @@ from kd.data.template import Span, render
 # Plane 16 of Unicode, which is for private use: its last characters are marks, the others numbers.
 FIRST_NUMBER = 0x100000
 MARKS = [chr(code) for code in range(0x10FFFD, 0x10FF00, -1)]
-KEEP = "set control_tokens_in_text: keep if the rows mean their control tokens"
+KEEP = (
+    "remove it from the text, or, in training and evaluation, set control_tokens_in_text: keep if "
+    "the rows mean their control tokens"
+)
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, and the encoding of rows whose text contains them."""
+    """The special tokens of a tokenizer, and the encoding of rows whose text contains them.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mark: str = MARKS[0]) -> None:
+    `in_text`: `split` encodes them in the text of a row as ordinary text, `keep` as control tokens;
+    then none is ever found.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, in_text: str = "split", mark: str = MARKS[0]
+    ) -> None:
         self.tokenizer, self.mark = tokenizer, mark
         self.others: dict[str, ControlTokens] = {}  # by mark
         special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         known = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        self.ids = {text: i for text, i in [*special.items(), *known] if text}
+        found = [*special.items(), *known] if in_text == "split" else []
+        self.ids = {text: i for text, i in found if text}
         self.names = {text: mark + chr(FIRST_NUMBER + i) for i, text in enumerate(self.ids)}
         longest_first = sorted(self.ids, key=len, reverse=True)  # as the tokenizer matches them
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -62,7 +72,7 @@ class ControlTokens:
         if mark is None:
             raise ValueError(f"found {MARKS[-1]!r} to {MARKS[0]!r} beside a control token; {KEEP}")
         if mark != self.mark and mark not in self.others:
-            self.others[mark] = ControlTokens(self.tokenizer, mark)
+            self.others[mark] = ControlTokens(self.tokenizer, mark=mark)
         return self.others.get(mark, self)
 
     def guarded(self, value: Any) -> Any:

@@ -218,7 +218,7 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.on_long_row, self.on_bad_row = on_long_row, on_bad_row
-        self.control_tokens = ControlTokens(tokenizer) if control_tokens == "split" else None
+        self.control_tokens = ControlTokens(tokenizer, control_tokens)
         self.find_spans: SpanFinder | None = None  # made on first use: texts need no chat template
 
     def __call__(self, rows: Sequence[tuple[str, dict]]) -> list[EncodedRow | BadRow]:
@@ -249,7 +249,7 @@ class Encoder:
         eos, texts = self.tokenizer.eos_token_id, [row["text"] for row in rows]
         batch = self.tokenizer(texts, verbose=False)["input_ids"]
         for text, ids in zip(texts, batch, strict=True):
-            if self.control_tokens and self.control_tokens.found_in(text):
+            if self.control_tokens.found_in(text):
                 ids = self.control_tokens.encode_text(text).ids
             # eos may also be the padding id: masks, not ids, tell targets from padding.
             ids = np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32)
@@ -281,7 +281,7 @@ class Encoder:
         """
         if self.find_spans is None:
             self.find_spans = span_finder(self.tokenizer)
-        typed = self.control_tokens and self.control_tokens.found_in(row)
+        typed = self.control_tokens.found_in(row)
         tokens = self.control_tokens.clear_of(row) if typed else None
         shown = tokens.guarded(row) if tokens else row
         try:

@@ -63,10 +63,8 @@ CONTROL_TOKENS = (
 
 
 def checks_for(control_tokens: str, *tokenizers: PreTrainedTokenizerBase) -> dict[str, Check]:
-    """Return all checks; the tokenizers' control tokens are checked unless they are kept."""
-    if control_tokens == "keep":
-        return CHECKS
-    tokens = [ControlTokens(tokenizer) for tokenizer in tokenizers]
+    """Return all checks; the tokenizers' control tokens are found unless they are kept."""
+    tokens = [ControlTokens(tokenizer, control_tokens) for tokenizer in tokenizers]
     return CHECKS | {CONTROL_TOKENS: lambda row: any(t.found_in(row) for t in tokens)}
 
 

@@ -55,7 +55,8 @@ def measure_against_teacher(
     missing = missing_results(settings, folder, rows_hash(raw), tokenizer, **identity)
     if not missing:
         return
-    rows = encode_heldout(raw, tokenizer, settings.max_length)
+    in_text = settings.control_tokens_in_text
+    rows = encode_heldout(raw, tokenizer, settings.max_length, control_tokens=in_text)
     batches = make_batches(rows, tokenizer.pad_token_id, settings.batch_size)
     states = teacher_states(model_for(settings, teacher), batches, len(tokenizer))
     for name, (file, description) in missing.items():

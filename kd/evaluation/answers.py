@@ -17,7 +17,7 @@ from kd.data.control_tokens import ControlTokens
 from kd.evaluation.models import model_for, tokenizer_for
 from kd.evaluation.results import describe, is_measured, write_result, write_text
 from kd.evaluation.rows import text_hash
-from kd.settings.evaluation import AnswerSettings, EvaluationSettings
+from kd.settings.evaluation import AnswerSettings, HeldoutSettings
 
 MATCH = "the reference's words in the answer, without case, punctuation and articles"
 
@@ -43,7 +43,7 @@ def select_prompts_with_references(rows: list[dict], count: int) -> list[dict]:
 
 
 def answer_prompts(
-    settings: EvaluationSettings, answering: AnswerSettings, name: str, path: str, rows: list[dict]
+    settings: HeldoutSettings, answering: AnswerSettings, name: str, path: str, rows: list[dict]
 ) -> list[str]:
     """Answer the prompts with one model; with out_dir, also match the references.
 
@@ -51,15 +51,15 @@ def answer_prompts(
     """
     tokenizer = tokenizer_for(settings, path)
     prompts = [row["prompt"] for row in rows]
-    limit = answering.max_new_tokens
+    limit, in_text = answering.max_new_tokens, settings.control_tokens_in_text
     if not answering.out_dir:
-        return sample_answers(model_for(settings, path), tokenizer, prompts, limit, name)
+        return sample_answers(model_for(settings, path), tokenizer, prompts, limit, name, in_text)
     file = Path(answering.out_dir) / "open_answers" / f"{name}.json"
     rows_hash = text_hash(json.dumps(rows))
     description = describe(settings, path, rows_hash, tokenizer, max_new_tokens=limit, match=MATCH)
     if is_measured(file, description):
         return [item["answer"] for item in json.loads(file.read_text())["items"]]
-    texts = sample_answers(model_for(settings, path), tokenizer, prompts, limit, name)
+    texts = sample_answers(model_for(settings, path), tokenizer, prompts, limit, name, in_text)
     result = match_result(rows, texts)
     write_result(file, description, result)
     shares = result["overall"]
@@ -78,22 +78,24 @@ def sample_answers(
     prompts: list[list[dict]],
     max_new_tokens: int = 64,
     description: str = "model",
+    control_tokens: str = "split",
 ) -> list[str]:
     """Answer each prompt by greedy decoding, one prompt at a time, so without padding.
 
     The model's own generation_config decides where an answer ends, so a model that never stops is
-    visible. Raises ValueError if the tokenizer has no chat template.
+    visible. `control_tokens` is that of `kd.data.encoding.Encoder`. Raises ValueError if the
+    tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{description}: {tokenizer.name_or_path} has no chat template; set chat_template to a "
             "file with one"
         )
-    control_tokens = ControlTokens(tokenizer)
+    tokens = ControlTokens(tokenizer, control_tokens)
     config = greedy_config(model.generation_config, max_new_tokens, tokenizer.pad_token_id)
     answers = []
     for messages in tqdm(prompts, desc=description, unit="answer"):
-        prompt = control_tokens.conversation_ids(messages, add_generation_prompt=True)
+        prompt = tokens.conversation_ids(messages, add_generation_prompt=True)
         inputs = torch.tensor([prompt], device=model.device)  # (1, T)
         mask = torch.ones_like(inputs)
         ids = model.generate(input_ids=inputs, attention_mask=mask, generation_config=config)

@@ -17,13 +17,13 @@ from kd.evaluation.rows import HeldoutRow, text_hash
 from kd.run import atomic
 from kd.run.finished import read_json
 from kd.run.run_record import commit
-from kd.settings.evaluation import EvaluationSettings, ModelSelection
+from kd.settings.evaluation import EvaluationSettings, HeldoutSettings, ModelSelection
 
 PACKAGES = ("torch", "transformers", "peft")
 
 
 def describe(
-    settings: EvaluationSettings,
+    settings: HeldoutSettings,
     path: str,
     rows: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -34,10 +34,8 @@ def describe(
         settings,
         path,
         tokenizer,
-        data=settings.sources,
         rows_hash=rows,
-        mixture_seed=settings.mixture_seed,
-        max_length=settings.max_length,
+        **settings.rows_read,
         **more,
     )
 

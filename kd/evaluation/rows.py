@@ -82,9 +82,11 @@ def encode_heldout(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     rolling: bool = False,
+    control_tokens: str = "split",
 ) -> list[HeldoutRow]:
     """Encode all rows that have a target, and print how many were truncated or dropped.
 
+    `control_tokens` is that of `kd.data.encoding.Encoder`; rolling text always keeps them.
     Raises ValueError if a source has no row with a target.
     """
     heldout = []
@@ -96,12 +98,14 @@ def encode_heldout(
                 continue
         chosen = [i for i, row in enumerate(rows) if row]
         rows = [rows[i] for i in chosen]
-        results, report = encode_each(rows, tokenizer, max_length), EncodingReport()
+        results = encode_each(rows, tokenizer, max_length, control_tokens=control_tokens)
+        report = EncodingReport()
         encoded = count_rows(results, report)
         require_rows(report)
         print_rank0(f"{label}: {report}")
         kept = [i for i, result in enumerate(results) if isinstance(result, EncodedRow)]
-        sizes = target_bytes([rows[i] for i in kept], encoded, tokenizer)
+        kept_rows = [rows[i] for i in kept]
+        sizes = target_bytes(kept_rows, encoded, tokenizer, control_tokens)
         for i, row, size in zip(kept, encoded, sizes, strict=True):
             heldout.append(HeldoutRow(label, chosen[i], [row], size))
     return heldout
@@ -146,14 +150,17 @@ def rolling_windows(ids: list[int], prefix: int, max_length: int) -> list[Encode
 
 
 def target_bytes(
-    rows: list[dict], encoded: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
+    rows: list[dict],
+    encoded: list[EncodedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    control_tokens: str = "split",
 ) -> list[int | None]:
     """Return the UTF-8 bytes of every text row's target tokens; None for chat rows.
 
     The first token, which is not predicted, and truncated text do not count. The end-of-sequence
     token has no bytes.
     """
-    control_tokens = ControlTokens(tokenizer)  # as `Encoder` encodes texts
+    split = ControlTokens(tokenizer, control_tokens)  # as `Encoder` encodes texts
     texts = [row["text"] for row in rows if "text" in row]
     offsets = iter(
         tokenizer(texts, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -166,8 +173,8 @@ def target_bytes(
             sizes.append(None)
             continue
         spans = next(offsets)
-        if control_tokens.found_in(row["text"]):
-            spans = control_tokens.encode_text(row["text"]).offsets
+        if split.found_in(row["text"]):
+            spans = split.encode_text(row["text"]).offsets
         spans = spans[: len(ids)]
         start = spans[0][1] if spans else 0
         end = max((right for _, right in spans), default=0)

@@ -107,18 +107,15 @@ def parse_json_list(key: str, text: str | None) -> list[dict]:
 
     Raises ValueError outside of `all_mistakes`.
     """
-    if not text:
-        return []
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        mistake(f"{key}: not JSON ({error}); wanted a list of objects: {text}", unread=key)
+    wanted = 'a list of objects such as [{"path": "rows.jsonl"}]'
+    value = parse_json(key, text or "[]", wanted)
+    if value is None:
         return []
     value = [value] if isinstance(value, dict) else value
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        mistake(f"{key}: found {text}; wanted a list of objects [{{path: ...}}, ...]", unread=key)
-        return []
-    return value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return value
+    mistake(f"{key}: found {text}; wanted {wanted}", unread=key)
+    return []
 
 
 def parse_json_object(key: str, text: str | None) -> dict:
@@ -126,17 +123,21 @@ def parse_json_object(key: str, text: str | None) -> dict:
 
     Raises ValueError outside of `all_mistakes`.
     """
-    if not text:
-        return {}
+    wanted = 'an object such as {"name": "value"}'
+    value = parse_json(key, text or "{}", wanted)
+    if value is None or isinstance(value, dict):
+        return value or {}
+    mistake(f"{key}: found {text}; wanted {wanted}", unread=key)
+    return {}
+
+
+def parse_json(key: str, text: str, wanted: str) -> Any:
+    """Parse JSON; the result of a mistake is None. Raises ValueError outside of `all_mistakes`."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        mistake(f"{key}: not JSON ({error}); wanted an object: {text}", unread=key)
-        return {}
-    if not isinstance(value, dict):
-        mistake(f"{key}: found {text}; wanted an object {{name: value}}", unread=key)
-        return {}
-    return value
+        mistake(f"{key}: found {text}, which is not JSON ({error}); wanted {wanted}", unread=key)
+        return None
 
 
 def unknown_key(name: str, known: list[str]) -> str:

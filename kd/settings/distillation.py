@@ -150,7 +150,7 @@ class DataSettings:
         self.eval_sources = parse_json_list("eval_data", self.eval_data)
         check_ranges(self)
         if not self.sources:
-            mistake("data: no source given; wanted a list such as [{path: rows.jsonl}]")
+            mistake('data: no source given; wanted a list such as [{"path": "rows.jsonl"}]')
 
 
 @dataclass(frozen=True)

@@ -56,22 +56,47 @@ class ModelSelection:
 
 
 @dataclass
-class EvaluationSettings(ModelSelection):
-    """The models to measure, and the held-out rows to measure them on."""
+class HeldoutSettings(ModelSelection):
+    """The models to measure, and the rows to measure them on."""
 
     data: str = setting("", "JSON list of data sources: [{path, split, count, columns, ...}, ...].")
     mixture_seed: int = setting(
         0, "Seed that selects the rows of every source with a count.", least=0
     )
-    max_length: int = setting(
-        1024, "Maximum tokens per row; longer rows are truncated at the end.", least=2
+    control_tokens_in_text: Literal["split", "keep"] = setting(
+        "split",
+        "How to encode control tokens of the tokenizer, such as <|im_end|>, in the text of a row. "
+        "split: as ordinary text; keep: as control tokens. Set it as in the training.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sources = parse_json_list("data", self.data)
         if not self.sources:
-            mistake("data: no source given; wanted a list such as [{path: rows.jsonl}]")
+            mistake('data: no source given; wanted a list such as [{"path": "rows.jsonl"}]')
+
+    @property
+    def rows_read(self) -> dict[str, object]:
+        """Everything that decides which tokens are read from the rows."""
+        return {
+            "data": self.sources,
+            "mixture_seed": self.mixture_seed,
+            "control_tokens_in_text": self.control_tokens_in_text,
+        }
+
+
+@dataclass
+class EvaluationSettings(HeldoutSettings):
+    """The models to measure, and the held-out rows whose tokens they predict."""
+
+    max_length: int = setting(
+        1024, "Maximum tokens per row; longer rows are truncated at the end.", least=2
+    )
+
+    @property
+    def rows_read(self) -> dict[str, object]:
+        """Everything that decides which tokens are read from the rows."""
+        return super().rows_read | {"max_length": self.max_length}
 
 
 @dataclass

@@ -73,7 +73,7 @@ class GenerationSettings:
         self.sources = parse_json_list("prompts", self.prompts)
         self.arguments = parse_json_object("template_arguments", self.template_arguments)
         if not self.sources:
-            mistake("prompts: no source given; wanted a list such as [{path: rows.jsonl}]")
+            mistake('prompts: no source given; wanted a list such as [{"path": "rows.jsonl"}]')
         require_given(self, "model", "output_dir")
         check_ranges(self)
         for key in ("temperature", "top_p", "seed"):

@@ -140,7 +140,7 @@ def test_two_processes_write_what_one_writes_and_a_rerun_measures_nothing(house,
     ("flags", "message"),
     [
         (["--tasks", "boolq", "--task_data", '{"boolq": "no.jsonl"}'], "boolq: no file no.jsonl"),
-        (["--tasks", "boolq", "--task_data", "{"], "task_data: not JSON"),
+        (["--tasks", "boolq", "--task_data", "{"], "task_data: found {, which is not JSON"),
         ([], "tasks: none given"),
     ],
 )

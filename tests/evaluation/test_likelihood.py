@@ -1,6 +1,5 @@
 """Likelihood and agreement equal the models' own loss and torch's kl_div, in float64."""
 
-import copy
 import gc
 import json
 import math
@@ -13,7 +12,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from processes import start
-from tokenizers import processors
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -347,28 +345,6 @@ def test_a_certain_model_has_its_tokens_in_the_last_confidence_bin(house, rows, 
     found = agreement_result(rows, summed(certain, rows, tokenizer, teacher=certain))
     last = found["calibration"]["bins"][-1]
     assert last["tokens"] > 0.9 * sum(row.targets for row in rows)
-
-
-def test_a_bos_token_that_the_tokenizer_adds_is_no_target_of_rolling_windows(tokenizer):
-    """Every token of the text is a target once, whether or not the tokenizer adds a BOS token."""
-    begin, end = "<|im_start|>", "<|im_end|>"
-    raw = {"text": [{"text": TEXTS[0]}]}
-    plain = encode_heldout(raw, tokenizer, MAX_LENGTH, rolling=True)
-    sequences = {}
-    for written in (False, True):
-        changed = copy.deepcopy(tokenizer)
-        changed.bos_token, changed.eos_token = begin, end
-        if written:
-            changed._tokenizer.post_processor = processors.TemplateProcessing(
-                f"{begin} $A", special_tokens=[(begin, changed.bos_token_id)]
-            )
-        (row,) = encode_heldout(raw, changed, MAX_LENGTH, rolling=True)
-        (window,) = row.windows
-        assert window.input_ids[0] == changed.bos_token_id and window.labels[0] == IGNORE_INDEX
-        assert (window.labels[1:] == plain[0].windows[0].labels[1:]).all()
-        assert row.bytes == len(TEXTS[0].encode())
-        sequences[written] = window.input_ids.tolist()
-    assert sequences[False] == sequences[True]
 
 
 def test_the_top_five_ends_at_the_fifth_place_and_counts_ties():
