@@ -144,7 +144,9 @@ CASES = [
     ),
     Case("unknown optimizer", SFT, "optim: adam; wanted one of adamw_torch", {"optim": "adam"}),
     Case("unknown schedule", SFT, "lr_scheduler_type: 'flat'", {"lr_scheduler_type": "flat"}),
-    Case("data that is no JSON", SFT, "data: not JSON", {"data": "rows.jsonl"}),
+    Case(
+        "data, not JSON", SFT, "data: found rows.jsonl, which is not JSON", {"data": "rows.jsonl"}
+    ),
     Case("data of numbers", SFT, "data: found [1]; wanted a list of objects", {"data": [1]}),
     Case(
         "schedule that is no object",
