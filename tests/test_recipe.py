@@ -116,6 +116,8 @@ def test_wrong_flags_are_refused_with_the_reason(argv, message):
         (DataSettings, {}, "no source given"),
         (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
         (DataSettings, {"data": "[1]"}, 'such as \\[{"path": "rows.jsonl"}\\]$'),
+        (DataSettings, {"data": "null"}, "data: found null; wanted a list of objects"),
+        (ModelSettings, {"template_arguments": "null"}, "found null; wanted an object such as"),
         (DataSettings, {"data": "[{path: a}]"}, r"found \[{path: a}\], which is not JSON \(Expec"),
         (DataSettings, {"data": '[{"path": "a"}]', "max_length": 1}, "wanted 2 or more"),
     ],

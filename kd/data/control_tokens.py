@@ -54,6 +54,8 @@ class ControlTokens:
 
     def found_in(self, value: Any) -> str | None:
         """Return the first control token in a text, or in any text of lists and objects."""
+        if not self.ids:
+            return None
         if isinstance(value, str):
             found = self.pattern.search(value)
             return found[0] if found else None

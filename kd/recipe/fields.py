@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,8 @@ def parse_json_list(key: str, text: str | None) -> list[dict]:
     Raises ValueError outside of `all_mistakes`.
     """
     wanted = 'a list of objects such as [{"path": "rows.jsonl"}]'
-    value = parse_json(key, text or "[]", wanted)
-    if value is None:
-        return []
-    value = [value] if isinstance(value, dict) else value
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return value
-    mistake(f"{key}: found {text}; wanted {wanted}", unread=key)
-    return []
+    value = parse_json(key, text or "[]", wanted, is_list_of_objects)
+    return [value] if isinstance(value, dict) else value or []
 
 
 def parse_json_object(key: str, text: str | None) -> dict:
@@ -124,20 +119,29 @@ def parse_json_object(key: str, text: str | None) -> dict:
     Raises ValueError outside of `all_mistakes`.
     """
     wanted = 'an object such as {"name": "value"}'
-    value = parse_json(key, text or "{}", wanted)
-    if value is None or isinstance(value, dict):
-        return value or {}
-    mistake(f"{key}: found {text}; wanted {wanted}", unread=key)
-    return {}
+    return parse_json(key, text or "{}", wanted, lambda value: isinstance(value, dict)) or {}
 
 
-def parse_json(key: str, text: str, wanted: str) -> Any:
-    """Parse JSON; the result of a mistake is None. Raises ValueError outside of `all_mistakes`."""
+def is_list_of_objects(value: Any) -> bool:
+    """Whether a value is a list of objects, or one object, which stands for a list of it."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, dict) for item in items)
+
+
+def parse_json(key: str, text: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
+    """Parse JSON; what is not JSON or does not fit is a mistake, and the result is None.
+
+    Raises ValueError outside of `all_mistakes`.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         mistake(f"{key}: found {text}, which is not JSON ({error}); wanted {wanted}", unread=key)
         return None
+    if fits(value):
+        return value
+    mistake(f"{key}: found {text}; wanted {wanted}", unread=key)
+    return None
 
 
 def unknown_key(name: str, known: list[str]) -> str:
