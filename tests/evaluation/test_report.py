@@ -239,6 +239,9 @@ def test_results_of_different_rows_or_weights_are_refused(tmp_path):
     write(tmp_path / "rows", **{"start": {"rows_hash": "others"}})
     with pytest.raises(ValueError, match="rows_hash differs .*others: start"):
         read_results([str(tmp_path / "rows")])
+    write(tmp_path / "tokens", start={"control_tokens_in_text": "keep"})
+    with pytest.raises(ValueError, match="control_tokens_in_text differs .*keep: start"):
+        read_results([str(tmp_path / "tokens")])
     write(tmp_path / "weights")
     file = tmp_path / "weights" / "agreement" / "start.json"
     file.write_text(

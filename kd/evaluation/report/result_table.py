@@ -20,7 +20,7 @@ NOT_RUN = "not run"
 REFERENCE = "reference"  # true by definition: the start closes 0 % of the gap
 # Settings that must be equal for all results of a metric.
 COMPARABLE = (
-    *("rows_hash", "max_length", "teacher_files_hash", "rolling"),
+    *("rows_hash", "max_length", "control_tokens_in_text", "teacher_files_hash", "rolling"),
     *("task_files_hash", "num_fewshot", "limit", "apply_chat_template"),
     *("questions_hash", "references_hash", "prompts_hash", "judge", "baseline", "verdict"),
     "orders",
