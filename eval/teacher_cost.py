@@ -42,10 +42,10 @@ def main() -> None:
 
 
 def stored_bytes(path: str) -> int:
-    from kd.models.sharding import checkpoint_folder
     from kd.models.tensor_files import TensorFiles
+    from kd.pretrained import model_folder
 
-    return TensorFiles(checkpoint_folder(path)).total_bytes
+    return TensorFiles(model_folder(path)).total_bytes
 
 
 def cost_text(name: str, result: dict) -> str:

@@ -18,6 +18,7 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FETCHED: set[str] = set()  # hub names whose files are all in the cache since this process began
 POINTER = b"version https://git-lfs"  # the beginning of a file that git-lfs has not fetched
 
 
@@ -31,7 +32,8 @@ def check_files(name: str | Path, *files: str) -> dict[str, bool]:
     if not folder.is_dir():
         if is_path(name):
             raise ValueError(f"no folder {name}{similar(folder)}; wanted the folder of a model")
-        return {"trust_remote_code": False, "local_files_only": only_cached(name, files[0])}
+        local = name in FETCHED or only_cached(name, files[0])
+        return {"trust_remote_code": False, "local_files_only": local}
     found = [folder / file for file in files if (folder / file).is_file()]
     if not found:
         wanted = " or ".join(files[:2])

@@ -17,9 +17,13 @@ from kd.distributed import print_rank0, raise_on_all_ranks
 from kd.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
+    FETCHED,
+    INDICES,
+    WEIGHTS,
     check_files,
     check_weights,
     first_line,
+    read_json,
     safetensors_header,
 )
 
@@ -37,6 +41,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
+# Without folders such as original/ and onnx/, which repeat the weights in other formats.
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+IN_FOLDERS = ["*/*.json", "*/*.txt", "*/*.model", "*/*.tiktoken"]
 COMPUTED = "rotary_emb.inv_freq"  # older checkpoints store it; it is computed from the config
 NAMED = 3  # tensors that a message names
 
@@ -163,16 +170,58 @@ def load_adapter(
     return loaded
 
 
-def hub_folder(name: str, patterns: list[str], cached: bool = False) -> Path:
-    """The folder of a hub model's files that match `patterns`, fetched unless they are `cached`.
+def model_folder(name: str, weights: bool = True) -> Path:
+    """The folder `name`, or that of a hub model's files in the cache; what is missing is fetched.
 
-    Raises ValueError if they cannot be had.
+    Every process may call it: one per cache downloads a file, and the others wait for its lock, as
+    long as it takes. With `weights` the process then reads the model without asking the hub again.
+    Raises ValueError if the files cannot be had.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    if check_files(name, CONFIG)["local_files_only"]:
+        folder = Path(str(try_to_load_from_cache(name, CONFIG))).parent
+    else:
+        folder = fetch(name, None, HUB_FILES, IN_FOLDERS)
+        if weights:
+            fetch_weights(name, folder)
+    if weights:
+        check_weights(folder)
+        FETCHED.add(name)
+    return folder
+
+
+def fetch_weights(name: str, folder: Path) -> None:
+    """Fetch the files of weights that Transformers would read, into a model's folder in the cache.
+
+    Its index must be there. Raises ValueError if they cannot be fetched.
+    """
+    for single, index in zip(WEIGHTS, INDICES, strict=False):
+        files = [single]
+        if (folder / index).is_file():
+            files = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+        fetch(name, folder.name, files)
+        if all((folder / file).is_file() for file in files):
+            return
+
+
+def fetch(
+    name: str, revision: str | None, files: list[str], without: list[str] | None = None
+) -> Path:
+    """Fetch the files of a hub model that match the patterns `files`, and none of `without`.
+
+    Returns their folder in the cache. Raises ValueError if they cannot be fetched.
     """
     from huggingface_hub import snapshot_download
 
-    local = cached or check_files(name, CONFIG)["local_files_only"]
     with one_line(name, "files"):
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, ignore_patterns=without
+            )
+        )
 
 
 def check_template_syntax(template: str | dict | None, origin: str) -> None:

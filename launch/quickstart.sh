@@ -31,7 +31,7 @@ if [[ "$(cat "$out/models" 2>/dev/null || echo "$teacher $student")" != "$teache
 fi
 echo "$teacher $student" > "$out/models"
 precision=(--use_cpu true)
-if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--bf16 true); fi  # twice as fast on this hardware
+if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--precision bfloat16); fi  # twice as fast on this hardware
 
 # Models of the hub have more to lose than the shipped ones: lower learning rates.
 teacher_rate=() student_rate=()

@@ -119,8 +119,7 @@ def report(error: Exception) -> int:
     """Print what the ranks have not told yet and return the exit code of the first that failed."""
     number, first = error.get_first_failure()
     if first.exitcode == MISTAKE:
-        for line in mistakes(error.failures):
-            print(line, file=sys.stderr, flush=True)
+        pass  # the ranks have told it
     elif isinstance(first.message, dict):  # it has printed its traceback
         told = f"rank {number} failed first, with exit code {first.exitcode}: see its traceback"
         print(told, file=sys.stderr, flush=True)
@@ -129,19 +128,5 @@ def report(error: Exception) -> int:
     return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
 
 
-def mistakes(failures: dict) -> list[str]:
-    """The lines of the ranks' mistakes; a mistake that several ranks found is one line.
-
-    Only different mistakes name their ranks. The first rank that finds one may not be rank 0, which
-    is then ended before it tells the same.
-    """
-    found: dict[str, int] = {}
-    for rank, failure in sorted(failures.items()):
-        if isinstance(failure.message, dict) and failure.exitcode == MISTAKE:
-            found.setdefault(failure.message["extraInfo"]["py_callstack"], rank)
-    return [f"[rank {rank}] {line}" if len(found) > 1 else line for line, rank in found.items()]
-
-
 if __name__ == "__main__":
-    os.environ["KD_LAUNCHER"] = "1"
     sys.exit(start(sys.argv[1:]))

@@ -21,10 +21,11 @@ def main() -> None:
     from kd.teachers.cache_error import print_cache_error
     from kd.teachers.scoring import describe, fill_cache
     from kd.training.run_plan import plan_scoring
+    from kd.training.settle import settle
     from kd.training.tokenizers import load_scoring_tokenizer
     from kd.training.training_rows import load_documents
 
-    recipe = recipe.with_arguments()
+    recipe = settle(recipe, trains=False)
     tokenizer, manifest = load_scoring_tokenizer(recipe)
     documents = load_documents(recipe, tokenizer)
     plan_scoring(recipe, documents)

@@ -3,7 +3,8 @@
 launch/2xa100.sh train/plan.py --config recipes/small/d_distill.yaml
 
 Takes the recipe and the flags of train/sft.py or train/distill.py. Runs in one process and plans
-for the processes and GPUs of the profile (GPU_MEMORY_GB=40 for smaller GPUs).
+for the processes and GPUs of the launch file, which need not be here (--gpu_memory_gb 40 for
+smaller ones).
 """
 
 import json
@@ -16,15 +17,18 @@ from kd.run.exit import run
 def main() -> None:
     settings, recipe, machine = parse_plan(description=__doc__)
     # Only now: these import torch and Transformers, which takes seconds; mistakes are told before.
+    from kd.planning.choices import choose, lines
     from kd.planning.disk import describe_disk, disk_bytes
     from kd.planning.fitting import fit, layout_of
     from kd.planning.run_length import count_rows, describe_run
     from kd.planning.throughput import duration
 
+    recipe = choose(recipe, machine, {})
+    print(lines(recipe))
     training, data = recipe.training, recipe.data
     plan = fit(layout_of(recipe, data.max_length, machine), training.micro_batch_given)
     print(plan)
-    time = duration(plan.layout, planned_rates(settings, training, machine.device))
+    time = duration(plan.layout, planned_rates(settings, training, machine))
     print(time)
     print(describe_run(training, time, settings.rows or count_rows(data)))
     disk = disk_bytes(plan.layout, training.save_total_limit or 1)

@@ -19,12 +19,13 @@ def main() -> None:
     from kd.training.resume import find_resume_point, is_finished
     from kd.training.run_plan import plan_run
     from kd.training.run_training import finish, load_student, make_trainer, train
+    from kd.training.settle import settle
     from kd.training.tokenizers import load_tokenizers
     from kd.training.training_rows import load_rows, print_rows
 
     if print_rows(recipe) or is_finished(recipe):
         return
-    recipe = recipe.with_arguments()
+    recipe = settle(recipe)
     check_recipe(recipe)
     tokenizers = load_tokenizers(recipe)
     resume = find_resume_point(recipe)

@@ -35,7 +35,7 @@ from kd.data.files import (
 )
 from kd.data.local_files import local_files
 from kd.model_files import hub_problem
-from kd.recipe import attempt, unknown_key
+from kd.recipe import attempt, unknown_key, will_exist
 
 TEXT_KEYS = ("path", "name", "split", "revision", "system", "sample_by")
 KEYS = (*TEXT_KEYS, "where", "count", "weight", "columns", "roles")
@@ -59,7 +59,7 @@ def check_source(source: dict) -> None:
     if not isinstance(path, str) or not path:
         raise ValueError(f"data: source {source} has no path; wanted a file or a data set name")
     check_values(source, f"data: {path}")
-    files = local_files(path)
+    files = None if will_exist(path) else local_files(path)
     if files is None:
         return
     kinds = Counter(map(file_kind, files))

@@ -106,7 +106,7 @@ def _generate_missing(
         return
     engine = LocalEngine(
         settings.model,
-        settings.dtype,
+        settings.weights_dtype,
         device(),
         settings.max_new_tokens,
         [prompt for prompt in settings.system_prompt or [] if prompt],

@@ -88,7 +88,7 @@ def score_missing(
     mine = share_of([batch for batch in batches if any(key not in known for key in batch)])
     barrier()  # no rank appends before all have read
     if mine:
-        model = RewardModel(filters.reward_model, settings.dtype, device())
+        model = RewardModel(filters.reward_model, settings.weights_dtype, device())
         with open(record_file(settings.output_dir, "rewards", rank()), "a") as file:
             for batch in tqdm(mine, desc="scoring", unit="batch", disable=rank() > 0):
                 rewards = model.score([conversations[key] for key in batch])

@@ -73,7 +73,7 @@ def sample_config(settings: GenerationSettings, index: int, source: int, served:
     }
     if settings.arguments:
         config["template_arguments"] = settings.arguments
-    return config | ({"served": True} if served else {"dtype": settings.dtype})
+    return config | ({"served": True} if served else {"dtype": settings.weights_dtype})
 
 
 def compose_batches(samples: list[Sample], size: int) -> list[list[Sample]]:

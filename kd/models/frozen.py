@@ -26,7 +26,8 @@ from kd.models.quantized import NEED_EXTRA_PACKAGE, READERS, check_readable, pac
 from kd.models.sharding import load_unsharded, without_zero_init
 from kd.pretrained import load_adapter, load_config, load_generation_config, load_model
 from kd.run.host_memory import keep_memory_flat
-from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings
+from kd.settings.teacher import OWN_BASE, TeacherSettings
 
 
 def load_frozen(
@@ -101,7 +102,7 @@ def load_teacher(
             settings.teacher,
             settings.teacher_dtype,
             device,
-            model.attn_implementation,
+            model.attention,
             packed_formats=NEED_EXTRA_PACKAGE if adapter else READERS,
         )
     )
@@ -125,12 +126,12 @@ def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:
                 "the base as teacher"
             )
         return
-    if teacher.teacher_deepspeed and is_adapter(teacher.teacher):
+    if teacher.sharding and is_adapter(teacher.teacher):
         raise ValueError(
             f"teacher_deepspeed: {teacher.teacher} is an adapter, and only a whole model can be "
             f"sharded; {merge_command(teacher.teacher)}"
         )
-    if teacher.teacher_deepspeed and "RANK" not in os.environ:
+    if teacher.sharding and "RANK" not in os.environ:
         raise ValueError(
             "teacher_deepspeed: this is one process without a launcher, so there is nothing to "
             "shard over; start it with a launch profile (launch/cpu.sh train/distill.py ...), or "
@@ -138,7 +139,7 @@ def check_teacher(teacher: TeacherSettings, model: ModelSettings) -> None:
         )
     if is_adapter(teacher.teacher):
         return
-    if teacher.teacher_deepspeed is not None or packed_format(teacher.teacher):
+    if teacher.sharding is not None or packed_format(teacher.teacher):
         check_readable(load_config(teacher.teacher), teacher.teacher)
 
 

@@ -3,6 +3,7 @@
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -12,7 +13,7 @@ from transformers import (
 from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
 from kd.distributed import rank
 from kd.models.quantized import quantization_format, quantization_settings
-from kd.pretrained import load_model
+from kd.pretrained import load_config, load_model
 from kd.settings.distillation import ModelSettings
 
 EXPECTED_END = 0.1  # least probability of the end of a turn in a model that was trained on it
@@ -31,6 +32,13 @@ def check_attention(implementation: str) -> None:
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; set sdpa, which "
             "separates packed documents with a mask"
         )
+
+
+def has_flash_attention(name: str) -> bool:
+    """Whether Transformers has flash attention for this model."""
+    kind = type(load_config(name))
+    known = AutoModelForCausalLM._model_mapping
+    return kind in known and bool(getattr(known[kind], "_supports_flash_attn", False))
 
 
 def check_trainable(config: PretrainedConfig, name: str, settings: ModelSettings) -> None:
@@ -64,7 +72,7 @@ def load_trained(
         name,
         dtype=dtype,
         quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
-        attn_implementation=settings.attn_implementation,
+        attn_implementation=settings.attention,
     )
     disable_cpu_repacking(model)
     model.generation_config = generation_config(model, tokenizer)

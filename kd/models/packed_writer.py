@@ -19,9 +19,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from kd.models.quantized import check_readable, empty_model, quantization_settings
-from kd.models.sharding import checkpoint_folder
 from kd.models.tensor_files import INDEX, TensorFiles, read_header
-from kd.pretrained import load_config
+from kd.pretrained import load_config, model_folder
 from kd.run.atomic import atomic_path
 
 FILE_BYTES = 2**31  # approximate size of an output file
@@ -43,7 +42,7 @@ def open_unquantized(model: str) -> tuple[PretrainedConfig, TensorFiles]:
 
     Raises ValueError if the model is quantized already or cannot be read.
     """
-    folder = checkpoint_folder(model)
+    folder = model_folder(model)
     config = load_config(folder)
     if quantization_settings(config):
         raise ValueError(

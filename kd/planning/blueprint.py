@@ -68,7 +68,7 @@ def build_trained(
     `cast`: DeepSpeed casts adapters to `dtype` as well. Without it, PEFT keeps adapters of
     half-precision weights in float32.
     """
-    model = build(config, dtype, settings.attn_implementation)
+    model = build(config, dtype, settings.attention)
     if settings.quantization == "nf4":
         # Silence progress bars: the library assumes that it is loading a model.
         with contextlib.redirect_stderr(io.StringIO()):

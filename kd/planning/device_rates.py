@@ -1,5 +1,6 @@
 """Rates of a device: matrix products, memory, and the link to the other processes."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +14,22 @@ class Rates:
 
     tflops: float  # matrix products in the precision of the run, 1e12 operations/s
     memory_gb_s: float  # memory reads and writes together, 1e9 bytes/s
-    link_gb_s: float  # what a process sends to the others, 1e9 bytes/s
+    link_gb_s: float  # what a process sends to the others of its machine, 1e9 bytes/s
+    network_gb_s: float = math.inf  # what it sends to other machines, 1e9 bytes/s
+    link_latency_us: float = 0.0  # of a ring's hop to a process of the same machine, 1e-6 s
+    network_latency_us: float = 0.0  # of a ring's hop to another machine, 1e-6 s
     efficiency: float = 0.5  # share of the matrix rate that a training step reaches
 
 
-def measure_rates(device: str, dtype: torch.dtype, link_gb_s: float, efficiency: float) -> Rates:
-    """Measure the matrix rate and the memory rate of the present device."""
+def measure_rates(device: str, dtype: torch.dtype, **others: float) -> Rates:
+    """Measure the matrix rate and the memory rate of the present device; `others` are given."""
     numbers = 2**28 if device == "cuda" else 2**25
     source = torch.zeros(numbers, device=device)
     target = torch.empty_like(source)
     seconds = best_time(lambda: target.copy_(source), device)
     moved = 2 * source.numel() * source.element_size()
     tflops = matrix_rate(device, dtype) / 1e12
-    return Rates(tflops, moved / seconds / 1e9, link_gb_s, efficiency)
+    return Rates(tflops, moved / seconds / 1e9, **others)
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:

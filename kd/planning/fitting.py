@@ -1,10 +1,10 @@
 """Find a layout that fits: the largest micro-batch, or else changes that make the run fit."""
 
+import copy
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kd.models.adapters import adapter_base
 from kd.models.layer_pairs import hidden_objective
@@ -15,12 +15,23 @@ from kd.planning.machine import Machine
 from kd.planning.memory import plan_scoring, plan_training
 from kd.planning.teacher_memory import offloads
 from kd.planning.throughput import duration
-from kd.settings.training import derive_batch
+from kd.recipe import NONE
+from kd.settings.machine_file import repository_file
+from kd.settings.training import LAUNCHED, derive_batch
 from kd.settings.training_recipe import Recipe
 
-ZERO3, SHARDED = "ds_configs/student_zero3.json", "ds_configs/teacher_zero3.json"
-OFFLOADED = "ds_configs/teacher_zero3_offload.json"
-TYPICAL = Rates(tflops=300, memory_gb_s=2000, link_gb_s=100)  # used only to rank changes
+ZERO2, ZERO3, SHARDED, OFFLOADED = (
+    f"ds_configs/{name}.json"
+    for name in ("student_zero2", "student_zero3", "teacher_zero3", "teacher_zero3_offload")
+)
+TYPICAL = Rates(
+    tflops=300,
+    memory_gb_s=2000,
+    link_gb_s=100,
+    network_gb_s=25,
+    link_latency_us=1.9,
+    network_latency_us=4.0,
+)  # used only to rank changes
 SAME_RESULT, OTHER_RESULT, MORE_GPUS = 0, 1, 2  # what a change costs, besides time
 NO_REMEDY = "  none of the known changes, alone or in pairs"
 
@@ -40,7 +51,9 @@ def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
     Raises ValueError for pairs of hidden layers that the models do not have.
     """
     training, teacher, on_policy = recipe.training, recipe.separate_teacher, recipe.on_policy
-    shards = teacher and teacher.teacher_deepspeed and engine_settings(teacher.teacher_deepspeed)
+    shards = teacher and teacher.sharding and engine_settings(teacher.sharding)
+    within_nodes = shards and teacher.teacher_sharded_over == "node"
+    own = training.deepspeed not in (None, NONE, LAUNCHED)
     hidden = hidden_objective(recipe)
     return Layout(
         student=recipe.model_name,
@@ -53,11 +66,12 @@ def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
         teacher=teacher and (adapter_base(teacher.teacher) or teacher.teacher),
         teacher_dtype=teacher.teacher_dtype if teacher else "auto",
         teacher_shards=shards or None,
+        teacher_processes=machine.per_machine if within_nodes else None,
         teacher_workspace=2**20 * teacher.teacher_workspace_mb if teacher else 0.0,
-        zero=machine.zero,
+        zero=json.loads(repository_file(training.deepspeed).read_text()) if own else machine.zero,
         objective=recipe.objective,
         hidden_pairs=len(hidden.layers) if hidden else 0,
-        half="float16" if training.fp16 else "bfloat16" if training.bf16 else None,
+        half=None if training.precision == "float32" else training.precision,
         checkpointing=bool(training.gradient_checkpointing),
         optimizer=getattr(training.optim, "value", training.optim),
         packing=recipe.data.packing,
@@ -65,6 +79,14 @@ def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
         per_machine=machine.per_machine,
         on_policy=on_policy if recipe.generates_answers else None,
     )
+
+
+def scoring_layout(recipe: Recipe, length: int, machine: Machine) -> Layout:
+    """The layout of a teacher that fills its cache; see `layout_of`."""
+    teacher = copy.copy(recipe.teacher)
+    teacher.teacher_cache = None
+    layout = layout_of(replace(recipe, teacher=teacher), length, machine)
+    return replace(layout, micro=recipe.training.max_per_device_train_batch_size)
 
 
 def fit(layout: Layout, fixed_batch: bool) -> Plan:
@@ -163,8 +185,8 @@ def changes(layout: Layout, fixed_batch: bool) -> Iterator[Change]:
         )
     if layout.stage == 2 and layout.processes > 1:
         yield Change(
-            f"student's DeepSpeed JSON: {ZERO3}",
-            replace(layout, zero=json.loads(Path(ZERO3).read_text())),
+            f"--deepspeed {ZERO3}",
+            replace(layout, zero=json.loads(repository_file(ZERO3).read_text())),
         )
     if not layout.model.lora_rank:
         if layout.optimizer.startswith("adamw_torch"):
@@ -180,6 +202,11 @@ def changes(layout: Layout, fixed_batch: bool) -> Iterator[Change]:
     half = layout.max_length // 2
     yield Change(f"--max_length {half}", replace(layout, max_length=half), cost=OTHER_RESULT)
     if layout.device == "cuda" and layout.accumulation % 2 == 0:
-        processes, accumulation = 2 * layout.processes, layout.accumulation // 2
-        double = replace(layout, processes=processes, accumulation=accumulation)
-        yield Change(f"NUM_PROCESSES={processes}", double, cost=MORE_GPUS)
+        double = replace(
+            layout,
+            processes=2 * layout.processes,
+            accumulation=layout.accumulation // 2,
+            per_machine=2 * layout.local_processes,
+            teacher_processes=layout.teacher_processes and 2 * layout.teacher_processes,
+        )
+        yield Change(f"NUM_PROCESSES={double.per_machine}", double, cost=MORE_GPUS)

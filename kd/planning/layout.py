@@ -32,12 +32,23 @@ class Layout:
     packing: bool = False
     device: str = "cuda"
     per_machine: int | None = None  # processes per machine; None: all of them
+    teacher_processes: int | None = None  # that share one sharded teacher; None: all of them
     on_policy: OnPolicySettings | None = field(default=None, hash=False)
 
     @property
     def stage(self) -> int:
         """ZeRO stage of the student; 0 for DDP or a single process."""
         return (self.zero or {}).get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def local_processes(self) -> int:
+        """Processes on one machine."""
+        return min(self.per_machine or self.processes, self.processes)
+
+    @property
+    def teacher_group(self) -> int:
+        """Processes among which one sharded teacher is divided."""
+        return self.teacher_processes or self.processes
 
     @property
     def tokens(self) -> int:
@@ -73,7 +84,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the memory of the device."""
-        return self.total <= self.layout.memory
+        return self.share <= 1
+
+    @property
+    def share(self) -> float:
+        """The peak as a share of the memory of the device."""
+        return self.total / self.layout.memory
 
     def record(self) -> dict[str, Any]:
         """The plan as run.json stores it."""

@@ -167,13 +167,13 @@ def loss_workspace(layout: Layout) -> float:
 
 def host_parts(layout: Layout, tensors: list[StoredTensor]) -> dict[str, float]:
     """Host memory of a machine: libraries, weights while they are loaded, and what is offloaded."""
-    processes = layout.per_machine or layout.processes
+    processes = layout.local_processes
     parts = {"libraries": processes * 2.5 * GIB}
     if layout.model.quantization == "none":
         parts["student while it is loaded"] = processes * sum(t.bytes for t in tensors)
     if layout.teacher and offloads(layout.teacher_shards):
         size = sum(tensor.bytes for tensor in teacher_tensors(layout))
-        parts["teacher's shards"] = size * processes / layout.processes
+        parts["teacher's shards"] = size * processes / layout.teacher_group
     if layout.optimizer.startswith("paged"):
         count = sum(tensor.numel for tensor in tensors if tensor.trained)
         shards = layout.processes if layout.stage else 1

@@ -54,7 +54,7 @@ def activations(
         build_model: Callable = functools.partial(build_student, layout)
         model_key: tuple = (str(layout.model), casts_weights(layout))
     else:
-        attention = layout.model.attn_implementation
+        attention = layout.model.attention
         build_model = functools.partial(build, dtype=dtype, attention=attention)
         model_key = (dtype, attention)
     # DeepSpeed computes in the type of the weights; everything else runs under autocast.

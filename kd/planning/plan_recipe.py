@@ -1,18 +1,13 @@
 """Parse a recipe for planning: the flags of the training scripts, for a machine not present."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import yaml
 
 from kd.recipe import (
     all_mistakes,
     check_ranges,
     mistake,
     parse,
-    require_file,
     setting,
 )
 from kd.settings.distillation import (
@@ -20,42 +15,37 @@ from kd.settings.distillation import (
     ModelSettings,
     Objective,
     OnPolicySettings,
-    TeacherSettings,
 )
+from kd.settings.machine_file import NO_GPU, RateKeys
 from kd.settings.model_paths import require_model
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.settings.training_recipe import Recipe
+
+# Where neither the command line nor the machine file says; the latencies are those of NCCL over
+# PCIe and a network (launch/machines/t4.yaml).
+SLOW = {
+    "link_gb_s": 10.0,
+    "network_gb_s": 10.0,
+    "link_latency_us": 5.7,
+    "network_latency_us": 14.0,
+}
 
 if TYPE_CHECKING:  # a mistake in the recipe is told before torch is imported, which takes seconds
     from kd.planning.device_rates import Rates
     from kd.planning.machine import Machine
 
 
-@dataclass
-class PlanSettings:
+@dataclass(frozen=True)
+class PlanSettings(RateKeys):
     """The settings of train/plan.py that no training script has."""
 
     model: str | None = setting(None, "Model to fine-tune, as in train/sft.py.")
     student: str | None = setting(None, "Student to distil into, as in train/distill.py.")
-    accelerate_config: str | None = setting(
-        None,
-        "Accelerate configuration of the launch profile, with the number of processes and the "
-        "DeepSpeed JSON. Default: one process without DeepSpeed.",
-    )
-    num_processes: int | None = setting(
-        None, "Number of processes; overrides the one in accelerate_config.", least=1
-    )
+    num_processes: int = setting(1, "Number of processes, over all machines.", least=1)
+    num_machines: int = setting(1, "Number of machines.", least=1)
     rows: int | None = setting(
         None, "Number of training rows. Needed only if the recipe does not state it.", least=1
-    )
-    tflops: float | None = setting(
-        None, "Rate of matrix products of a GPU, in 1e12 operations per second.", above=0
-    )
-    memory_gb_s: float | None = setting(
-        None, "Memory rate of a GPU, in 1e9 bytes per second.", above=0
-    )
-    link_gb_s: float = setting(
-        10.0, "Rate at which a process sends to the others, in 1e9 bytes per second.", above=0
     )
     efficiency: float = setting(
         0.5,
@@ -72,7 +62,11 @@ class PlanSettings:
         check_ranges(self)
         if bool(self.model) == bool(self.student):
             mistake("model, student: wanted exactly one, as in train/sft.py or train/distill.py")
-        require_file("accelerate_config", self.accelerate_config)
+        if self.num_processes % self.num_machines:
+            mistake(
+                f"num_processes: {self.num_processes}; wanted a multiple of num_machines "
+                f"({self.num_machines})"
+            )
 
 
 @dataclass
@@ -111,56 +105,55 @@ def parse_plan(description: str) -> tuple[PlanSettings, Recipe, "Machine"]:
     training.settle_batch(machine.processes)
     name = settings.student or settings.model
     distillation = (teacher, objective, on_policy) if settings.student else ()
-    recipe = Recipe(name, model, data, training, *distillation, deepspeed=machine.zero is not None)
+    recipe = Recipe(name, model, data, training, *distillation)
     return settings, recipe, machine
 
 
-def beside(accelerate_config: str, path: str) -> Path:
-    """A path that a configuration in accelerate_configs/ gives relative to the repository."""
-    return Path(accelerate_config).resolve().parents[1] / path
-
-
 def planned_machine(settings: PlanSettings, training: TrainingSettings) -> "Machine":
-    """The machine of a launch profile. Raises ValueError if a GPU's memory is unknown."""
+    """The machine to plan for. Raises ValueError if a GPU's memory is unknown."""
     import torch
 
     from kd.planning.layout import GIB
-    from kd.planning.machine import Machine, available_memory
+    from kd.planning.machine import Machine, available_memory, machine_file, trains_on_cpu
 
-    config = {"num_processes": 1, "use_cpu": bool(training.use_cpu)}
-    if settings.accelerate_config:
-        config |= yaml.safe_load(Path(settings.accelerate_config).read_text())
-    processes = settings.num_processes or config["num_processes"]
-    path, own = training.deepspeed, config.get("deepspeed_config", {}).get("deepspeed_config_file")
-    if own and not path:  # relative to the repository; the caller may be in another folder
-        path = own if Path(own).is_file() else beside(settings.accelerate_config, own)
-    zero = json.loads(Path(path).read_text()) if path else None
-    per_machine = -(-processes // config.get("num_machines", 1))
-    if config["use_cpu"] or training.use_cpu:
+    here = torch.cuda.is_available()
+    file = machine_file(training.machine, {torch.cuda.get_device_name() if here else None})
+    elsewhere = file.gpu not in ("", NO_GPU)  # a machine with GPUs, which need not be present
+    processes, per_machine = settings.num_processes, settings.num_processes // settings.num_machines
+    if training.use_cpu is True or not elsewhere and trains_on_cpu(training):
         memory = available_memory() / per_machine
         memory = min(memory, (training.gpu_memory_gb or float("inf")) * GIB)
-        return Machine(processes, "cpu", memory, zero, per_machine)
-    memory = training.gpu_memory_gb
-    if memory is None and torch.cuda.is_available():
+        return Machine(processes, "cpu", memory, None, per_machine, file=file)
+    memory = training.gpu_memory_gb or file.memory_gb
+    if memory is None and here:
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     if memory is None:
         raise ValueError("gpu_memory_gb: not given, and there is no GPU here; wanted GiB per GPU")
-    return Machine(processes, "cuda", memory * GIB, zero, per_machine)
+    return Machine(processes, "cuda", memory * GIB, None, per_machine, bfloat16=True, file=file)
 
 
-def planned_rates(settings: PlanSettings, training: TrainingSettings, device: str) -> "Rates":
-    """The rates given, or measured here. Raises ValueError if there is no GPU to measure."""
+def planned_rates(
+    settings: PlanSettings, training: TrainingSettings, machine: "Machine"
+) -> "Rates":
+    """The rates given, else those of the machine file, else measured here.
+
+    Raises ValueError if there is no GPU to measure.
+    """
     import torch
 
     from kd.planning.device_rates import Rates, measure_rates
 
-    if settings.measure or not (settings.tflops and settings.memory_gb_s):
-        if device == "cuda" and not torch.cuda.is_available():
+    tflops, memory = (
+        getattr(settings, name) or getattr(machine.file, name) for name in ("tflops", "memory_gb_s")
+    )
+    others = {n: getattr(settings, n) or getattr(machine.file, n) or SLOW[n] for n in SLOW}
+    others["efficiency"] = settings.efficiency
+    if settings.measure or not (tflops and memory):
+        if machine.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "tflops, memory_gb_s: not given, and there is no GPU here to measure; wanted both, "
-                "as a launch profile gives them"
+                "or a machine file with them"
             )
-        half = torch.float16 if training.fp16 else torch.bfloat16
-        dtype = half if training.fp16 or training.bf16 else torch.float32
-        return measure_rates(device, dtype, settings.link_gb_s, settings.efficiency)
-    return Rates(settings.tflops, settings.memory_gb_s, settings.link_gb_s, settings.efficiency)
+        dtype = getattr(torch, training.precision)
+        return measure_rates(machine.device, dtype, **others)
+    return Rates(tflops, memory, **others)

@@ -18,8 +18,8 @@ def teacher_held(layout: Layout) -> dict[str, float]:
     small = zero.get("stage3_param_persistence_threshold", 100_000)
     if offloads(layout.teacher_shards) and layout.device == "cuda":
         return {"teacher (shard in host memory)": sum(t.bytes for t in tensors if t.numel <= small)}
-    held = sum(shard_bytes(tensor, layout.processes, small) for tensor in tensors)
-    return {f"teacher (1/{layout.processes} per process)": held}
+    held = sum(shard_bytes(tensor, layout.teacher_group, small) for tensor in tensors)
+    return {f"teacher (1/{layout.teacher_group} per process)": held}
 
 
 def teacher_phase(layout: Layout) -> dict[str, float]:

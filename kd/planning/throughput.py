@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kd.planning.blueprint import build
-from kd.planning.communication import sent_bytes
+from kd.planning.communication import communication_seconds
 from kd.planning.device_rates import Rates, matrix_rate
 from kd.planning.layout import Layout
 from kd.planning.memory import on_policy_row_bytes, on_policy_rows
@@ -48,8 +48,9 @@ def duration(layout: Layout, rates: Rates) -> Duration:
     seconds = {name: count / rate for name, count in operations(layout).items()}
     moved = unpacked_bytes(layout) + optimizer_bytes(layout)
     seconds["unpacking of weights, optimizer"] = moved / (1e9 * rates.memory_gb_s)
-    sent = sum(sent_bytes(layout).values())
-    seconds["communication between processes"] = sent / (1e9 * rates.link_gb_s)
+    sending, latency = communication_seconds(layout, rates)
+    seconds["communication between processes"] = sending
+    seconds["latency of that communication"] = latency
     if layout.on_policy:
         length = layout.on_policy.max_new_tokens
         name = f"the student's generation (each answer {length} tokens long)"

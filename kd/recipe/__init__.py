@@ -1,5 +1,6 @@
 """Recipe files and command-line flags: fields, checks, and one parser that tells all mistakes."""
 
+from kd.recipe.command_line import AUTO, NONE
 from kd.recipe.fields import (
     check_ranges,
     parse_json_list,
@@ -11,10 +12,13 @@ from kd.recipe.fields import (
     unknown_key,
 )
 from kd.recipe.mistakes import all_mistakes, attempt, mistake
+from kd.recipe.parse_only import will_exist
 from kd.recipe.parser import parse
 from kd.recipe.recipe_file import as_flags
 
 __all__ = [
+    "AUTO",
+    "NONE",
     "all_mistakes",
     "as_flags",
     "attempt",
@@ -28,4 +32,5 @@ __all__ = [
     "require_least",
     "setting",
     "unknown_key",
+    "will_exist",
 ]

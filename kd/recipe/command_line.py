@@ -8,32 +8,26 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from kd.recipe.mistakes import mistake
 
-# A launch profile puts its own flags first and ends them with this token.
-PROFILE_END = "--profile_end"
+AUTO = "auto"  # the value of a key that is chosen for the present machine
+NONE = "none"  # the value of a key that names a file, where there is to be none
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 
 
 @dataclass
 class CommandLine:
-    """The keys of a command line with their tokens: those of the launch profile, and the user's."""
+    """The keys of a command line with their tokens."""
 
     config: str | None = None
-    profile: dict[str, list[str]] = field(default_factory=dict)
     flags: dict[str, list[str]] = field(default_factory=dict)
 
 
 def split_tokens(tokens: list[str]) -> CommandLine:
     """Split `--key value ...` and `--key=value`; hyphens in keys count as underscores.
 
-    A key that is given twice is a mistake, and so is a value without a key. Later flags of a launch
-    profile replace earlier ones. Raises ValueError outside of `all_mistakes`.
+    A key that is given twice is a mistake, and so is a value without a key. Raises ValueError
+    outside of `all_mistakes`.
     """
     line = CommandLine()
-    if PROFILE_END in tokens:
-        end = tokens.index(PROFILE_END)
-        for key, values in _pairs(tokens[:end]):
-            line.profile[key] = values
-        tokens = tokens[end + 1 :]
     for key, values in _pairs(tokens):
         if key in line.flags:
             first, again = " ".join(line.flags[key]), " ".join(values)
@@ -69,8 +63,9 @@ def read_value(key: str, kind: Any, tokens: list[str]) -> Any:
 
     Raises ValueError for a wrong number of tokens, a wrong type or a wrong choice.
     """
-    if get_origin(kind) in (Union, types.UnionType):
-        kind = next(part for part in get_args(kind) if part is not types.NoneType)
+    kind, auto = without_auto(kind)
+    if auto and tokens == [AUTO]:
+        return AUTO
     if get_origin(kind) is list:
         if not tokens:
             raise ValueError(f"{key}: no value given; wanted one or more")
@@ -82,6 +77,14 @@ def read_value(key: str, kind: Any, tokens: list[str]) -> Any:
     if len(tokens) > 1:
         raise ValueError(f"{key}: {len(tokens)} values, {' '.join(tokens)}; wanted one")
     return read_one(key, kind, tokens[0])
+
+
+def without_auto(kind: Any) -> tuple[Any, bool]:
+    """The type of a key's values besides None and `auto`, and whether it may be `auto`."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    parts = [part for part in get_args(kind) if part not in (types.NoneType, Literal[AUTO])]
+    return parts[0], Literal[AUTO] in get_args(kind)
 
 
 def read_one(key: str, kind: Any, text: str) -> Any:
@@ -111,8 +114,9 @@ def read_one(key: str, kind: Any, text: str) -> Any:
 
 def describe(kind: Any) -> str:
     """What a user may write for a type, in words."""
-    if get_origin(kind) in (Union, types.UnionType):
-        kind = next(part for part in get_args(kind) if part is not types.NoneType)
+    kind, auto = without_auto(kind)
+    if auto:
+        return f"{describe(kind)} or {AUTO}".replace(" or false or", ", false or")
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:

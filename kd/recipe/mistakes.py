@@ -2,8 +2,11 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from kd.recipe.parse_only import parses_only
 
 
 class Mistakes:
@@ -63,6 +66,7 @@ def attempt(check: Callable, /, *arguments: Any, **options: Any) -> Any:
 def all_mistakes() -> Iterator[None]:
     """Collect the mistakes of the block; a context inside another one leaves them to the outer.
 
+    Without a mistake the script ends here if it is only to parse its settings.
     Raises ValueError with one line for each mistake.
     """
     global _collected
@@ -81,3 +85,5 @@ def all_mistakes() -> Iterator[None]:
         _collected = None
     if found.texts:
         raise ValueError(str(found))
+    if parses_only():
+        sys.exit(0)

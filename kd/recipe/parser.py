@@ -1,7 +1,7 @@
 """One parser for recipe files and command-line flags.
 
-Precedence: dataclass default < recipe < launch profile < command line. A key that is given twice in
-the same place is an error. Nothing here imports torch or Transformers: a mistake is told at once.
+Precedence: dataclass default < recipe < command line. A key that is given twice in the same place
+is an error. Nothing here imports torch or Transformers: a mistake is told at once.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def show(page: str) -> None:
 
 
 def read_keys(groups: tuple[type, ...], argv: list[str]) -> dict[str, Any]:
-    """The value of every key that the recipe, the launch profile or the command line gives.
+    """The value of every key that the recipe or the command line gives.
 
     Raises ValueError as `parse` does, except for what the dataclasses refuse.
     """
@@ -55,7 +55,7 @@ def read_keys(groups: tuple[type, ...], argv: list[str]) -> dict[str, Any]:
     kinds = types_of(groups)
     unused = {k: why for each in groups for k, why in getattr(each, "UNUSED", {}).items()}
     values: dict[str, Any] = {}
-    for place, keys in ((line.config, recipe), (None, line.profile), (None, line.flags)):
+    for place, keys in ((line.config, recipe), (None, line.flags)):
         for key, tokens in keys.items():
             if key in kinds:
                 values[key] = _read(place, key, kinds[key], tokens, values.get(key))

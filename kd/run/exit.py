@@ -13,10 +13,11 @@ from pathlib import Path
 from kd.credentials import without_credentials
 from kd.distributed import barrier, is_initialized, rank, rank_prefix, world_size
 from kd.run.folder_lock import release_locks
-from kd.run.launcher import check_launcher, prints_mistakes
+from kd.run.launcher import check_launcher, join_step, print_mistake
 from kd.run.outcome import Stopped, report_outcome
 
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
+MISTAKE = "a mistake in the settings or the data: see the line that begins with error:"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -29,16 +30,18 @@ def run(main: Callable[[], None]) -> None:
     distributed process exits by os._exit. The done marker, written earlier, signals success.
     """
     exit_with_launcher()
-    prefix = rank_prefix()
-    print_start()
+    prefix = ""
     try:
+        join_step()
+        prefix = rank_prefix()
+        print_start()
         check_launcher()
         main()
     except Stopped as stopped:
         barrier()  # rank 0 has written its files; srun ends all ranks when the first one exits
         if rank() == 0:
             print(stopped, flush=True)
-            report_outcome("stopped")
+            report_outcome("stopped", stopped.step)
         leave(128 + stopped.number)
     except KeyboardInterrupt:
         if rank() == 0:
@@ -50,15 +53,13 @@ def run(main: Callable[[], None]) -> None:
     except ValueError as error:
         if os.environ.get("KD_TRACEBACK"):
             sys.stderr.write(without_credentials(traceback.format_exc()))
-        text = without_credentials(str(error))
-        write_launcher_error(error, f"error: {text}")
-        if not prints_mistakes():
-            print(f"{prefix}error: {text}", file=sys.stderr)
+        write_launcher_error(MISTAKE)
+        print_mistake(without_credentials(str(error)))
         report_outcome("failed")  # a restart would fail again
         leave(2)
-    except Exception as error:
+    except Exception:
         trace = without_credentials(traceback.format_exc())
-        write_launcher_error(error, trace)
+        write_launcher_error(trace)
         sys.stderr.write("".join(f"{prefix}{line}\n" for line in trace.split("\n")))
         leave(1)
     barrier()
@@ -75,12 +76,11 @@ def print_start() -> None:
         print(f"{sys.argv[0]}: reading {recipe}, {processes}", file=sys.stderr, flush=True)
 
 
-def write_launcher_error(error: Exception, text: str) -> None:
+def write_launcher_error(text: str) -> None:
     """Write an error to the file from which torchrun and accelerate report the first failure."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        message = without_credentials(f"{type(error).__name__}: {error}")
-        content = {"message": {"message": message, "extraInfo": extra}}
+        content = {"message": {"message": text, "extraInfo": extra}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.distributed import print_rank0
+from kd.recipe import AUTO
 from kd.run.atomic import write_text
 
 DONE = "done.json"
@@ -67,10 +68,11 @@ def finished_before(output_dir: str, found: dict, wanted: dict, free: Container[
 
 
 def changed_settings(found: dict, wanted: dict, free: Container[str] = ()) -> Changes:
-    """The settings in both that differ, those in `free` excepted."""
+    """The settings in both that differ; those in `free` and what is wanted `auto` do not count."""
     wanted = json.loads(json.dumps(wanted, default=str))
     both = [k for k in found if k in wanted and k not in free and k != "output_dir"]
-    return {key: (found[key], wanted[key]) for key in both if found[key] != wanted[key]}
+    changed = [key for key in both if found[key] != wanted[key] and wanted[key] != AUTO]
+    return {key: (found[key], wanted[key]) for key in changed}
 
 
 def describe_changes(changes: Changes) -> str:

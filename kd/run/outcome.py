@@ -21,7 +21,12 @@ class Stopped(Exception):
         )
 
 
-def report_outcome(outcome: str) -> None:
-    """Write the outcome (saved, stopped, failed or done) for the job script to act on."""
+def report_outcome(outcome: str, progress: int | None = None) -> None:
+    """Write the outcome (saved, stopped, failed or done) for the job script to act on.
+
+    `progress` is what would not be lost: optimizer steps or answers. The job script gives up if it
+    does not grow.
+    """
     if os.environ.get(OUTCOME):
-        Path(os.environ[OUTCOME]).write_text(outcome + "\n")
+        text = outcome if progress is None else f"{outcome} {progress}"
+        Path(os.environ[OUTCOME]).write_text(text + "\n")

@@ -16,17 +16,24 @@ RECORD = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
-def write_record(output_dir: str, settings: list, plan: dict[str, Any] | None = None) -> None:
+def write_record(
+    output_dir: str,
+    settings: list,
+    chosen: dict[str, str] | None = None,
+    plan: dict[str, Any] | None = None,
+) -> None:
     """Write run.json: the value of every key, the command, the commit and the versions.
 
-    `settings` are dataclasses, or objects with `to_dict`; `plan` is the memory plan.
+    `settings` are dataclasses, or objects with `to_dict`; `chosen` has the reason for each key that
+    was `auto`; `plan` is the memory plan.
     """
     record = {
         "command": sys.argv,
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
         "recipe": keys_of(settings),
-    } | ({"plan": plan} if plan else {})
+    }
+    record |= ({"chosen": chosen} if chosen else {}) | ({"plan": plan} if plan else {})
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = without_credentials(json.dumps(record, indent=2, default=str))
     write_text(Path(output_dir) / RECORD, text + "\n")

@@ -57,7 +57,7 @@ class StopsOnSignal(TrainerCallback):
     def on_save(self, args, state, control, **_) -> None:
         """Report that a checkpoint exists."""
         if state.is_world_process_zero:
-            report_outcome("saved")
+            report_outcome("saved", state.global_step)
 
     def on_train_end(self, args, state, control, **_) -> None:
         """Restore the earlier signal handlers."""

@@ -2,14 +2,13 @@
 
 from kd.recipe import mistake
 from kd.settings.distillation import (
-    OWN_BASE,
     DataSettings,
     ModelSettings,
     Objective,
     OnPolicySettings,
-    TeacherSettings,
 )
 from kd.settings.model_paths import require_model
+from kd.settings.teacher import OWN_BASE, TeacherSettings
 
 NO_HIDDEN_STATES = (
     "hidden_weight with teacher_cache: a cache has distributions but no hidden states; remove "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kd.recipe import (
+    AUTO,
     check_ranges,
     mistake,
     parse_json_list,
@@ -31,7 +32,6 @@ Divergence = Literal[
 ]
 
 LIMITS = "for the limits, set divergence: forward_kl or reverse_kl"
-OWN_BASE = "self"  # value of `teacher`: the student's frozen base, with its adapters off
 
 
 @dataclass
@@ -40,8 +40,8 @@ class ModelSettings:
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto",
-        "Type of the weights. auto: the precision of bf16 / fp16; float32 if every weight is "
-        "trained without DeepSpeed.",
+        "Type of the weights. auto: that of precision; float32 if every weight is trained without "
+        "DeepSpeed.",
     )
     quantization: Literal["none", "nf4"] = setting(
         "none", "Quantization of the frozen base: nf4 is 4 bits (QLoRA) and needs lora_rank."
@@ -60,8 +60,10 @@ class ModelSettings:
     train_template_tokens: bool = setting(
         False, "With LoRA, also train the embeddings of the chat template's special tokens."
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
-        "sdpa", "Attention implementation of student and teacher."
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+        AUTO,
+        "Attention implementation of student and teacher. auto: flash_attention_2 if it is "
+        "installed and the GPU and the models support it, else sdpa.",
     )
     chat_template: str | None = setting(
         None, "File with a Jinja chat template that replaces the tokenizer's own."
@@ -85,6 +87,11 @@ class ModelSettings:
             )
         require_file("chat_template", self.chat_template)
         parse_json_object("template_arguments", self.template_arguments)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation; sdpa, which runs everywhere, if none was chosen."""
+        return "sdpa" if self.attn_implementation == AUTO else self.attn_implementation
 
 
 @dataclass
@@ -325,69 +332,3 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         require_model("student", self.student)
-
-
-@dataclass
-class TeacherSettings:
-    """The teacher: a live model, or the cache of its outputs."""
-
-    teacher: str = setting(
-        "",
-        "Hub name or folder of the teacher: a full model or a LoRA adapter. self: the student "
-        "with its adapters off.",
-    )
-    align_tokenizers: bool = setting(
-        False,
-        "Allow a teacher with another tokenizer: align the two tokenizations by bytes and compare "
-        "distributions over classes of tokens that both vocabularies share.",
-    )
-    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "Type of the teacher's weights; auto: the type of its checkpoint."
-    )
-    teacher_deepspeed: str | None = setting(
-        None,
-        "DeepSpeed ZeRO-3 JSON that shards the teacher over all processes. Default: every process "
-        "holds the whole teacher.",
-    )
-    teacher_workspace_mb: int = setting(
-        1024,
-        "Memory for the hidden states of a sharded teacher, in MiB per device. One forward pass "
-        "covers as many micro-batches of a step as fit.",
-        least=0,
-        note="0: one micro-batch per pass",
-    )
-    teacher_cache: str | None = setting(
-        None,
-        "Folder of teacher outputs, written by train/cache_teacher.py with the same recipe; "
-        "training then loads no teacher.",
-    )
-    cache_top_k: int = setting(
-        64,
-        "Number of most likely token ids that the teacher cache keeps per token.",
-        least=0,
-        note="0: all",
-    )
-    cache_dtype: Literal["float16", "float32"] = setting(
-        "float16",
-        "Type of log-probabilities in the teacher cache; float32 with cache_top_k: 0 is lossless.",
-    )
-    cache_check_tokens: int = setting(
-        256,
-        "Number of target tokens on which a new cache is compared with the live teacher; 0 skips "
-        "the comparison.",
-        least=0,
-    )
-    cache_shard_mb: int = setting(
-        256,
-        "Size of one shard of the teacher cache in MiB; an interrupted run loses at most one "
-        "shard per process.",
-        least=1,
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.teacher == OWN_BASE:
-            self.teacher_deepspeed = None  # a launch profile sets it for every teacher
-        elif not self.teacher_cache:
-            require_model("teacher", self.teacher)
-        require_file("teacher_deepspeed", self.teacher_deepspeed)

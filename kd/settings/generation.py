@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from kd.distributed import default_dtype
 from kd.recipe import (
+    AUTO,
     check_ranges,
     mistake,
     parse_json_list,
@@ -64,8 +66,10 @@ class GenerationSettings:
     mixture_seed: int = setting(
         0, "Seed that draws the prompts of each source with a count, as in training.", least=0
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = setting(
-        "bfloat16", "Data type of the weights of the teacher and of the reward model."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto",
+        "Data type of the weights of the teacher and of the reward model. auto: bfloat16 on a GPU "
+        "that has it, else float16; float32 on a CPU.",
     )
     output_dir: str = setting("", "Folder for raw.jsonl and train.jsonl.")
 
@@ -103,6 +107,11 @@ class GenerationSettings:
     def indices(self) -> range:
         """The indices of the samples of one prompt."""
         return range(self.samples_per_prompt)
+
+    @property
+    def weights_dtype(self) -> str:
+        """The data type of the weights, with auto resolved for this machine."""
+        return default_dtype() if self.dtype == AUTO else self.dtype
 
     def sampling(self, index: int) -> tuple[float, float, int]:
         """Temperature, top_p and seed of the index-th sample of a prompt."""

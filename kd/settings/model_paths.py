@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kd.model_files import is_path, similar
-from kd.recipe import mistake
+from kd.recipe import mistake, will_exist
 
 WANTED_MODEL = "wanted a hub name or a folder"
 
@@ -25,6 +25,8 @@ def check_path(name: str, path: str) -> None:
     Raises ValueError outside of `all_mistakes`.
     """
     folder = Path(path)
+    if will_exist(path):
+        return
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             mistake(

@@ -109,6 +109,8 @@ _ALWAYS = "train/ always trains and evaluates if the recipe has eval_data; remov
 _FIXED = "this project sets it itself; remove it"
 _DEEPSPEED = "models are sharded with DeepSpeed (deepspeed, teacher_deepspeed); remove it"
 _REASONS = {
+    "bf16": "wanted precision: bfloat16",
+    "fp16": "wanted precision: float16",
     "label_smoothing_factor": "the loss here has no label smoothing; remove it (soft_weight mixes "
     "the teacher's distribution in)",
     "resume_from_checkpoint": "a run resumes by itself from the newest checkpoint in output_dir; "

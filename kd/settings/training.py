@@ -10,11 +10,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd.distributed import world_size
-from kd.recipe import check_ranges, mistake, parse_json_object, require_file, setting
+from kd.recipe import (
+    AUTO,
+    NONE,
+    check_ranges,
+    mistake,
+    parse_json_object,
+    require_file,
+    setting,
+)
+from kd.settings.machine_file import Precision, read_machine_file, repository_file
 from kd.settings.rare_training import OPTIMIZERS, UNUSED, RareTrainingKeys
 
 CHECK_STEPS, CHECK_RATE = 10, 5  # steps of --check; factor of its learning rate
+LAUNCHED = "accelerate"  # value of `deepspeed`: the engine of accelerate's configuration
+MOST_ROWS = 8  # in a micro-batch, where neither the recipe nor the machine file says
 When = Literal["no", "steps", "epoch"]
+
+
+def set_by_accelerate(variable: str) -> bool:
+    """Whether accelerate's launcher has set a variable of the environment to true."""
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 def derive_batch(
@@ -99,8 +115,11 @@ class LengthKeys:
     global_batch_size: int = setting(
         0, "Number of rows per optimizer step, summed over all processes.", least=0
     )
-    max_per_device_train_batch_size: int = setting(
-        8, "Upper limit of the micro-batch in rows; launch profiles set it.", least=1
+    max_per_device_train_batch_size: int | Literal["auto"] = setting(
+        AUTO,
+        "Upper limit of the micro-batch in rows. auto: that of the machine file, else "
+        f"{MOST_ROWS}.",
+        least=1,
     )
     per_device_train_batch_size: int | None = setting(
         None,
@@ -161,24 +180,33 @@ class OptimizerKeys:
 
 @dataclass
 class MachineKeys:
-    """Precision and machine; launch profiles set most of these keys."""
+    """Precision and machine. What is auto is chosen for the present machine, and printed."""
 
-    bf16: bool = setting(False, "Compute in bfloat16, with float32 where it matters.")
-    fp16: bool = setting(
-        False, "Compute in float16 with a dynamic loss scale, on GPUs without bfloat16."
+    machine: str = setting(
+        AUTO,
+        "Machine file with preferences for keys that are auto: a name in launch/machines, a path "
+        "or none. auto: by the name of the present device.",
     )
-    gradient_checkpointing: bool = setting(
-        False, "Compute activations again in the backward pass instead of keeping them."
+    precision: Precision | Literal["auto"] = setting(
+        AUTO,
+        "Precision of the computation, with float32 where it matters; float16 has a dynamic loss "
+        "scale. auto: bfloat16 on a GPU that has it, else float16; float32 on a CPU.",
     )
-    deepspeed: str | None = setting(
-        None, "DeepSpeed JSON of the student; with accelerate, its configuration names the file."
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        AUTO,
+        "Compute activations again in the backward pass instead of keeping them. auto: if the run "
+        "does not fit in memory otherwise, or is nearly as fast with it by the plan.",
     )
-    use_cpu: bool = setting(False, "Train on the CPU even if there is a GPU.")
+    deepspeed: str = setting(
+        AUTO,
+        "DeepSpeed JSON of the student, or none. auto: with several processes ZeRO-2, or ZeRO-3 if "
+        "only that fits; a DeepSpeed configuration of accelerate has precedence.",
+    )
+    use_cpu: bool | Literal["auto"] = setting(
+        AUTO, "Train on the CPU. auto: if there is no GPU, or accelerate's configuration says so."
+    )
     gpu_memory_gb: float | None = setting(
-        None,
-        "Memory that each process may use, in GiB; launch profiles set it. Default: all available "
-        "memory.",
-        above=0,
+        None, "Memory that each process may use, in GiB. Default: all available memory.", above=0
     )
 
 
@@ -233,11 +261,12 @@ class BatchSizes:
             self.per_device_train_batch_size or self.gradient_accumulation_steps
         )
         self.eval_batch_given = bool(self.per_device_eval_batch_size)
+        most = self.max_per_device_train_batch_size
         self.use_batch(
             *derive_batch(
                 self.global_batch_size,
                 processes,
-                self.max_per_device_train_batch_size,
+                MOST_ROWS if most == AUTO else most,
                 self.per_device_train_batch_size,
                 self.gradient_accumulation_steps,
             )
@@ -292,11 +321,12 @@ class TrainingSettings(
             mistake("output_dir: not given; wanted the folder of this run")
         if self.max_steps == 0:
             mistake("max_steps: 0; wanted 1 or more, or -1 for no limit")
-        if self.bf16 and self.fp16:
-            mistake("bf16, fp16: both true; wanted one of them, or neither for float32")
         if self.optim not in OPTIMIZERS:
             mistake(f"optim: {self.optim}; wanted one of {', '.join(OPTIMIZERS)}")
-        require_file("deepspeed", self.deepspeed)
+        if self.deepspeed not in (AUTO, NONE):
+            require_file("deepspeed", str(repository_file(self.deepspeed)))
+        if self.machine not in (AUTO, NONE):
+            read_machine_file(self.machine)
         parse_json_object("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         parse_json_object("gradient_checkpointing_kwargs", self.gradient_checkpointing_kwargs)
         if self.dataloader_prefetch_factor and not self.dataloader_num_workers:

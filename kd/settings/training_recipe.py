@@ -1,14 +1,13 @@
 """All settings of one training run as one object, parsed from a recipe file and flags."""
 
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from kd.recipe import all_mistakes, attempt, mistake, parse
+from kd.distributed import world_size
+from kd.recipe import AUTO, NONE, all_mistakes, attempt, mistake, parse
 from kd.settings.combinations import check_on_policy, check_teacher_keys
 from kd.settings.distillation import (
-    OWN_BASE,
     DataSettings,
     ModelSettings,
     Objective,
@@ -16,9 +15,9 @@ from kd.settings.distillation import (
     SftSettings,
     ShowSettings,
     StudentSettings,
-    TeacherSettings,
 )
-from kd.settings.training import TrainingSettings
+from kd.settings.teacher import OWN_BASE, TeacherSettings
+from kd.settings.training import TrainingSettings, set_by_accelerate
 
 if TYPE_CHECKING:  # Transformers takes seconds to import; mistakes are told before that
     from kd.settings.training_arguments import RunArguments
@@ -28,26 +27,19 @@ SFT = Objective(soft_weight=0.0)
 
 @dataclass
 class Recipe:
-    """The settings of one training run; supervised fine-tuning has no teacher.
-
-    Raises ValueError if weight updates would be lost to rounding, see `resolve_dtype`.
-    """
+    """The settings of one training run; supervised fine-tuning has no teacher."""
 
     model_name: str  # hub name or folder of the trained model
-    model: ModelSettings  # with `dtype: auto` resolved
+    model: ModelSettings
     data: DataSettings
     training: "TrainingSettings | RunArguments"  # the latter from `with_arguments` on
     teacher: TeacherSettings | None = None
     objective: Objective = SFT
     on_policy: OnPolicySettings | None = None
-    deepspeed: bool | None = None  # default: as this process was launched
     show_rows: int = 0  # print this many rows instead of training
-
-    def __post_init__(self) -> None:
-        if self.deepspeed is None:
-            launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower()
-            self.deepspeed = bool(self.training.deepspeed) or launched in ("true", "1", "yes")
-        self.model = resolve_dtype(self.model, self.training, self.deepspeed)
+    chosen: dict[str, str] = field(
+        default_factory=dict
+    )  # why each key that was `auto` has its value
 
     def with_arguments(self) -> "Recipe":
         """The recipe with Transformers' TrainingArguments; it imports torch and Transformers."""
@@ -85,26 +77,36 @@ class Recipe:
         return values | (asdict(self.on_policy) if self.on_policy else {})
 
 
-def resolve_dtype(
-    model: ModelSettings, training: TrainingSettings, deepspeed: bool
-) -> ModelSettings:
-    """Replace `dtype: auto` by the precision of bf16 / fp16, where a float32 copy is kept.
+def check_dtype(model: ModelSettings, engine: bool) -> None:
+    """Note trained weights of half precision without a float32 copy.
 
-    DeepSpeed keeps float32 copies of trained weights, DDP does not. Raises ValueError if trained
-    weights would have half precision and no float32 copy.
+    `engine`: whether DeepSpeed trains, which keeps such copies; DDP does not. Raises ValueError
+    outside of `all_mistakes`.
     """
-    no_copy = not model.lora_rank and not deepspeed
-    dtype = model.dtype
-    if dtype == "auto":
-        half = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
-        dtype = "float32" if no_copy else half
-    if no_copy and dtype != "float32":
+    if not model.lora_rank and not engine and model.dtype not in (AUTO, "float32"):
         mistake(
-            f"dtype: {dtype} with every weight trained and no DeepSpeed: small updates are lost to "
-            "rounding, because there is no float32 copy of the weights; set dtype: float32 (bf16: "
-            "true still computes in bfloat16), or set lora_rank"
+            f"dtype: {model.dtype} with every weight trained and no DeepSpeed: small updates are "
+            "lost to rounding, because there is no float32 copy of the weights; set dtype: float32 "
+            "(precision: bfloat16 still computes in bfloat16), or set lora_rank"
         )
+
+
+def resolve_dtype(model: ModelSettings, precision: str, engine: bool) -> ModelSettings:
+    """Replace `dtype: auto` by the precision of the run, where a float32 copy is kept.
+
+    Raises ValueError as `check_dtype` does.
+    """
+    check_dtype(model, engine)
+    kept = bool(model.lora_rank) or engine
+    dtype = (precision if kept else "float32") if model.dtype == AUTO else model.dtype
     return replace(model, dtype=dtype)
+
+
+def expects_engine(training: TrainingSettings) -> bool:
+    """Whether DeepSpeed will train, as far as the settings and the launcher say."""
+    if training.deepspeed == AUTO:
+        return world_size() > 1 or set_by_accelerate("ACCELERATE_USE_DEEPSPEED")
+    return training.deepspeed != NONE
 
 
 CheckSources = Callable[[list[dict]], None]  # kd.data.sources.check_sources, of a later room
@@ -120,7 +122,8 @@ def parse_sft(
     kinds = (SftSettings, ModelSettings, DataSettings, TrainingSettings, ShowSettings)
     with all_mistakes():
         sft, *settings, show = parse(*kinds, argv=argv, description=description)
-        recipe = attempt(Recipe, sft.model, *settings, show_rows=show.show_rows)
+        recipe = Recipe(sft.model, *settings, show_rows=show.show_rows)
+        attempt(check_dtype, recipe.model, expects_engine(recipe.training))
         if check_sources:
             check_sources([*settings[1].sources, *settings[1].eval_sources])
     return recipe
@@ -145,7 +148,8 @@ def parse_distillation(
         )
         on_policy_keys, show = rest or (None, ShowSettings())
         run = (student.student, model, data, training, teacher, objective, on_policy_keys)
-        recipe = attempt(Recipe, *run, show_rows=show.show_rows)
+        recipe = Recipe(*run, show_rows=show.show_rows)
+        attempt(check_dtype, model, expects_engine(training))
         attempt(check_teacher_keys, teacher, model, objective, scoring=not on_policy)
         if on_policy_keys:
             attempt(check_on_policy, on_policy_keys, teacher, data)

@@ -17,7 +17,8 @@ from kd.data.packing import Collator
 from kd.data.tokenised_rows import TokenisedRows
 from kd.losses.sparse import SparseTeacherOutputs
 from kd.settings.combinations import NO_HIDDEN_STATES
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.cache_files import SCALARS, TeacherCache, check_manifest, unpack_ids
 from kd.teachers.fingerprint import rows_manifest, teacher_manifest
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kd.distributed import broadcast, raise_on_all_ranks, rank
 from kd.models.adapters import adapter_base
-from kd.pretrained import hub_folder
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.pretrained import model_folder
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.cache_files import FORMAT
 from kd.teachers.file_hashes import file_hashes
 
@@ -75,11 +76,7 @@ def checkpoint_hash(name: str) -> str:
     `name` is a folder or a hub name. Raises ValueError if it has no weights or if they cannot be
     fetched, OSError if a file cannot be read.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = hub_folder(name, [*CONFIGURATION, *SAFETENSORS])
-        if not matching(folder, SAFETENSORS):
-            folder = hub_folder(name, [*CONFIGURATION, *PICKLED])
+    folder = model_folder(name)
     weights = matching(folder, SAFETENSORS + PICKLED)
     if not weights:
         raise ValueError(

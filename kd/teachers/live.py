@@ -21,7 +21,8 @@ from kd.models.blocks import blocks_in_parts, layer_states
 from kd.models.frozen import load_teacher, student_base_forward
 from kd.models.heads import causal_lm, head_reader, target_positions
 from kd.models.sharding import load_sharded
-from kd.settings.distillation import OWN_BASE, ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings
+from kd.settings.teacher import OWN_BASE, TeacherSettings
 
 Outputs = tuple[TeacherOutputs, list[Tensor]]  # and the states, (N, H), of each requested layer
 
@@ -43,7 +44,7 @@ class LiveTeacher:
         """
         self.device = device
         self.workspace = settings.teacher_workspace_mb * 2**20
-        self.sharded = settings.teacher_deepspeed is not None
+        self.sharded = settings.sharding is not None
         if settings.teacher == OWN_BASE:
             if student is None:
                 raise ValueError(
@@ -54,8 +55,9 @@ class LiveTeacher:
         elif self.sharded:
             self.call, self.module = load_sharded(
                 settings.teacher,
-                settings.teacher_deepspeed,
-                model.attn_implementation,
+                settings.sharding,
+                settings.teacher_sharded_over,
+                model.attention,
                 settings.teacher_dtype,
             )
         else:

@@ -145,8 +145,8 @@ class NonFinite(TrainerCallback):
         output_dir = self.trainer.args.output_dir
         return (
             f"{problem}. The last good checkpoint in {output_dir}: "
-            f"{newest_name(Path(output_dir))}. Lower learning_rate, use bf16 or float32 instead of "
-            "fp16, or remove these rows"
+            f"{newest_name(Path(output_dir))}. Lower learning_rate, set precision: bfloat16 or "
+            "float32 instead of float16, or remove these rows"
         )
 
 

@@ -42,17 +42,17 @@ def remedies(recipe: Recipe) -> list[str]:
     workspace = recipe.objective.loss_workspace_mb
     if recipe.teacher and workspace > SMALL_WORKSPACE:
         found.append(f"--loss_workspace_mb {SMALL_WORKSPACE} (now {workspace}): smaller tiles")
-    if teacher and teacher.teacher_deepspeed and teacher.teacher_workspace_mb:
+    if teacher and teacher.sharding and teacher.teacher_workspace_mb:
         found.append(
             f"--teacher_workspace_mb 0 (now {teacher.teacher_workspace_mb}): the teacher processes "
             "one micro-batch at a time"
         )
     if separate := recipe.separate_teacher:
-        if not separate.teacher_deepspeed and training.world_size > 1:
+        if not separate.sharding and training.world_size > 1:
             found.append(
                 "--teacher_deepspeed ds_configs/teacher_zero3.json: shard the teacher over all GPUs"
             )
-        elif separate.teacher_deepspeed and "offload" not in separate.teacher_deepspeed:
+        elif separate.sharding and "offload" not in separate.sharding:
             found.append(
                 "--teacher_deepspeed ds_configs/teacher_zero3_offload.json: keep the teacher's "
                 "shards in host memory"

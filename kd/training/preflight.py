@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from kd.losses.metrics import shown_metrics
+from kd.model_files import CONFIG, check_files
 from kd.run.folder_lock import check_folder, lock_folder
 from kd.settings.training_recipe import Recipe
 
@@ -34,14 +35,23 @@ GREATER_IS_BETTER |= {"top1_agreement": True}
 
 
 def check_surroundings(recipe: Recipe) -> None:
-    """Collective: lock output_dir, and check trackers, metrics and the folder of tokenized rows.
+    """Collective: lock output_dir, and check trackers, metrics, hub names and the cache of rows.
 
     Raises ValueError for what is missing.
     """
     check_trackers(recipe.training.report_to)
     check_evaluations(recipe)
+    check_hub_names(recipe)
     check_folder("data_cache", recipe.data.data_cache)
     lock_folder("output_dir", recipe.training.output_dir)
+
+
+def check_hub_names(recipe: Recipe) -> None:
+    """Raise ValueError for a model that is neither a folder nor to be had from the hub."""
+    teacher = recipe.separate_teacher
+    for name in [recipe.model_name, *([teacher.teacher] if teacher else [])]:
+        if not Path(name).is_dir():
+            check_files(name, CONFIG)
 
 
 def check_trackers(names: list[str]) -> None:

@@ -23,7 +23,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     The parse has checked what the settings alone say, sources of rows included.
     """
-    check_attention(recipe.model.attn_implementation)
+    check_attention(recipe.model.attention)
     names, live = [recipe.model_name], recipe.live_teacher
     if live:
         check_teacher(live, recipe.model)

@@ -12,11 +12,15 @@ from kd.run.run_record import recorded_settings
 from kd.run.signals import STOPPED
 from kd.settings.training_recipe import Recipe
 from kd.training.checkpoints.checkpoint import usable_checkpoint
-from kd.training.checkpoints.same_run import FREE, check_same_rows, check_same_run, identify_run
+from kd.training.checkpoints.recut import recut
+from kd.training.checkpoints.same_run import (
+    FREE,
+    PLANNED,
+    check_same_rows,
+    check_same_run,
+    identify_run,
+)
 from kd.training.longer_run import LENGTH, is_longer
-
-# The memory plan derives these from global_batch_size, and run.json records what it chose.
-PLANNED = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 @dataclass
@@ -85,4 +89,11 @@ def find_resume_point(recipe: Recipe) -> ResumePoint:
     checkpoint, earlier = found
     check_same_run(checkpoint, earlier, identity)
     print_rank0(f"resuming from {checkpoint}")
+    then, now = earlier["processes"], identity["processes"]
+    if then != now:
+        print_rank0(
+            f"the run goes on with {now} process{'es' if now > 1 else ''} instead of {then}"
+        )
+        if stage:
+            checkpoint = str(recut(Path(checkpoint), then, plugin.hf_ds_config.config))
     return ResumePoint(identity, checkpoint, is_longer(identity["recipe"], Path(checkpoint)))

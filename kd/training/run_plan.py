@@ -8,7 +8,7 @@ from typing import Any
 from kd.data.show import write_summary
 from kd.distributed import print_rank0, rank
 from kd.planning.activations import CannotTrace
-from kd.planning.fitting import fit, fit_scoring, layout_of
+from kd.planning.fitting import fit, fit_scoring, layout_of, scoring_layout
 from kd.planning.layout import Layout, Plan
 from kd.planning.machine import present_machine
 from kd.planning.model_sizes import student_tensors, teacher_tensors
@@ -18,6 +18,7 @@ from kd.run.host_memory import keep_memory_flat
 from kd.run.run_record import earlier_plan, write_record
 from kd.settings.training_recipe import Recipe
 from kd.teachers.cached import Documents
+from kd.training.downloads import download_weights
 from kd.training.resume import ResumePoint
 from kd.training.tokenizers import Tokenizers
 from kd.training.training_rows import TrainingRows
@@ -38,10 +39,10 @@ class Run:
 def plan_run(
     recipe: Recipe, tokenizers: Tokenizers, rows: TrainingRows, resume: ResumePoint
 ) -> Run:
-    """Collective: choose the micro-batch that fits in memory, and write run.json.
+    """Collective: choose the micro-batch that fits in memory, write run.json, fetch the weights.
 
-    A resumed run keeps its micro-batch, whatever memory is free now. Raises ValueError with
-    remedies if no micro-batch fits.
+    A resumed run keeps its micro-batch, whatever memory is free now, unless it has another number
+    of processes. Raises ValueError with remedies if no micro-batch fits.
     """
     training = recipe.training
     longest = rows.train.longest
@@ -50,7 +51,7 @@ def plan_run(
     layout = layout_of(recipe, longest, present_machine(training))
     given = training.micro_batch_given
     earlier = earlier_plan(training.output_dir) if resume.checkpoint else None
-    if earlier:
+    if earlier and earlier["processes"] == layout.processes:
         batch = {"micro": earlier["rows"], "accumulation": earlier["accumulation"]}
         layout, given = replace(layout, **batch), True
     plan = plan_or_none(fit, layout, given)
@@ -59,8 +60,9 @@ def plan_run(
         print_rank0(plan)
     if rank() == 0:
         (Path(training.output_dir) / DONE).unlink(missing_ok=True)  # of a shorter run
-        write_record(training.output_dir, [recipe], plan=plan and plan.record())
+        write_record(training.output_dir, [recipe], recipe.chosen, plan and plan.record())
         write_summary(training.output_dir, rows.train, rows.heldout)
+    download_weights(recipe)
     work = matrix_work(plan.layout, training.device) if plan else None
     return Run(recipe, tokenizers, rows, resume, plan, work)
 
@@ -71,9 +73,7 @@ def plan_scoring(recipe: Recipe, documents: Documents) -> None:
     Raises ValueError with remedies if the teacher does not fit.
     """
     training = recipe.training
-    live = replace(recipe, teacher=replace(recipe.teacher, teacher_cache=None))
-    layout = layout_of(live, int(documents.lengths.max()), present_machine(training))
-    layout = replace(layout, micro=training.max_per_device_train_batch_size)
+    layout = scoring_layout(recipe, int(documents.lengths.max()), present_machine(training))
     plan = plan_or_none(fit_scoring, layout)
     if plan:
         print_rank0(plan)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
 from kd.data.alignment import AlignedCollator
 from kd.data.packing import Collator, padding_share
 from kd.data.show import log_lengths
 from kd.data.vocabularies import shared_vocabulary
-from kd.distributed import print_rank0, rank
+from kd.distributed import barrier, print_rank0, rank
 from kd.losses.hidden import add_projections
 from kd.models.heads import causal_lm
 from kd.models.layer_pairs import hidden_objective
@@ -21,6 +21,7 @@ from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.cached import CachedCollator, CachedTeacher
 from kd.teachers.live import LiveTeacher
 from kd.training.checkpoints.checkpoint import open_to_umask
+from kd.training.checkpoints.recut import remove_recut
 from kd.training.longer_run import LongerRun
 from kd.training.on_policy import OnPolicyRows
 from kd.training.overfit_check import report_check
@@ -61,7 +62,7 @@ def set_up_teacher(run: Run, student: nn.Module) -> Teacher:
 def make_collator(run: Run) -> Collator | CachedCollator | AlignedCollator:
     """The collator of a run: rows to batches, with what the teacher needs."""
     tokenizers = run.tokenizers
-    flat = run.recipe.model.attn_implementation == "flash_attention_2"
+    flat = run.recipe.model.attention == "flash_attention_2"
     collator = Collator(tokenizers.student.pad_token_id, flat=flat)
     if tokenizers.cache:
         return CachedCollator(collator, tokenizers.cache)
@@ -101,6 +102,7 @@ def make_trainer(
         log_lengths(run.rows.train, board)
     if run.resume.longer:
         trainer.add_callback(LongerRun())
+    trainer.add_callback(RemovesRecut())
     if training.early_stopping_patience:
         trainer.add_callback(EarlyStopping(training.early_stopping_patience))
     return trainer
@@ -162,6 +164,16 @@ def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:
         + (f"\nhidden states: {trainer.hidden}" if trainer.hidden else "")
         + (f"\n{trainer.on_policy_rows}" if trainer.on_policy_rows else "")
     )
+
+
+class RemovesRecut(TrainerCallback):
+    """Remove the checkpoint that was written for another number of ranks, once it is loaded."""
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Called when all ranks have loaded the checkpoint."""
+        barrier()
+        if rank() == 0:
+            remove_recut(Path(args.output_dir))
 
 
 class EarlyStopping(EarlyStoppingCallback):

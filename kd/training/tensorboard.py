@@ -21,8 +21,7 @@ TRAINING_KEYS = [
     "num_train_epochs",
     "max_steps",
     "seed",
-    "bf16",
-    "fp16",
+    "precision",
     "gradient_checkpointing",
 ]
 

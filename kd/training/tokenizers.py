@@ -10,7 +10,7 @@ from kd.data.vocabularies import shared_vocabulary
 from kd.distributed import print_rank0
 from kd.models.adapters import model_tokenizer
 from kd.recipe import parse_json_object
-from kd.settings.distillation import OWN_BASE
+from kd.settings.teacher import OWN_BASE
 from kd.settings.training_recipe import Recipe
 from kd.teachers.cache_files import TeacherCache
 from kd.teachers.cached import open_cache

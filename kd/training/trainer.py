@@ -156,8 +156,8 @@ class DistillationTrainer(Trainer):
             whose = "teacher" if "teacher_cross_entropy" in broken else "student"
             raise ValueError(
                 f"the first batch has non-finite {', '.join(broken)}: check the {whose}. In "
-                "float16, activations beyond 65504 overflow (those of some Qwen2 models do): use "
-                "bf16 if the hardware supports it, or float32"
+                "float16, activations beyond 65504 overflow (those of some Qwen2 models do): set "
+                "precision: bfloat16 if the hardware supports it, or float32"
             )
 
     def run_student(

@@ -72,7 +72,7 @@ class Watchdog(TrainerCallback):
             f"rank {rank()} on {socket.gethostname()} has made no progress for {timeout:.0f} s "
             f"(ddp_timeout) after step {self.step}.{silent}\nIt is stuck at:\n" + "".join(frames)
         )
-        write_launcher_error(error, f"TimeoutError: {error}")
+        write_launcher_error(f"TimeoutError: {error}")
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -21,7 +21,11 @@ FREE = {
     "skip_memory_metrics", "resume_from_checkpoint", "local_rank", "_n_gpu",
     "teacher_workspace_mb", "gpu_memory_gb",
     "deepspeed",  # its ZeRO stage is compared separately
+    # A sharded teacher gives the logits of the whole one to the last bit.
+    "teacher_deepspeed", "teacher_sharded_over",
 }  # fmt: skip
+# The memory plan derives these from global_batch_size, and run.json records what it chose.
+PLANNED = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def identify_run(
@@ -40,7 +44,10 @@ def check_same_run(checkpoint: str, then: dict[str, Any], now: dict[str, Any]) -
 
     `then` is the identity in the checkpoint's manifest, `now` that of the run being started.
     """
-    for key, what in (("processes", "processes"), ("zero_stage", "ZeRO stage")):
+    compared = {"zero_stage": "ZeRO stage"}
+    if now["zero_stage"] == 3:
+        compared["processes"] = "processes"
+    for key, what in compared.items():
         if then[key] != now[key]:
             raise ValueError(
                 f"{checkpoint} was written with {what}: {then[key]}, but this run has {now[key]}; "
@@ -49,6 +56,8 @@ def check_same_run(checkpoint: str, then: dict[str, Any], now: dict[str, Any]) -
             )
     may_end_later = constant_schedule(then["recipe"]) or is_longer(now["recipe"], Path(checkpoint))
     free = FREE | (LENGTH if may_end_later else set())
+    if then["processes"] != now["processes"]:
+        free |= PLANNED
     changes = changed_settings(then["recipe"], now["recipe"], free)
     if changes:
         reason = "; the learning rate of every step depends on the length of the run"
