@@ -20,7 +20,8 @@ from kd.data.encoding import encode_rows
 from kd.data.sources import load_rows
 from kd.data.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.cache_error import UntrainedStudent
 from kd.teachers.cache_files import record_type
 from kd.teachers.cached import outputs_of

@@ -164,14 +164,14 @@ def run_recipe(
     flags = ["--config", f"recipes/small/{RECIPES[cell.method]}.yaml", key, out / cell.choice]
     flags += ["--data", json.dumps(rows), "--seed", cell.seed, "--mixture_seed", cell.seed]
     flags += ["--output_dir", out / name, "--save_strategy", "no", "--report_to", "none"]
-    flags += ["--use_cpu", "true", "--bf16", has_bf16(), "--disable_tqdm", "true"]
+    flags += ["--use_cpu", "true", "--precision", precision(), "--disable_tqdm", "true"]
     flags += ["--data_workers", 1]
     flags += ["--max_steps", steps] if steps else []
     return run(f"train/{script}.py", *flags, log=out / "logs" / name)
 
 
-def has_bf16() -> str:
-    return str("avx512_bf16" in Path("/proc/cpuinfo").read_text()).lower()
+def precision() -> str:
+    return "bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
 
 
 def run(script: str, *flags, log: Path) -> float:
@@ -226,7 +226,7 @@ def summarise(
         "command": sys.argv,
         "commit": commit(),
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, one thread, bf16 {has_bf16()}",
+        "machine": f"{platform.machine()}, one thread, {precision()}",
         "settings": asdict(settings) | {"minutes": None},
         "teacher_perplexity": teacher["overall"]["perplexity"],
         "choices": choices,

@@ -20,7 +20,8 @@ from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
 from kd.recipe import parse, setting
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training import TrainingSettings
 from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher

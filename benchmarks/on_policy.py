@@ -38,7 +38,8 @@ from kd.data.tokenizer import load_tokenizer
 from kd.losses.metrics import REPORTED
 from kd.recipe import parse, setting
 from kd.run.run_record import commit
-from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.on_policy import OnPolicyRows

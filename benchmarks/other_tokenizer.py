@@ -41,7 +41,8 @@ from kd.data.vocabularies import shared_vocabulary
 from kd.models.heads import LossInputs, return_loss
 from kd.recipe import as_flags, parse, setting
 from kd.run.run_record import commit
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.aligned_teacher import AlignedTeacher
 from kd.teachers.live import LiveTeacher
 

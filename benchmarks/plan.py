@@ -37,7 +37,7 @@ CUDA = torch.cuda.is_available()
 ZERO2 = ("--deepspeed", "ds_configs/student_zero2.json")
 ZERO3 = ("--deepspeed", "ds_configs/student_zero3.json")
 SHARDED = ("--teacher_deepspeed", "ds_configs/teacher_zero3.json")
-CHECKPOINTS, BF16 = ("--gradient_checkpointing", "true"), ("--bf16", "true")
+CHECKPOINTS, BF16 = ("--gradient_checkpointing", "true"), ("--precision", "bfloat16")
 LORA = ("--lora_rank", "16")
 QLORA = (*LORA, "--quantization", "nf4")
 TEACHER = ("--teacher", "TEACHER")
@@ -53,7 +53,7 @@ LAYOUTS = {
         *(*ZERO2, *QLORA, *CHECKPOINTS, *TEACHER, *SHARDED),
     ),
     "QLoRA, ZeRO-3, checkpointing": (*ZERO3, *QLORA, *CHECKPOINTS),
-    "LoRA, DDP, checkpointing": (*LORA, *CHECKPOINTS),
+    "LoRA, DDP, checkpointing": (*LORA, *CHECKPOINTS, "--deepspeed", "none"),
 }
 
 

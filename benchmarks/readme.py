@@ -22,7 +22,7 @@ RESULTS, README = ROOT / "benchmarks/results", ROOT / "benchmarks/README.md"
 MACHINE = ("machine", "device", "cores", "threads", "torch", "deepspeed", "datasets", "cuda")
 ORDER = [  # most important first; all others follow in alphabetical order
     *("quickstart", "step", "loss", "teacher", "plan", "scale", "cache", "data", "on_policy"),
-    *("inheritance", "recovery", "log_cost"),
+    *("inheritance", "recovery", "recovery_slurm", "log_cost"),
 ]
 UNITS = {"gib": 2**30, "mb": 1e6}  # used in place of a number format
 HEAD = """\
@@ -46,6 +46,13 @@ class Table:
     note: str = ""
 
 
+RECOVERY = {
+    "SIGKILLs": "kills",
+    "steps": "steps",
+    "ends bit-equal": "equal",
+    "failed starts": "failed_starts",
+    "kills during a save": "left_a_save_half_written",
+}
 TABLES = {
     "quickstart": Table(
         {
@@ -120,10 +127,8 @@ TABLES = {
             "seconds per step (modelled)": "step_s:.2g",
         },
         "plans",
-        command="GPU_MEMORY_GB=39.4 launch/2xa100.sh train/plan.py "
-        "--config recipes/d_qwen1.5_32b_to_14b/distill.yaml --rows 207865",
         note="Modelled from model configurations. None of these runs has been executed on a GPU. "
-        "The command is that of the first row; the file states the others.",
+        "The file states the command of each row.",
     ),
     "scale": Table(
         {
@@ -131,6 +136,8 @@ TABLES = {
             "ranks": "ranks",
             "MB sent per rank and step": "counted_bytes:mb",
             "formula / counted": "formula_over_counted:.3f",
+            "rounds of the ring per step": "counted_rounds",
+            "formula / counted rounds": "rounds_over_counted:.3f",
         },
         "counted",
         note="The formula applied to the recipes on 8, 64 and 1 024 GPUs: "
@@ -173,14 +180,11 @@ TABLES = {
         "means",
         note="The machine was busy, which more than doubled the CPU seconds.",
     ),
-    "recovery": Table(
-        {
-            "SIGKILLs": "kills",
-            "steps": "steps",
-            "ends bit-equal": "equal",
-            "failed starts": "failed_starts",
-            "kills during a save": "left_a_save_half_written",
-        },
+    "recovery": Table(RECOVERY),
+    "recovery_slurm": Table(
+        RECOVERY | {"SLURM tracks processes by": "slurm"},
+        command="python benchmarks/recovery.py --slurm true --kills 20 "
+        "--json benchmarks/results/recovery_slurm.json",
     ),
     "log_cost": Table(
         {

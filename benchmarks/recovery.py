@@ -6,6 +6,9 @@ The run is QLoRA with dropout and a hidden-state loss under ZeRO-2, with a teach
 ZeRO-3, on the CPU. Every start uses the same command. --seed determines what is killed (rank 0,
 rank 1, the launcher, all processes) and when (between steps, during a save, at its rename). An
 interrupted benchmark continues in --work. Each kill costs the start of two processes: 8 to 15 s.
+
+With --slurm the killed run is one job of launch/slurm/train.sbatch on two nodes, which requeues
+itself after every kill. The nodes must be on this machine, where the processes can be killed.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -44,12 +48,16 @@ class RecoverySettings:
     kills: int = setting(10, "Number of kills in a row.")
     json: str | None = setting(None, "Output file.")
     seed: int = setting(0, "Seed that determines what is killed, and when.")
+    slurm: bool = setting(
+        False, "Kill a SLURM job on two nodes; otherwise a torchrun of two ranks."
+    )
     work: str = setting("runs/recovery", "Folder of the two runs; removed at the end.")
     timeout_s: int = setting(180, "Seconds without progress after which a start has failed.")
 
 
 def main() -> None:
     (settings,) = parse(RecoverySettings, description=__doc__)
+    start = Job if settings.slurm else Start
     work = Path(settings.work).resolve()
     steps = STEPS_A_KILL * settings.kills + 8
     make_inputs(work)
@@ -63,14 +71,20 @@ def main() -> None:
     with open(file, "a") as log:
         for i in tqdm(range(len(done), settings.kills), desc="kills"):
             draw = random.Random(f"{settings.seed} {i}")
-            found = kill_once(command(work, killed, steps), killed, draw, settings.timeout_s)
+            arguments = command(work, killed, steps)
+            found = kill_once(start, arguments, killed, draw, settings.timeout_s)
             done.append(found)
             log.write(json.dumps(found) + "\n")
             log.flush()
-    last = Start(command(work, killed, steps), work / "last.log")
+    last = start(command(work, killed, steps), work / "last.log")
     last.wait(settings.timeout_s + steps)
     assert is_done(str(killed)), f"the last start did not finish:\n{last.printed[-3000:]}"
-    result = summary(done, whole, killed, steps) | {"seed": settings.seed, "commit": commit()}
+    result = summary(done, whole, killed, steps)
+    result |= {
+        "seed": settings.seed,
+        "slurm": tracker() if settings.slurm else "",
+        "commit": commit(),
+    }
     print(json.dumps(result, indent=2))
     if settings.json:
         Path(settings.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -153,6 +167,9 @@ class Start:
         finally:
             self.kill(self.alive())
 
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     def alive(self) -> list[psutil.Process]:
         return [
             process
@@ -162,13 +179,15 @@ class Start:
         ]
 
     def target(self, name: str) -> list[psutil.Process]:
-        if name == "launcher":
-            return [psutil.Process(self.process.pid)]
         alive = self.alive()
         if name == "all":
             return alive
-        ranks = [p for p in alive if p.info["environ"].get("RANK") == name[-1]]
-        return [p for p in ranks if p.info["ppid"] == self.process.pid]
+        ranks = {p.pid: p for p in alive if "RANK" in p.info["environ"]}
+        ranks = {pid: p for pid, p in ranks.items() if p.info["ppid"] not in ranks}  # no workers
+        if name == "launcher":
+            launchers = {p.info["ppid"] for p in ranks.values()}
+            return [p for p in alive if p.pid in launchers][:1]
+        return [p for p in ranks.values() if p.info["environ"]["RANK"] == name[-1]]
 
     def kill(self, processes: list[psutil.Process]) -> None:
         for process in processes:
@@ -176,13 +195,89 @@ class Start:
                 process.kill()
 
 
-def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: int) -> dict:
+class Job(Start):
+    """One start of the run as a SLURM job; the first submits it, and it requeues itself."""
+
+    number = ""  # of the job
+    starts = 0
+    mark = str(os.getpid())
+
+    def __init__(self, arguments: list[str], log: Path):
+        if self.number:  # requeued by now, unless it was killed before it had saved anything
+            wait_for(lambda: self.has_ended() or self.restarts() >= Job.starts, None, 60)
+        if not self.number or self.has_ended():
+            Job.number, Job.starts = submit(arguments, self.mark), 0
+        self.log = ROOT / f"runs/slurm/recovery-{self.number}-node0.out"
+        self.offset = self.log.stat().st_size if self.log.exists() else 0
+        Job.starts += 1
+        self.ask_at = 0.0
+
+    @property
+    def printed(self) -> str:
+        """What the first node has printed since this start."""
+        if not self.log.exists():
+            return ""
+        with open(self.log) as file:
+            file.seek(self.offset)
+            return file.read()
+
+    def show(self, field: str) -> str:
+        show = ["scontrol", "-o", "show", "job", self.number]
+        done = subprocess.run(show, capture_output=True, text=True)
+        return (re.findall(rf" {field}=(\S+)", done.stdout) or [""])[0]
+
+    def has_ended(self) -> bool:
+        return self.show("JobState") in ("FAILED", "COMPLETED")
+
+    def restarts(self) -> int:
+        return int(self.show("Restarts") or 0)
+
+    def ended(self) -> bool:
+        """Ask SLURM once a second, because a kill must hit a save of milliseconds."""
+        if time.monotonic() < self.ask_at:
+            return False
+        self.ask_at = time.monotonic() + 1
+        return self.has_ended() or self.restarts() >= Job.starts
+
+    def wait(self, seconds: float) -> None:
+        wait_for(self.has_ended, None, seconds)
+
+    def alive(self) -> list[psutil.Process]:
+        """The processes of the job's tasks; SLURM itself ends the shell that has started them."""
+        return [p for p in super().alive() if "SLURM_STEP_ID" in p.info["environ"]]
+
+
+def submit(arguments: list[str], mark: str) -> str:
+    """Submit the run as a job of two nodes with one process each; returns the job's number."""
+    (ROOT / "runs/slurm").mkdir(parents=True, exist_ok=True)
+    words = ["launch/slurm/train.sbatch", "NUM_PROCESSES=1", *arguments[2:]]
+    flags = ["--parsable", "--nodes=2", "--job-name=recovery", "--output=runs/slurm/%x-%j.out"]
+    done = subprocess.run(
+        ["sbatch", *flags, *words],
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def tracker() -> str:
+    """How the cluster tracks processes."""
+    show = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    return re.findall(r"ProctrackType\s*= (\S+)", show.stdout)[0]
+
+
+def kill_once(
+    start: type[Start], arguments: list[str], output: Path, draw: random.Random, timeout: int
+) -> dict:
     """Start the run, kill the drawn target at the drawn moment, and report the outcome."""
     target, moment = draw.choice(TARGETS), draw.choice(MOMENTS)
     # Late enough that every sequence of kills gets past the first save.
     steps, delay = draw.randint(SAVE_STEPS, SAVE_STEPS + 1), draw.random()
     before = newest(output)
-    run, begin = Start(arguments, output.with_name("start.log")), time.monotonic()
+    run, begin = start(arguments, output.with_name("start.log")), time.monotonic()
     ended = not wait_for(lambda: run.printed.count(": loss ") >= steps, run, timeout)
     # A save lasts milliseconds; if it is missed, the kill happens between steps.
     late = lambda: run.printed.count(": loss ") >= steps + SAVE_STEPS  # noqa: E731
@@ -194,7 +289,7 @@ def kill_once(arguments: list[str], output: Path, draw: random.Random, timeout: 
         time.sleep(0.004 * delay)
     elif not ended:
         time.sleep(0.3 * delay)
-    failed = ended or run.process.poll() is not None
+    failed = ended or run.ended()
     killed = time.monotonic()
     run.kill(run.target(target))
     ends_by_itself = wait_for(lambda: not run.alive(), None, 120)
@@ -221,7 +316,7 @@ def wait_for(condition, run: Start | None, seconds: float) -> bool:
     while time.monotonic() < end:
         if condition():
             return True
-        if run and run.process.poll() is not None:
+        if run and run.ended():
             return False
         time.sleep(0.001 if run else 0.1)
     return False

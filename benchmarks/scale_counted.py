@@ -21,11 +21,12 @@ from kd.data.encoding import EncodedRow
 from kd.data.packing import Collator
 from kd.data.tokenizer import load_tokenizer
 from kd.models.load import load_trained
-from kd.planning.communication import sent_bytes
+from kd.planning.communication import sent_bytes, traffic
 from kd.planning.layout import Layout
-from kd.recipe import setting
+from kd.recipe import NONE, setting
 from kd.run.exit import leave
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training_arguments import RunArguments, training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.trainer import DistillationTrainer
@@ -34,8 +35,10 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = "data/quickstart/teacher"  # its tokenizer is used
 WIDTHS = {"student": (128, 12), "teacher": (192, 8)}  # hidden, blocks
 REUSE = 700_000  # parameters: a sixth of the student, like 1e9 of a 4-bit 14B model
+PREFETCH = 350_000  # parameters: four fifths of a teacher's block, like 5e7 of a 4-bit 32B model
 STEPS, COUNTED = 3, 2
 LENGTH = 16
+SCALARS = 128  # bytes: smaller collectives are counters, norms and flags
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
         per_device_train_batch_size=2,
         gradient_accumulation_steps=cell.accumulation,
         gradient_checkpointing=cell.checkpointing,
-        deepspeed=student_json,
+        deepspeed=student_json or NONE,
         max_steps=STEPS,
         logging_steps=1000,
         use_cpu=True,
@@ -114,7 +117,7 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
         teacher = TeacherSettings(
             teacher=str(work / "teacher"),
             teacher_dtype="float32",
-            teacher_deepspeed=teacher_json,
+            teacher_deepspeed=teacher_json or NONE,
             teacher_workspace_mb=cell.workspace_mb,
         )
     calls = Collectives()
@@ -132,19 +135,25 @@ def count(work: Path, name: str, cell: Cell) -> dict[str, Any]:
         memory=0.0,
         teacher=teacher and teacher.teacher,
         teacher_dtype="float32",
-        teacher_shards={} if teacher else None,
+        teacher_shards=json.loads(Path(teacher_json).read_text()) if teacher else None,
         teacher_workspace=2**20 * cell.workspace_mb,
         zero=json.loads(Path(student_json).read_text()) if student_json else None,
         checkpointing=cell.checkpointing,
         device="cpu",
     )
     formula = sum(sent_bytes(layout).values())
+    rounds = sum(part.rounds for part in traffic(layout).values())
+    counted_rounds = sum(calls.rounds[COUNTED].values())
+    several = layout.processes > 1
     return {
         "layout": name,
         "ranks": layout.processes,
         "counted_bytes": sum(sent.values()),
         "formula_bytes": formula,
-        "formula_over_counted": formula / sum(sent.values()) if layout.processes > 1 else None,
+        "formula_over_counted": formula / sum(sent.values()) if several else None,
+        "counted_rounds": counted_rounds,
+        "formula_rounds": rounds,
+        "rounds_over_counted": rounds / counted_rounds if several else None,
         "calls": sent,
         "parts": sent_bytes(layout),
     }
@@ -154,7 +163,12 @@ def json_files(work: Path, cell: Cell) -> tuple[str | None, str]:
     """The shipped JSON files of student and teacher, with thresholds scaled to these models."""
     stage3 = {"stage3_max_reuse_distance": cell.reuse, "stage3_max_live_parameters": cell.reuse}
     changes = {"student_zero2": {}, "student_zero3": stage3}
-    changes["teacher_zero3"] = {"stage3_param_persistence_threshold": 1000}
+    # A prefetch bucket is smaller than a block, as for experiment D's teacher.
+    changes["teacher_zero3"] = {
+        "stage3_param_persistence_threshold": 1000,
+        "stage3_prefetch_bucket_size": PREFETCH,
+        "stage3_max_live_parameters": 10 * PREFETCH,
+    }
     files = {}
     for name, change in changes.items():
         settings = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
@@ -188,6 +202,7 @@ def make_trainer(
 
     def new_step(*args):
         calls.steps.append(Counter())
+        calls.rounds.append(Counter())
         return samples(*args)
 
     trainer.get_batch_samples = new_step
@@ -195,11 +210,12 @@ def make_trainer(
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of every collective per step: DDP, DeepSpeed and kd all call c10d."""
+    """Bytes and rounds of every collective per step: DDP, DeepSpeed and kd all call c10d."""
 
     def __init__(self):
         super().__init__()
-        self.steps: list[Counter] = []
+        self.steps: list[Counter] = []  # bytes, by kind of collective
+        self.rounds: list[Counter] = []  # of the ring, without those of a few numbers
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         if call.namespace == "c10d" and self.steps:
@@ -207,16 +223,22 @@ class Collectives(TorchDispatchMode):
             # The larger side: the result of a gather, the input of a scatter.
             sides = [sum(t.nbytes for t in tensors(side)) for side in args[:2]]
             self.steps[-1][name] += max(sides)
+            if max(sides) > SCALARS:
+                self.rounds[-1][name] += times(name)
         return call(*args, **(kwargs or {}))
 
     def sent(self, step: int) -> dict[str, float]:
         """Bytes that one rank sends on a ring, by kind of collective."""
         ranks = dist.get_world_size()
-        times = {name: 2 if name == "allreduce_" else 1 for name in self.steps[step]}
         return {
-            name: times[name] * (ranks - 1) / ranks * size
+            name: times(name) * (ranks - 1) / ranks * size
             for name, size in self.steps[step].items()
         }
+
+
+def times(name: str) -> int:
+    """Rounds of the ring that a kind of collective takes."""
+    return 2 if name == "allreduce_" else 1
 
 
 def tensors(argument: Any) -> list[torch.Tensor]:

@@ -7,15 +7,17 @@ from typing import Any
 
 import yaml
 
-from kd.planning.communication import sent_bytes
+from kd.planning.communication import communication_seconds, traffic
 from kd.planning.device_rates import Rates
 from kd.planning.layout import Layout
 from kd.planning.throughput import duration
 from kd.recipe import setting
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings
+from kd.settings.teacher import TeacherSettings
 
 ROOT = Path(__file__).parents[1]
 MICRO = 4  # maximum rows per micro-batch
+TEACHERS = ["whole", "sharded", "sharded per node"]
 DS_JSON = {  # of the student, by layout
     "DDP": None,
     "ZeRO-2": "ds_configs/student_zero2.json",
@@ -41,11 +43,12 @@ class ModelledSettings:
     machine_gpus: int = setting(8, "GPUs per machine.")
     fabrics: list[str] = setting(
         [
-            "NVLink + 8 InfiniBand=450,400",
-            "NVLink + 1 InfiniBand=450,50",
-            "PCIe + Ethernet=25,12.5",
+            "NVLink + 8 InfiniBand=450,400,1.9,4",
+            "NVLink + 1 InfiniBand=450,50,1.9,4",
+            "PCIe + Ethernet=25,12.5,5.7,14",
         ],
-        "NAME=GB/s per GPU within a machine,GB/s per machine to others.",
+        "NAME=GB/s per GPU within a machine,GB/s per machine to others, and the latency of a hop "
+        "within and between machines in microseconds; default: as in launch/machines/.",
     )
     tflops: float = setting(989.0, "Matrix rate of a GPU; default: H100 bfloat16 data sheet.")
     memory_gb_s: float = setting(3350.0, "Memory rate of a GPU; default: H100 data sheet.")
@@ -61,11 +64,16 @@ def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
     shards = json.loads((ROOT / "ds_configs/teacher_zero3.json").read_text())
     distilled = "teacher" in yaml.safe_load((ROOT / recipe).read_text())
     for name, file in DS_JSON.items():
-        for sharded in (False, True) if distilled else (False,):
+        for teacher in TEACHERS if distilled else ["whole"]:
             zero = json.loads((ROOT / file).read_text()) if file else None
-            layout = f"{name}, teacher {'sharded' if sharded else 'whole'}" if distilled else name
+            layout = f"{name}, teacher {teacher}" if distilled else name
             row: dict[str, Any] = {"recipe": recipe, "layout": layout}
-            options = {"zero": zero, "shards": shards if sharded else None, "settings": settings}
+            options = {
+                "zero": zero,
+                "shards": None if teacher == "whole" else shards,
+                "per_node": teacher == "sharded per node",
+                "settings": settings,
+            }
             for gpus in settings.gpus:
                 found = seconds(layout_of(recipe, gpus, **options), settings)
                 row |= {f"{key}, {gpus} GPUs": value for key, value in found.items()}
@@ -78,7 +86,12 @@ def at_scale(recipe: str, settings: ModelledSettings) -> list[dict[str, Any]]:
 
 
 def layout_of(
-    recipe: str, gpus: int, zero: dict | None, shards: dict | None, settings: ModelledSettings
+    recipe: str,
+    gpus: int,
+    zero: dict | None,
+    shards: dict | None,
+    per_node: bool,
+    settings: ModelledSettings,
 ) -> Layout:
     keys = yaml.safe_load((ROOT / recipe).read_text())
     folders = dict(pair.split("=", 1) for pair in settings.models)
@@ -100,30 +113,38 @@ def layout_of(
         zero=zero,
         half="bfloat16",
         checkpointing=True,
+        per_machine=settings.machine_gpus,
+        teacher_processes=min(gpus, settings.machine_gpus) if per_node else None,
     )
 
 
 def seconds(layout: Layout, settings: ModelledSettings) -> dict[str, float]:
     found = {
         "rows a GPU": layout.micro * layout.accumulation,
-        "GB sent": sum(sent_bytes(layout).values()) / 1e9,
+        "GB sent": sum(part.sent for part in traffic(layout).values()) / 1e9,
+        "rounds": sum(part.rounds for part in traffic(layout).values()),
         "computation s": computation(layout, settings),
     }
     for fabric in settings.fabrics:
-        found[f"{fabric.split('=')[0]} s"] = communication(layout, fabric, settings)
+        sending, latency = communication(layout, fabric, settings)
+        name = fabric.split("=")[0]
+        found |= {f"{name} s": sending + latency, f"{name} latency s": latency}
     return found
 
 
 def computation(layout: Layout, settings: ModelledSettings) -> float:
-    rates = Rates(settings.tflops, settings.memory_gb_s, float("inf"), settings.efficiency)
+    rates = Rates(
+        settings.tflops, settings.memory_gb_s, float("inf"), efficiency=settings.efficiency
+    )
     return duration(layout, rates).step
 
 
-def communication(layout: Layout, fabric: str, settings: ModelledSettings) -> float:
-    inside, between = (float(rate) for rate in fabric.rsplit("=", 1)[1].split(","))
-    rate = inside if layout.processes <= settings.machine_gpus else min(inside, between)
-    return sum(sent_bytes(layout).values()) / (1e9 * rate)
+def communication(layout: Layout, fabric: str, settings: ModelledSettings) -> tuple[float, float]:
+    """(seconds to send, seconds of latency)."""
+    inside, between, *latencies = (float(word) for word in fabric.rsplit("=", 1)[1].split(","))
+    links = (inside, between / settings.machine_gpus, *latencies)
+    return communication_seconds(layout, Rates(settings.tflops, settings.memory_gb_s, *links))
 
 
 def overtakes(layout: Layout, fabric: str, settings: ModelledSettings) -> bool:
-    return communication(layout, fabric, settings) > computation(layout, settings)
+    return sum(communication(layout, fabric, settings)) > computation(layout, settings)

@@ -27,6 +27,7 @@ from kd.settings.training_recipe import parse_distillation, parse_sft
 from kd.training.resume import find_resume_point
 from kd.training.run_plan import Run, plan_run
 from kd.training.run_training import load_student, make_trainer, set_up_teacher
+from kd.training.settle import settle
 from kd.training.tokenizers import load_tokenizers
 from kd.training.training_rows import load_rows
 
@@ -68,7 +69,7 @@ def prepared(case: Case, folder: str, steps: int) -> Run:
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": case.checkpointing,
-        "bf16": cuda,
+        "precision": "bfloat16" if cuda else "float32",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -78,7 +79,7 @@ def prepared(case: Case, folder: str, steps: int) -> Run:
         recipe = parse_distillation(argv=as_flags(flags | {"student": f"{folder}/student"}))
     else:
         recipe = parse_sft(argv=as_flags(flags | {"model": f"{folder}/student"}))
-    recipe = recipe.with_arguments()
+    recipe = settle(recipe)
     tokenizers, resume = load_tokenizers(recipe), find_resume_point(recipe)
     return plan_run(recipe, tokenizers, load_rows(recipe, tokenizers, resume), resume)
 
