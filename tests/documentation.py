@@ -30,7 +30,7 @@ HEADERS = sorted(
 )
 # How a line begins that is a command and not a sentence.
 BEGINNING = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:python3?|bash|source|pip|accelerate|torchrun|sbatch|export|git"
+    r"(?:[A-Z_]+=\S+ )*(?:python3?|bash|source|pip|accelerate|torchrun|sbatch|srun|export|git"
     r"|vllm|ollama|llama-server|tensorboard|pytest|launch/\S+\.sh|recipes/\S+\.sh"
     r"|tests/run\.sh)(?: \S|$)"
     r"|(?:train|eval|data|benchmarks)/\S+\.(?:py|sh)(?: --|$)"

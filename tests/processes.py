@@ -12,14 +12,11 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 
-def start(*command, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
-    """Run a command from the repository's root; stdout and stderr are one text.
-
-    After `timeout` seconds the command and everything that it has started are killed.
-    """
+def begin(*command, **environment) -> subprocess.Popen:
+    """Start a command from the root of the repository; stdout and stderr are one text."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
         env=env,
@@ -27,6 +24,14 @@ def start(*command, timeout: float = 600, **environment) -> subprocess.Completed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def start(*command, timeout: float = 600, **environment) -> subprocess.CompletedProcess:
+    """Run a command as `begin` starts it.
+
+    After `timeout` seconds the command and everything that it has started are killed.
+    """
+    process = begin(*command, **environment)
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:

@@ -6,6 +6,7 @@ reads its flags and recipe. With --all, the commands that need neither a GPU nor
 """
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ PROFILES = [f"launch/{name}.sh" for name in ("cpu", "2xt4", "2xa100", "h100")]
 # Programs of others, which are not installed here, and ours whose options are checked as text.
 ELSEWHERE = ("vllm", "llama-server", "ollama", "git")
 PLACEHOLDER = re.compile(r"\.\.\.|[<>]|^[A-Z][A-Z_]+$|/[A-Z_]+\.sh")
+# Lines of launch/slurm/site.sh and of a shell on a cluster, about the user's own machine.
+OF_A_SITE = ("export ", "source ~/")
 SETTING_UP = ("bash launch/setup.sh", ACTIVATE, "pip install -r requirements.txt")
 
 
@@ -37,15 +40,22 @@ def kind_of(words: list[str]) -> str:
     line, first = " ".join(words), words[0]
     if line in SETTING_UP:
         return "set-up"
-    if first in ELSEWHERE:
+    if first in ELSEWHERE or line.startswith(OF_A_SITE):
         return "elsewhere"
     if first in PROFILES:
         return "profile"
     if first == "python":
-        return "script"
-    if first in ("sbatch", "accelerate", "tests/run.sh", "launch/quickstart.sh"):
+        return "pipeline" if words[1] == "launch/slurm/pipeline.py" else "script"
+    if first in (
+        "sbatch",
+        "srun",
+        "accelerate",
+        "torchrun",
+        "tests/run.sh",
+        "launch/quickstart.sh",
+    ):
         return first
-    if first in ("launch/tensorboard.sh", "launch/slurm/pipeline.sh", "benchmarks/gpu.sh"):
+    if first in ("launch/tensorboard.sh", "benchmarks/gpu.sh"):
         return "shell"
     assert re.fullmatch(r"recipes/\S+\.sh", first), f"unclassified command: {line}"
     return "shell"
@@ -128,13 +138,18 @@ def test_command_is_accepted_by_what_it_calls(text, request):
         )
     if kind == "profile":
         check_profile(words, variables)
-    elif kind in ("script", "accelerate"):
+    elif kind in ("script", "accelerate", "torchrun"):
         check_start(words)
-    elif kind == "sbatch":
-        script = words.index("launch/slurm/train.sbatch") + 1
-        assert all(word.startswith("--") for word in words[1 : script - 1])
-        profile = f"launch/{variables.get('PROFILE', 'h100')}.sh"
-        check_profile([profile, "--torchrun", *words[script:]], {})
+    elif kind in ("sbatch", "srun"):
+        at = next(i for i, word in enumerate(words[1:], 1) if not word.startswith("--"))
+        assert words[at] == {"sbatch": "launch/slurm/train.sbatch", "srun": "python"}[kind]
+        while re.match(r"[A-Z_]+=", words[at + 1]):  # variables of the job
+            at += 1
+        check_start(["python", *words[at + 1 :]])
+    elif kind == "pipeline":  # a real cluster runs it in tests/launch/test_slurm.py
+        recipes, rows, *flags = words[2:]
+        assert list((ROOT / recipes).glob("*.yaml")) and "path" in json.loads(rows)[0]
+        assert all(flag.startswith("--") for flag in flags)
     elif kind in ("launch/quickstart.sh", "tests/run.sh"):
         options = [word for word in words[1:] if word.startswith("--")]
         assert all(option in (ROOT / words[0]).read_text() for option in options)

@@ -59,7 +59,7 @@ def test_table_of_plans_is_that_of_the_committed_plans():
 
 def test_every_path_that_a_page_names_exists():
     paths = {path for page in PAGES for path in local_paths((ROOT / page).read_text())}
-    paths = {path for path in paths if "NAME" not in path}
+    paths = {path for path in paths if "NAME" not in path} - {"launch/slurm/site.sh"}  # a user's
     assert len(paths) > 60
     assert not [path for path in paths if not (ROOT / path).exists()]
 

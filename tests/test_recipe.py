@@ -11,10 +11,12 @@ from kd.settings.distillation import (
     Objective,
     OnPolicySettings,
     StudentSettings,
-    TeacherSettings,
 )
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training import derive_batch
 from kd.settings.training_recipe import parse_distillation, parse_sft
+
+JSON = "ds_configs/teacher_zero3.json"
 
 
 @dataclass
@@ -30,12 +32,11 @@ def write(tmp_path, text: str) -> str:
     return str(tmp_path / "recipe.yaml")
 
 
-def test_command_line_wins_over_profile_wins_over_recipe_wins_over_default(tmp_path):
+def test_command_line_wins_over_recipe_wins_over_default(tmp_path):
     recipe = write(tmp_path, "rate: 2e-5\ncount: 2\n")
-    profile = ["--count", "1", "--count", "3", "--profile_end"]  # its own last flag wins
-    (numbers,) = parse(Numbers, argv=[*profile, "--config", recipe])
-    assert (numbers.rate, numbers.count) == (2e-5, 3)
-    (numbers,) = parse(Numbers, argv=[*profile, f"--config={recipe}", "--count", "4"])
+    (numbers,) = parse(Numbers, argv=["--config", recipe])
+    assert (numbers.rate, numbers.count, numbers.flag) == (2e-5, 2, False)
+    (numbers,) = parse(Numbers, argv=[f"--config={recipe}", "--count", "4"])
     assert (numbers.rate, numbers.count) == (2e-5, 4)
 
 
@@ -112,6 +113,7 @@ def test_wrong_flags_are_refused_with_the_reason(argv, message):
         (TeacherSettings, {"teacher": "t", "cache_shard_mb": 0}, "cache_shard_mb: 0; wanted 1 or"),
         (TeacherSettings, {"teacher": "t", "cache_check_tokens": -1}, "-1; wanted 0 or more"),
         (TeacherSettings, {"teacher": "t", "teacher_deepspeed": "no.json"}, "no file no.json"),
+        (TeacherSettings, {"teacher": "self", "teacher_deepspeed": JSON}, "no weights of its own"),
         (TeacherSettings, {"teacher": "t", "teacher_workspace_mb": -1}, "mb: -1; wanted 0"),
         (DataSettings, {}, "no source given"),
         (DataSettings, {"data": "rows.jsonl"}, "not JSON"),
@@ -128,7 +130,6 @@ def test_wrong_settings_are_refused_with_the_reason(settings, changes, message):
 
 
 def test_limits_of_allowed_ranges_are_allowed():
-    """Also, a profile's sharding does not apply to a teacher that is the student's frozen base."""
     Objective(soft_weight=0.0)
     Objective(soft_weight=1.0, loss_workspace_mb=128)
     OnPolicySettings(student_fraction=1.0, top_p=1.0, top_k=0, generation_temperature=0.0)
@@ -136,7 +137,6 @@ def test_limits_of_allowed_ranges_are_allowed():
     TeacherSettings(teacher_cache="folder")
     zero3 = "ds_configs/teacher_zero3.json"
     assert TeacherSettings(teacher="t", teacher_deepspeed=zero3).teacher_deepspeed == zero3
-    assert TeacherSettings(teacher="self", teacher_deepspeed=zero3).teacher_deepspeed is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_recipe_records_the_keys_of_its_script_and_no_others():
     sft = recipe.to_dict()
     assert sft["model"] == "m" and recipe.show_rows == 0
     assert not {"student", "teacher", "soft_weight", "student_fraction", "show_rows"} & sft.keys()
-    assert recipe.objective.soft_weight == 0.0 and recipe.model.dtype == "float32"
+    assert recipe.objective.soft_weight == 0.0 and recipe.model.dtype == "auto"
     recipe = parse_distillation(argv=["--student", "s", "--teacher", "t", *FLAGS])
     distillation = recipe.to_dict()
     assert distillation["student"] == "s" and "model" not in distillation

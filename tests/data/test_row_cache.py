@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, succeed
+from processes import ROOT
 from scripts import run_main
 from small import CHATML, save_small, small_rows, small_tokenizer
 
@@ -201,16 +201,17 @@ def test_a_kill_leaves_no_partial_cache_and_no_worker_and_others_continue(big, t
     assert is_whole(whole)
 
 
-def test_show_rows_marks_the_targets(models, tmp_path):
+def test_show_rows_marks_the_targets(models, tmp_path, capsys):
     rows = [*small_rows(4), {"messages": [{"role": "user", "content": "no answer"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = {"path": str(tmp_path / "rows.jsonl")}
     command = [
-        *("python", "train/sft.py", "--model", models / "student", "--use_cpu", "true"),
+        *("train/sft.py", "--model", models / "student", "--use_cpu", "true"),
         *("--data", json.dumps([source]), "--global_batch_size", "4", "--data_cache"),
         *(tmp_path / "cache", "--output_dir", tmp_path / "out", "--show_rows", "3"),
     ]
-    printed = succeed(*command, "--on_bad_row", "drop")
+    run_main(*command, "--on_bad_row", "drop")
+    printed = capsys.readouterr().out
     assert "rows: 5 read, 4 kept" in printed and "1 dropped (no answer)" in printed
     answer = rows[0]["messages"][1]["content"]
     assert f"<|im_start|>assistant\n[[{answer}<|im_end|>]]\n" in printed

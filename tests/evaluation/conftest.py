@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from held_out import CHATS, TEXTS, command, new_model, write_jsonl
+from held_out import CHATS, TEXTS, inside, new_model, write_jsonl
 from made_results import write
 from peft import LoraConfig, get_peft_model
 from small import small_tokenizer
@@ -61,10 +61,9 @@ def report(tmp_path_factory):
     log.append({"step": 20, "eval_cross_entropy": 0.3})
     state.write_text(json.dumps({"log_history": log}))
     write_jsonl(folder / "answers.jsonl", [SAMPLE])
-    ran = command(
+    ran = inside(
         *("report.py", "--results", folder, "--runs", run, folder / "runs" / "other-seed0"),
         *("--samples", folder / "answers.jsonl", "--expected_order", "distill", "mix", "sft"),
     )
-    assert ran.returncode == 0, ran.stderr
     data = json.loads((folder / "report.json").read_text())
     return folder, ran, data, (folder / "report.md").read_text()

@@ -141,8 +141,7 @@ def scored(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("scored")
     faults = ("429", "500", "torn body", "broken connection", "no json", "empty")
     with ChatServer(graded, faulty=0.5, faults=faults) as server:
-        ran = command("judge.py", *score_flags(files, out, server, "good", "bad"))
-        assert ran.returncode == 0, ran.stderr
+        ran = inside("judge.py", *score_flags(files, out, server, "good", "bad"))
         assert server.met["429"] and server.met.total() > 5
         return out, server.requests, ran.stdout
 
@@ -309,8 +308,7 @@ def test_models_answer_and_a_local_model_judges(house, files, tmp_path):
         *("--judge", house / "teacher", "--max_new_tokens", 6, "--judge_max_new_tokens", 4),
         *("--out_dir", tmp_path),
     ]
-    ran = command("judge.py", *flags)
-    assert ran.returncode == 0, ran.stderr
+    inside("judge.py", *flags)
     folder = tmp_path / "judge" / "mt_bench"
     answers = [
         json.loads(line) for line in (folder / "answers" / "student.jsonl").read_text().splitlines()

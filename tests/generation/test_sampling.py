@@ -1,5 +1,6 @@
 """Sample keys, batches, records, prompts, and invalid settings."""
 
+import itertools
 import json
 
 import pytest
@@ -36,12 +37,18 @@ def keys(prompts, **changed) -> set[str]:
         {"top_p": 0.5},
         {"max_new_tokens": 7},
         {"seed": 1},
-        {"dtype": "float32"},
         {"template_arguments": '{"enable_thinking": false}'},
     ],
 )
 def test_each_setting_that_determines_answers_changes_every_key(prompts, changed):
     assert not keys(prompts) & keys(prompts, **changed)
+
+
+def test_the_type_of_the_weights_changes_every_key_and_auto_is_one_of_them(prompts):
+    """Which one depends on the device."""
+    types = [keys(prompts, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
+    assert not any(a & b for a, b in itertools.combinations(types, 2))
+    assert keys(prompts) in types
 
 
 def test_more_samples_more_prompts_and_other_batches_keep_existing_keys(prompts):

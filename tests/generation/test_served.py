@@ -13,6 +13,7 @@ import pytest
 import yaml
 from chat_server import ChatServer
 from processes import ROOT, start
+from scripts import run_main
 
 from kd.generation.estimate import price
 from kd.settings.generation import ServerSettings
@@ -139,28 +140,27 @@ def test_a_run_killed_at_random_moments_writes_the_same_bytes(
     assert (tmp_path / "train.jsonl").read_bytes() == expected
 
 
-def test_estimate_only_sends_no_request_and_needs_no_key(folder, tmp_path):
+def test_estimate_only_sends_no_request_and_needs_no_key(folder, tmp_path, capsys):
     with ChatServer() as server:
-        done = start(*command(folder, server, tmp_path, "--estimate_only", "true"))
-        assert done.returncode == 0 and "price: at most" in done.stdout, done.stdout
+        run_main(*command(folder, server, tmp_path, "--estimate_only", "true")[1:])
+        assert "price: at most" in capsys.readouterr().out
         assert not server.requests and not (tmp_path / "train.jsonl").exists()
 
 
-def test_refused_requests_are_an_error_unless_skip_failed_is_set(folder, tmp_path):
+def test_refused_requests_are_an_error_unless_skip_failed_is_set(folder, tmp_path, capsys):
     def picky(request: dict) -> dict:
         if request["messages"][-1]["content"].endswith(" 3?"):
             return {"refused": "not this one"}
         return {"message": {"content": f"a list {request['seed']}"}, "finish_reason": "stop"}
 
     with ChatServer(picky) as server:
-        arguments = command(folder, server, tmp_path)
-        refused = start(*arguments)
-        assert refused.returncode == 2 and "Traceback" not in refused.stdout
-        assert f"3 of {SAMPLES} samples have no answer, the first because: " in refused.stdout
-        assert "not this one" in refused.stdout
+        arguments = command(folder, server, tmp_path)[1:]
+        wanted = f"3 of {SAMPLES} samples have no answer, the first because: .*not this one"
+        with pytest.raises(ValueError, match=wanted):
+            run_main(*arguments)
         asked = len(server.requests)
-        done = start(*arguments, "--skip_failed", "true")
-        assert done.returncode == 0 and "3 without an answer" in done.stdout, done.stdout
+        run_main(*arguments, "--skip_failed", "true")
+        assert "3 without an answer" in capsys.readouterr().out
         assert len(server.requests) == asked + 3  # each is requested once more
     train = (tmp_path / "train.jsonl").read_text()
     assert " 4?" in train and " 3?" not in train

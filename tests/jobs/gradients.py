@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_grad
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack
@@ -28,7 +29,8 @@ from kd.losses.hidden import HiddenObjective, add_projections
 from kd.models.heads import causal_lm
 from kd.models.load import load_trained
 from kd.run.exit import leave
-from kd.settings.distillation import OWN_BASE, ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import OWN_BASE, TeacherSettings
 from kd.settings.training_arguments import RunArguments, training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.non_finite import non_finite_weight, own_part
@@ -160,7 +162,7 @@ def make_teacher(work: Path, cell: Cell, device: torch.device, student) -> LiveT
     settings = TeacherSettings(
         teacher=OWN_BASE if cell.teacher == "self" else str(work / "teacher"),
         teacher_dtype="float32",
-        teacher_deepspeed=teacher_config(work, cell.teacher),
+        teacher_deepspeed=teacher_config(work, cell.teacher) or "none",
     )
     teacher = LiveTeacher(settings, ModelSettings(), device, student)
     teacher.workspace = cell.workspace
@@ -188,13 +190,14 @@ def training_settings(work: Path, cell: Cell) -> RunArguments:
         disable_tqdm=True,
         max_grad_norm=0.0,
         gradient_checkpointing=cell.checkpointing,
-        deepspeed=None if cell.engine == "ddp" else cell.engine,
+        deepspeed="none" if cell.engine == "ddp" else cell.engine,
     )
 
 
 def gradients(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # that of the cell before
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(cell.rows), tokenizer, 512)
     if cell.blank:
@@ -315,8 +318,10 @@ def main() -> None:
         found = gradients(work, Cell(**cell))
         if int(os.environ["RANK"]) == 0:
             torch.save(found, work / f"{cell['name']}.pt")
-    if not alone:  # again, now that Transformers is configured for a student under ZeRO-3
+    if not alone:  # again, with Transformers configured for a student under ZeRO-3
+        student_config = HfDeepSpeedConfig("ds_configs/student_zero3.json")
         logits["with a ZeRO-3 student"] = sharded_logits(work)
+        assert student_config.is_zero3()
         (work / f"logits-{dist.get_rank()}.json").write_text(json.dumps(logits))
 
 

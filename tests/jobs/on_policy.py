@@ -12,6 +12,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kd.data.encoding import encode_rows
 from kd.data.packing import Collator
@@ -53,6 +54,7 @@ class Keeper(Recorder):
 def steps(work: Path, cell: Cell) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # that of the cell before
     tokenizer = load_tokenizer(str(work / "student"))
     rows, _ = encode_rows(small_rows(ROWS), tokenizer, 512)
     args = training_settings(work, cell)

@@ -9,6 +9,7 @@ gathers, and the largest difference of its logits from the whole model's; a bad 
 import contextlib
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def count(owner, name: str, log: list, place: int) -> None:
 
 
 @torch.no_grad()
-def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
+def compare(folder: Path, student: torch.nn.Module, ds_config: str, over: str = "all") -> dict:
     """Run three forwards of different lengths per rank, with the student called in between."""
     attention = "eager" if "gemma2" in folder.name else "sdpa"  # sdpa has no soft-capping
     if "bf16" in folder.name:  # Transformers is the oracle unless the format needs another package
@@ -53,7 +54,7 @@ def compare(folder: Path, student: torch.nn.Module, ds_config: str) -> dict:
     sent.clear()
     opened = sharding.open_checkpoint(str(folder), attention, "auto")
     files = opened[-1]
-    engine, sharded = sharding.shard(*opened, sharding.engine_settings(ds_config))
+    engine, sharded = sharding.shard(*opened, sharding.engine_settings(ds_config), over)
     shards = [p.ds_tensor.numel() * p.element_size() for p in sharded.parameters()]
     kept = [p for p in sharded.parameters() if p.ds_persist]
     found = {
@@ -93,7 +94,7 @@ def error_of(folder: Path, ds_config: str) -> str:
     if (folder / "0").is_dir():  # one folder per rank, as if on different machines
         folder = folder / str(dist.get_rank())
     try:
-        sharding.load_sharded(str(folder), ds_config, "sdpa")
+        sharding.load_sharded(str(folder), ds_config, "all", "sdpa")
     except ValueError as error:
         return str(error)
     return "none"
@@ -149,6 +150,8 @@ def main() -> None:
     found["students"] = {folder.name: student_error(folder) for folder in students}
     for profile in ("teacher_zero3", "teacher_zero3_offload"):
         found["good"][profile] = compare(good[0], student, f"ds_configs/{profile}.json")
+    os.environ["GROUP_RANK"] = str(dist.get_rank() // (dist.get_world_size() - 1))
+    found["good"]["node"] = compare(good[0], student, config, "node")  # the last rank has its own
     # Last, because DeepSpeed numbers parameters and the failing rank creates fewer than the others.
     found["bad"]["reading"] = error_while_reading(work / "good" / "qwen2-bf16", config)
     (work / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(found))

@@ -37,7 +37,7 @@ SlurmctldPidFile={base}/slurmctld.pid
 SlurmdPidFile={base}/slurmd-%n.pid
 SlurmctldLogFile={base}/slurmctld.log
 SlurmdLogFile={base}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{tracker}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -88,8 +88,23 @@ def search_path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+def can_track(tracker: str) -> bool:
+    """Whether SLURM can track processes this way here; by cgroup it takes root and a freezer."""
+    return tracker != "cgroup" or (os.geteuid() == 0 and os.access(FREEZER / "tasks", os.W_OK))
+
+
 class Cluster:
-    def __init__(self) -> None:
+    """The daemons of a cluster, and commands to it.
+
+    `tracker`: cgroup, as on most clusters, where a signal reaches only the first process of a task,
+    or linuxproc, where it reaches all of them.
+    """
+
+    def __init__(self, tracker: str) -> None:
+        self.tracker = tracker
         # Short, because it holds UNIX sockets; world-readable, as munged requires.
         self.base = Path(tempfile.mkdtemp(prefix="kdslurm", dir="/tmp"))
         self.base.chmod(0o755)
@@ -108,13 +123,17 @@ class Cluster:
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         host = socket.gethostname().split(".")[0]
         values = {"host": host, "user": user, "base": self.base, "ports": free_ports(3)}
+        values["tracker"] = self.tracker
         values["first_job"] = random.randint(1000, 10**6)  # logs and ports contain the job's number
         self.conf.write_text(CONF.format(**values))
         for i in range(8):  # a GPU's file must be a character device; any user may link to one
             (self.base / "dev" / f"nvidia{i}").symlink_to("/dev/null")
         gpus = f"AutoDetect=off\nName=gpu File={self.base}/dev/nvidia[0-7]\n"
         (self.base / "gres.conf").write_text(gpus)
-        (self.base / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        cgroup = "CgroupPlugin=autodetect\n"
+        if self.tracker == "cgroup":
+            cgroup = f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={FREEZER.parent}\n"
+        (self.base / "cgroup.conf").write_text(cgroup)
         (self.base / "plugstack.conf").write_text("")
         key = self.base / "munge" / "key"
         key.write_bytes(os.urandom(1024))
@@ -214,6 +233,10 @@ class Cluster:
         for process in self.processes():
             process.kill()
         shutil.rmtree(self.base, ignore_errors=True)
+        if self.tracker == "cgroup":
+            for folder in sorted(FREEZER.glob("slurm_*/**/"), reverse=True):  # the innermost first
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def environment(process: psutil.Process) -> dict[str, str]:

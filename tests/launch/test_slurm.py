@@ -1,9 +1,12 @@
-"""launch/slurm/ on a real cluster of two nodes. However a job is stopped, no saved step is lost."""
+"""launch/slurm/ on real clusters of two nodes. However a job is stopped, no saved step is lost.
+
+What a signal does is tested under both ways in which SLURM tracks processes.
+"""
 
 import contextlib
 import json
-import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -13,36 +16,58 @@ from pathlib import Path
 import psutil
 import pytest
 from documentation import in_page
-from processes import ROOT, logged_steps
-from slurm_cluster import ENDED, Cluster, environment, install, wait_for
+from one_run import check_same_run
+from one_run import flags as small_flags
+from processes import ROOT, logged_steps, succeed
+from short_answers import write_recipes
+from slurm_cluster import Cluster, can_track, environment, install, wait_for
 from small import small_rows
 
 from kd.recipe import as_flags
 
 pytestmark = pytest.mark.slow
+FOLDERS = sorted(path for path in (ROOT / "recipes").glob("?_*") if path.is_dir())
 LOGS = ROOT / "runs" / "slurm"
+BATCH = "launch/slurm/train.sbatch"
+
+
+TRACKERS = [name for name in ("cgroup", "linuxproc") if can_track(name)]
+once = pytest.mark.parametrize("cluster", TRACKERS[:1], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def clusters(models, tmp_path_factory):
+    """{tracker: cluster}, each with a job whose real time limit ends while other tests run."""
     reason = install()
     if reason:
         pytest.skip(reason)
-    cluster = Cluster()
+    found = {tracker: Cluster(tracker) for tracker in TRACKERS}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs then, too
+    limit = ("--time=00:03:00", "--signal=B:USR1@60")
+    steps = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
     try:
-        cluster.start()
-        yield cluster
+        for tracker, cluster in found.items():
+            cluster.start()
+            output = tmp_path_factory.mktemp(f"limit-{tracker}") / "run"
+            cluster.limited = distill(cluster, models, output, *limit, name="limit", **steps)
+        yield found
     finally:
-        cluster.stop()
+        for cluster in found.values():
+            cluster.stop()
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture(params=TRACKERS)
+def cluster(request, clusters):
+    """The cluster with the tracker of the test."""
+    return clusters[request.param]
+
+
 @pytest.fixture(autouse=True)
-def no_orphans(cluster, time_limited):
+def no_orphans(cluster):
     """No process of a test's jobs outlives the test."""
     yield
-    own = lambda: [p for p in cluster.processes() if job_of(p) != time_limited.job]  # noqa: E731
+    own = lambda: [p for p in cluster.processes() if job_of(p) != cluster.limited.job]  # noqa: E731
     assert wait_for(lambda: not own(), 45), own()
 
 
@@ -114,13 +139,14 @@ def signalled(rank: psutil.Process) -> bool:
 
 
 def distill(
-    cluster, models: Path, output: Path, *sbatch, name: str, profile="cpu", **changes
+    cluster, models: Path, output: Path, *sbatch, name: str, site: str = "", **changes
 ) -> Run:
     """Submit a distillation on two nodes: ZeRO-2 student, teacher sharded over both by ZeRO-3."""
     (models / "rows.jsonl").write_text("\n".join(map(json.dumps, small_rows(64))))
     flags = {
         "student": models / "student",
         "teacher": models / "teacher",
+        "teacher_sharded_over": "all",
         "data": json.dumps([{"path": str(models / "rows.jsonl")}]),
         "global_batch_size": 8,
         "max_per_device_train_batch_size": 2,
@@ -129,21 +155,12 @@ def distill(
         "disable_tqdm": "true",
         "output_dir": output,
     } | changes
-    script = ["launch/slurm/train.sbatch", "train/distill.py", *as_flags(flags)]
-    variables = {"PROFILE": profile, "NUM_PROCESSES": "1"}
+    words = [f"SITE={site}"] if site else []
+    script = [BATCH, "NUM_PROCESSES=1", *words, "train/distill.py", *as_flags(flags)]
     LOGS.mkdir(parents=True, exist_ok=True)
     log = "--output=runs/slurm/%x-%j.out"
-    job = cluster.submit("--nodes=2", "--job-name", name, log, *sbatch, *script, **variables)
+    job = cluster.submit("--nodes=2", "--job-name", name, log, *sbatch, *script)
     return Run(cluster, output, job, name)
-
-
-@pytest.fixture(scope="module")
-def time_limited(cluster, models, tmp_path_factory):
-    """A job with a real time limit, which runs for minutes next to the other tests."""
-    limit = ("--time=00:03:00", "--signal=B:USR1@60")
-    output = tmp_path_factory.mktemp("limit") / "run"
-    rates = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
-    return distill(cluster, models, output, *limit, name="limit", **rates)
 
 
 def test_warned_job_requeues_itself_during_imports_and_after_a_step(cluster, models, tmp_path):
@@ -185,11 +202,27 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
     assert "stopped by SIGTERM after step" in run.printed()
 
 
+def test_time_limit_loses_no_step_and_a_cancelled_job_stays_cancelled(cluster):
+    """Early, because until it is cancelled the job takes CPU time from the other tests."""
+    run = cluster.limited
+    assert wait_for(lambda: "resuming from" in run.printed(), 900), run.told()
+    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
+    assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
+    first = run.printed().split("resuming from")[0]
+    assert logged_steps(first) == stopped
+    cluster.run("scancel", run.job)
+    assert run.end() == "CANCELLED"
+    time.sleep(8)  # longer than a requeued job waits
+    assert run.end() == "CANCELLED"
+    assert wait_for(lambda: not cluster.processes(), 45)
+
+
 def examples() -> list[str]:
     lines = in_page((ROOT / "docs/cluster.md").read_text())
     return [line for line in lines if "sbatch " in line or "launch/slurm/" in line]
 
 
+@once
 @pytest.mark.parametrize("example", examples(), ids=lambda line: " ".join(line.split()[-3:]))
 def test_every_example_of_the_guide_is_accepted_by_slurm(cluster, example):
     """Jobs are held, because the models of these recipes are on a hub."""
@@ -206,130 +239,144 @@ def test_every_example_of_the_guide_is_accepted_by_slurm(cluster, example):
     assert states == {("PENDING",)}
 
 
+@once
 def test_job_with_a_mistake_is_not_requeued(cluster, models, tmp_path):
     run = distill(cluster, models, tmp_path / "run", name="mistake", max_steps=4, soft_weight=2)
     assert run.end() == "FAILED" and run.restarts() == 0
     assert "soft_weight: 2.0; wanted 0 to 1" in run.batch_log()
 
 
-def profile(folder: Path, lines: str) -> str:
-    """PROFILE for launch/slurm/train.sbatch: a shell script instead of a launch file."""
-    file = folder / "profile.sh"
-    file.write_text(f"#!/usr/bin/env bash\n{lines}\n")
-    file.chmod(0o755)
-    return os.path.relpath(file.with_suffix(""), ROOT / "launch")
+def site(folder: Path, lines: str) -> str:
+    """A site file that runs shell lines on every node, in place of the command."""
+    (folder / "site.sh").write_text(f"inside=(bash {folder}/lines.sh)\nexport FROM_SITE=here\n")
+    (folder / "lines.sh").write_text(f"{lines}\n")
+    return str(folder / "site.sh")
 
 
+@once
 def test_failure_differs_from_a_signal_and_the_failed_nodes_log_is_shown(cluster, models, tmp_path):
     """Node 1 fails by itself, once node 0 runs; then SLURM ends node 0 by a signal."""
     up = tmp_path / "up"
     failure = f'until [[ -e {up} ]]; do sleep 0.2; done; echo "device 3 fell off the bus"; exit 1'
-    other = profile(tmp_path, f"[[ $NODE_RANK == 0 ]] || {{ {failure}; }}\ntouch {up}\nsleep 300")
-    run = distill(cluster, models, tmp_path / "run", name="failure", profile=other)
+    first = f"[[ $PET_NODE_RANK == 0 && $FROM_SITE == here ]] || {{ {failure}; }}"
+    other = site(tmp_path, f"{first}\ntouch {up}\nexec sleep 300")
+    run = distill(cluster, models, tmp_path / "run", "--export=NONE", name="failure", site=other)
     assert run.end() == "FAILED" and run.restarts() == 0
     assert "device 3 fell off the bus" in run.batch_log()
     assert (LOGS / f"failure-{run.job}.ended").read_text() == "failure 1\nsignal 0\n"
 
 
-def test_job_gives_up_after_three_starts_without_a_checkpoint(cluster, models, tmp_path):
-    """This happens when the time limit is shorter than the loading of the models."""
-    early = profile(tmp_path, "kill -TERM $PPID; exit 1")  # to the shell next to the launcher
-    run = distill(cluster, models, tmp_path / "run", name="early", profile=early)
-    assert run.end() == "FAILED" and run.restarts() == 2
-    assert "three starts without a checkpoint" in run.batch_log()
+@once
+def test_job_gives_up_after_three_starts_that_come_no_further(cluster, models, tmp_path):
+    """The first saves a step; the others are stopped before the next one."""
+    early = site(tmp_path, "echo saved 5 > $KD_OUTCOME; kill -TERM $PPID; exit 1")
+    run = distill(cluster, models, tmp_path / "run", name="early", site=early)
+    assert run.end() == "FAILED" and run.restarts() == 3
+    assert "three starts came no further than step 5" in run.batch_log()
 
 
-def test_time_limit_loses_no_step_and_a_cancelled_job_stays_cancelled(cluster, time_limited):
-    run = time_limited
-    assert wait_for(lambda: "resuming from" in run.printed(), 900), run.told()
-    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
-    assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
-    first = run.printed().split("resuming from")[0]
-    assert logged_steps(first) == stopped
-    cluster.run("scancel", run.job)
-    assert run.end() == "CANCELLED"
-    time.sleep(8)  # longer than a requeued job waits
-    assert run.end() == "CANCELLED"
-    assert wait_for(lambda: not cluster.processes(), 45)
-
-
-def write_recipes(models: Path, work: Path) -> Path:
-    """Recipes of a teacher that learns short answers, because only finished answers become rows."""
-    folder = work / "recipes"
-    folder.mkdir(parents=True)
-    words = ["lists", "keys", "files", "trees", "heaps", "loops", "rows", "names", "bytes"]
-    asked = [{"role": "user", "content": f"What are {word}?"} for word in words]
-    told = [{"role": "assistant", "content": f"Just {word}."} for word in words]
-    rows = [{"messages": list(row)} for row in zip(asked, told, strict=True)]
-    (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (work / "prompts.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": m["content"]}) for m in asked)
+@once
+@pytest.mark.parametrize(
+    ("flags", "words", "told"),
+    [
+        (["--ntasks-per-node=2"], ["NUM_PROCESSES=1"], "found 2(x2) tasks per node; wanted 1"),
+        (["--cpus-per-task=1"], ["NUM_PROCESSES=4"], "found 1 CPUs for 4 processes on a node"),
+        ([], ["NUM_PROCESSES=1", "SITE=none.sh"], "SITE: no file none.sh"),
+        ([], ["train/none.py"], "no script 'train/none.py'"),
+    ],
+    ids=["tasks", "CPUs", "site", "script"],
+)
+def test_an_allocation_that_cannot_work_is_refused(cluster, flags, words, told):
+    log = "--output=runs/slurm/%x-%j.out"
+    job = cluster.submit(
+        *("--nodes=2", "--job-name=refused", log, *flags, BATCH, *words, "train/sft.py")
     )
-    train = "global_batch_size: 4\nlogging_steps: 1\nsave_steps: 500\nlearning_rate: 0.02\n"
-    data = f"data:\n  - {{path: {work}/rows.jsonl}}\n"
-    answers = f"data:\n  - {{path: {work}/runs/answers/train.jsonl}}\n"
-    teacher, student = f"teacher: {work}/runs/merged\n", f"{models}/student\n{answers}{train}"
-    recipes = {
-        "1_teacher": f"model: {models}/teacher\nlora_rank: 8\n{data}{train}max_steps: 80\n"
-        f"output_dir: {work}/runs/teacher\n",
-        "2_answers": f"model: {work}/runs/merged\nprompts:\n  - {{path: {work}/prompts.jsonl}}\n"
-        f"max_new_tokens: 24\noutput_dir: {work}/runs/answers\n",
-        "3_a_sft": f"model: {student}max_steps: 3\noutput_dir: {work}/runs/sft\n",
-        "3_b_distill": f"student: {student}{teacher}max_steps: 300\n"
-        f"output_dir: {work}/runs/distill\n",
-    }
-    for name, text in recipes.items():
-        (folder / f"{name}.yaml").write_text(text)
-    return folder
+    assert cluster.wait(job, 60) == ["FAILED"]
+    assert told in (LOGS / f"refused-{job}.out").read_text()
 
 
 def pipeline(cluster, recipes: Path, work: Path) -> dict[str, str]:
+    """Submit a pipeline and return {name: job}, or {"error:": its text}."""
     heldout = json.dumps([{"path": str(work / "rows.jsonl"), "count": 4}])
-    variables = ["env", "PROFILE=cpu", "NUM_PROCESSES=1"]
-    text = cluster.run(*variables, "launch/slurm/pipeline.sh", recipes, heldout)
-    return dict(line.split() for line in text.strip().splitlines())
+    text = cluster.run("python", "launch/slurm/pipeline.py", recipes, heldout, "--cpus-per-task=2")
+    return dict(line.split(maxsplit=1) for line in text.strip().splitlines())
 
 
-def test_pipeline_ends_with_a_report_and_the_last_array_element_requeues_only_itself(
-    cluster, models, tmp_path
-):
+@once
+def test_pipeline_ends_with_a_report(cluster, models, tmp_path):
     jobs = pipeline(cluster, write_recipes(models, tmp_path), tmp_path)
-    steps = ["teacher", "merge", "answers", "students", "perplexity", "agreement", "report"]
+    steps = ["teacher", "merge", "answers", "stage3", "perplexity", "agreement", "report"]
     assert list(jobs) == steps
-    students = jobs["students"]
-    log = LOGS / f"students-{students}_2-node0.out"
-    begun = lambda: log.exists() and logged_steps(log.read_text()) > 3  # noqa: E731
-    assert wait_for(lambda: begun() or cluster.field(students, "JobState")[0] in ENDED, 600)
-    with standing_still(ranks := ranks_of(cluster, students)):
-        states = {name: cluster.field(job, "JobState") for name, job in jobs.items()}
-        assert begun() and set(states["report"]) == {"PENDING"}, states
-        master = cluster.field(f"{students}_2", "JobId")
-        assert master == [students]  # the last element has the id of the array
-        cluster.run("scancel", "--batch", "--signal=USR1", f"{students}_2")
-        assert wait_for(lambda: any(map(signalled, ranks)), 120), log.read_text()
-    states = {name: cluster.wait(job, 600) for name, job in jobs.items()}
-    assert states == {n: ["COMPLETED"] * (2 if n == "students" else 1) for n in steps}
-    first, last = (cluster.field(f"{students}_{i}", "Restarts") for i in (1, 2))
-    assert (first, last) == (["0"], ["1"]) and "stopped by SIGUSR1" in log.read_text()
-    assert logged_steps(log.read_text()) == 300
+    states = {name: cluster.wait(job, 900) for name, job in jobs.items()}
+    assert states == {n: ["COMPLETED"] * (2 if n == "stage3" else 1) for n in steps}
     times = [[cluster.field(jobs[n], f"{edge}Time") for edge in ("Start", "End")] for n in steps]
     assert all(max(before[1]) <= min(after[0]) for before, after in pairwise(times))
     report = (tmp_path / "runs" / "results" / "report.md").read_text()
     assert all(name in report for name in ("teacher", "sft", "distill")), report
 
 
-def test_pipeline_stops_where_a_step_fails(cluster, models, tmp_path):
+@once
+def test_pipeline_submits_nothing_with_a_mistake_and_stops_where_a_step_fails(
+    cluster, models, tmp_path
+):
     recipes = write_recipes(models, tmp_path)
-    text = (recipes / "1_teacher.yaml").read_text()
-    (recipes / "1_teacher.yaml").write_text(text.replace(f"{models}/teacher", f"{tmp_path}/none"))
+    right = (recipes / "3_a_sft.yaml").read_text()
+    (recipes / "3_a_sft.yaml").write_text(right + "soft_weigth: 1\n")
+    (told,) = pipeline(cluster, recipes, tmp_path).items()
+    assert told[0] == "error:" and "3_a_sft.yaml: unknown key soft_weigth" in told[1]
+    (recipes / "3_a_sft.yaml").write_text(right)
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"nothing": 1}\n')
     jobs = pipeline(cluster, recipes, tmp_path)
     assert cluster.wait(jobs["teacher"], 300) == ["FAILED"]
     for name in list(jobs)[1:]:
         assert set(cluster.wait(jobs[name], 60)) == {"CANCELLED"}, name
 
 
+@once
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_every_experiment_is_a_chain_of_jobs(cluster, folder, monkeypatch):
+    """Jobs are held; the models are on a hub."""
+    heldout = json.dumps([{"path": "pyproject.toml"}])
+    text = cluster.run("python", "launch/slurm/pipeline.py", folder, heldout, "--hold")
+    names = [line.split()[0] for line in text.splitlines()]
+    jobs = re.findall(r"(\d+)$", text, re.MULTILINE)
+    cluster.run("scancel", *jobs)
+    assert len(jobs) == len(names) >= 3 and names[-1] == "report", text
+
+
+def test_the_last_array_element_requeues_only_itself(cluster, models, tmp_path):
+    """It has the job id of the whole array."""
+    lines = [["train/distill.py", *small_flags(models, tmp_path / name)] for name in ("a", "b")]
+    lines[1] = [word if word != "4" else "60" for word in lines[1]]
+    (tmp_path / "lines").write_text("".join(shlex.join(map(str, line)) + "\n" for line in lines))
+    log = "--output=runs/slurm/%x-%A_%a.out"
+    words = (BATCH, "NUM_PROCESSES=1", f"@{tmp_path}/lines")
+    job = cluster.submit("--job-name=pair", "--array=1-2", log, *words)
+    printed = LOGS / f"pair-{job}_2-node0.out"
+    begun = lambda: printed.exists() and logged_steps(printed.read_text()) > 3  # noqa: E731
+    assert wait_for(begun, 300), cluster.run("scontrol", "show", "job", job)
+    assert cluster.field(f"{job}_2", "JobId") == [job]
+    with standing_still(ranks := ranks_of(cluster, job)):
+        cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+        assert wait_for(lambda: any(map(signalled, ranks)), 120), printed.read_text()
+    assert set(cluster.wait(job, 400)) == {"COMPLETED"}
+    first, last = (cluster.field(f"{job}_{i}", "Restarts") for i in (1, 2))
+    assert (first, last) == (["0"], ["1"]) and "stopped by SIGUSR1" in printed.read_text()
+    assert logged_steps(printed.read_text()) == 60
+
+
+@once
+def test_tasks_of_srun_are_the_ranks_of_one_run(cluster, models, tmp_path):
+    """The same run as that of a launch file; each task is a rank on a node of its own."""
+    srun = ["srun", "--nodes=2", "--ntasks=2", "--cpus-per-task=1"]
+    text = cluster.run(*srun, "python", "train/distill.py", *small_flags(models, tmp_path / "srun"))
+    assert "2 processes x 4 rows" in text, text
+    succeed("launch/cpu.sh", "train/distill.py", *small_flags(models, tmp_path / "launched"))
+    check_same_run(tmp_path / "launched", tmp_path / "srun")
+
+
+@once
 def test_lost_node_costs_at_most_one_save_interval(cluster, models, tmp_path):
-    """Must be the last test: it also takes the node from the job with the time limit."""
     run = distill(cluster, models, tmp_path / "run", name="lost", max_steps=40, save_steps=4)
     run.await_steps(10)
     with standing_still(run.ranks()):

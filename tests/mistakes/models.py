@@ -29,6 +29,7 @@ def model(config: dict) -> dict:
 
 
 CASES = [
+    Case("no launcher", DISTILL, "without a launcher", {"teacher_deepspeed": TEACHER_ZERO3}),
     Case("other tokenizer", DISTILL, "set align_tokenizers: true", {"teacher": "WORK/other"}),
     Case("teacher's format", DISTILL, "AWQ with {'bits': 8", {"teacher": "WORK/packed"}),
     Case(

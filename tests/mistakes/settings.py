@@ -18,7 +18,6 @@ MODELS = {"models": "student=WORK/student", "out_dir": "HERE/results"}
 MEASURED = MODELS | {"data": DATA}
 TEACHER = {"teacher": "WORK/teacher"}
 JUDGED = MODELS | {"questions": "WORK/rows.jsonl", "judge": "WORK/teacher"}
-TEACHER_ZERO3 = "ds_configs/teacher_zero3.json"
 CASES = [
     Case(
         "unknown key",
@@ -57,7 +56,12 @@ CASES = [
         "3 does not divide the 8 rows per process",
         {"per_device_train_batch_size": 3},
     ),
-    Case("no launcher", DISTILL, "without a launcher", {"teacher_deepspeed": TEACHER_ZERO3}),
+    Case(
+        "shards of no teacher",
+        DISTILL,
+        "teacher_sharded_over: node with teacher_deepspeed: none, which shards no teacher",
+        {"teacher_sharded_over": "node", "teacher_deepspeed": "none"},
+    ),
     Case("no adapters", DISTILL, "teacher: self is the student without its", {"teacher": "self"}),
     Case(
         "on-policy, packed",
@@ -249,7 +253,7 @@ CASES = [
         )
     ),
     # Combinations that need no model.
-    Case("two precisions", SFT, "bf16, fp16: both true", {"bf16": True, "fp16": True}),
+    Case("Transformers' precision", SFT, "bf16: wanted precision: bfloat16", {"bf16": True}),
     Case("4 bits without adapters", SFT, "set lora_rank (for example 16)", {"quantization": "nf4"}),
     Case(
         "best model without evaluations",

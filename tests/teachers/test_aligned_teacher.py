@@ -11,7 +11,8 @@ from kd.data.encoding import EncodedRow, Encoder
 from kd.data.packing import Collator, FilledUp, pack
 from kd.data.vocabularies import shared_vocabulary
 from kd.models.heads import LossInputs, return_loss
-from kd.settings.distillation import ModelSettings, Objective, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.aligned_teacher import AlignedTeacher, check_alignment
 from kd.teachers.live import LiveTeacher
 

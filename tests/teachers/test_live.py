@@ -12,7 +12,8 @@ from kd.data.encoding import IGNORE_INDEX, EncodedRow, encode_rows
 from kd.data.packing import Collator, pack, side_by_side
 from kd.models.blocks import blocks_in_parts, decoder_blocks
 from kd.models.load import load_trained
-from kd.settings.distillation import ModelSettings, TeacherSettings
+from kd.settings.distillation import ModelSettings
+from kd.settings.teacher import TeacherSettings
 from kd.teachers.live import LiveTeacher, groups
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import pytest
 from processes import ROOT, start, succeed
 from small_tokenizers import check_cuts_as_its_file
 
+pytestmark = pytest.mark.slow
 DATA = ROOT / "runs" / "quickstart" / "data"
 SMALL = ROOT / "runs" / "small"
 
@@ -28,7 +29,6 @@ def inherited(docstrings):
     return succeed("python", "train/inherit.py", "--config", "recipes/small/c_inherit.yaml")
 
 
-@pytest.mark.slow
 def test_a_student_with_half_of_the_layers_trains_on_text(inherited):
     assert "layers [0, 2, 5] of 6" in inherited
     finish("python", "train/sft.py", "--config", "recipes/small/c_text.yaml")
@@ -51,7 +51,6 @@ def test_three_loss_terms_with_the_inherited_layer_map_and_a_sharded_teacher(inh
         assert math.isclose(step["loss"], sum(terms), rel_tol=1e-2) and min(terms) > 0.0
 
 
-@pytest.mark.slow
 def test_distillation_alone_and_layers_chosen_by_influence(inherited):
     printed = finish("python", "train/distill.py", "--config", "recipes/small/c_distill.yaml")
     assert "hidden states:" not in printed and ", agreement " in printed

@@ -50,23 +50,20 @@ def test_an_awq_teacher_sharded_by_zero3_gives_the_losses_of_the_unsharded_one(m
         "max_steps": 6,
     }
     sharded = arguments(tmp_path, tmp_path / "sharded", **settings)
-    # The launch profile without its flag for sharding the teacher.
-    alone = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    whole = arguments(tmp_path, tmp_path / "whole", **settings)
     jobs = {
         "sharded": start(
             "launch/cpu.sh", *sharded, "--teacher_deepspeed", tmp_path / "shards.json"
         ),
-        "whole": start(
-            *(*alone, "--main_process_port", "0"),
-            *arguments(tmp_path, tmp_path / "whole", **settings),
-        ),
+        "whole": start("launch/cpu.sh", *whole, "--teacher_deepspeed", "none"),
     }
     for name, job in jobs.items():
         assert (tmp_path / name / "done.json").exists(), job.stdout[-6000:]
     assert figures(tmp_path / "sharded") == figures(tmp_path / "whole")
     assert len(figures(tmp_path / "whole")) == 6
     recipes = [json.loads((tmp_path / name / "run.json").read_text())["recipe"] for name in jobs]
-    assert [bool(recipe["teacher_deepspeed"]) for recipe in recipes] == [True, False]
+    wanted = [str(tmp_path / "shards.json"), "none"]
+    assert [recipe["teacher_deepspeed"] for recipe in recipes] == wanted
     assert all(recipe["gradient_accumulation_steps"] == 2 for recipe in recipes)
 
 

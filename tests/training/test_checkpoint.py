@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from processes import start
+from scripts import run_main
 from small import small_rows
 
 from kd.recipe import as_flags
@@ -19,6 +20,7 @@ from kd.training.checkpoints.checkpoint import (
     usable_checkpoint,
 )
 from kd.training.checkpoints.manifest import MANIFEST, damage, read_manifest, seal
+from kd.training.checkpoints.same_run import check_same_run
 
 
 def flags(models, output, **changes) -> list[str]:
@@ -39,8 +41,8 @@ def flags(models, output, **changes) -> list[str]:
     return as_flags(settings)
 
 
-def distill(models, output, **changes):
-    return start("python", "train/distill.py", *flags(models, output, **changes))
+def distill(models, output, **changes) -> None:
+    run_main("train/distill.py", *flags(models, output, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,13 @@ def unfinished(finished, tmp_path):
 
 def weights(output) -> bytes:
     return (output / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_touched(models, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    distill(models, finished)
+    assert "is finished already" in "".join(capsys.readouterr())
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
 def test_damage_to_any_single_file_is_detected(finished, tmp_path):
@@ -93,15 +102,16 @@ def test_damage_to_any_single_file_is_detected(finished, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_with_the_same_final_weights(
-    models, finished, unfinished
+    models, finished, unfinished, capsys
 ):
     torn = unfinished / "checkpoint-6" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
     (unfinished / "saving-checkpoint-8").mkdir()  # left by a run killed while it wrote
-    job = distill(models, unfinished)
-    assert "checkpoint-6: optimizer.pt has" in job.stdout, job.stdout[-3000:]
-    assert "set aside as torn-checkpoint-6" in job.stdout
-    assert f"resuming from {unfinished}/checkpoint-4" in job.stdout
+    distill(models, unfinished)
+    printed = "".join(capsys.readouterr())
+    assert "checkpoint-6: optimizer.pt has" in printed
+    assert "set aside as torn-checkpoint-6" in printed
+    assert f"resuming from {unfinished}/checkpoint-4" in printed
     assert weights(unfinished) == weights(finished)
     names = sorted(path.name for path in unfinished.glob("*checkpoint-*"))
     assert names == ["checkpoint-4", "checkpoint-6", "torn-checkpoint-6"]
@@ -118,22 +128,26 @@ def test_a_changed_recipe_is_an_error_that_lists_the_differences(
     models, unfinished, change, message
 ):
     shutil.rmtree(unfinished / "checkpoint-6")  # the run could become longer from its end
-    job = distill(models, unfinished, **change)
-    assert job.returncode == 2 and message in job.stdout, job.stdout[-3000:]
-    assert "Revert them, or use a new output_dir" in job.stdout and "checkpoint-4" in job.stdout
+    with pytest.raises(ValueError) as error:
+        distill(models, unfinished, **change)
+    told = str(error.value)
+    assert message in told and "checkpoint-4" in told
+    assert "Revert them, or use a new output_dir" in told
     record = json.loads((unfinished / "run.json").read_text())
     assert record["recipe"]["learning_rate"] == 5e-5  # it still describes the folder
 
 
-def test_a_finished_run_goes_on_from_its_end_when_max_steps_is_raised(models, finished, tmp_path):
+def test_a_finished_run_goes_on_from_its_end_when_max_steps_is_raised(
+    models, finished, tmp_path, capsys
+):
     """One step more, which would not train at the rate of 0 with which the shorter run ended."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    job = distill(models, output, max_steps=7)
-    assert job.returncode == 0, job.stdout[-3000:]
-    assert f"resuming from {output}/checkpoint-6" in job.stdout
+    distill(models, output, max_steps=7)
+    printed = "".join(capsys.readouterr())
+    assert f"resuming from {output}/checkpoint-6" in printed
     rate = 5e-5 * (1 - 6 / 7)  # of the linear schedule over seven steps
-    assert f"follows the linear schedule of the whole length, {rate:.3g} in" in job.stdout
+    assert f"follows the linear schedule of the whole length, {rate:.3g} in" in printed
     assert weights(output) != weights(finished)
     state = json.loads((output / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [*range(1, 8)]
@@ -141,21 +155,28 @@ def test_a_finished_run_goes_on_from_its_end_when_max_steps_is_raised(models, fi
     # In the middle of an epoch, Transformers trains one step too many on a resume from the end.
     last = weights(output)
     (output / "done.json").write_text('{"train_loss": 1')  # damaged: not done
-    again = distill(models, output, max_steps=7)
-    assert "done.json cannot be read" in again.stdout and again.returncode == 0
+    distill(models, output, max_steps=7)
+    assert "done.json cannot be read" in "".join(capsys.readouterr())
     assert weights(output) == last and not (output / "checkpoint-8").exists()
 
 
-def test_another_number_of_processes_is_a_clear_error(models, unfinished):
-    two = ("torchrun", "--nproc-per-node", 2, "train/distill.py")
-    job = start(*two, *flags(models, unfinished, ddp_backend="gloo"))
-    assert job.returncode != 0 and "written with processes: 1, but this run has 2" in job.stdout
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_the_shards_of_zero3_belong_to_one_number_of_processes(stage):
+    """Those of ZeRO-2 are cut anew: tests/train/test_elastic.py."""
+    recipe = {"seed": 0, "lr_scheduler_type": "linear", "per_device_train_batch_size": 4}
+    then = {"processes": 2, "zero_stage": stage, "recipe": recipe}
+    now = then | {"processes": 1, "recipe": recipe | {"per_device_train_batch_size": 8}}
+    if stage == 3:
+        with pytest.raises(ValueError, match="written with processes: 2, but this run has 1"):
+            check_same_run("checkpoint-1", then, now)
+    else:
+        check_same_run("checkpoint-1", then, now)
 
 
 def test_settings_that_affect_no_weight_may_change(models, finished, unfinished):
     shutil.rmtree(unfinished / "checkpoint-6")
-    job = distill(models, unfinished, save_steps=5, logging_steps=2, dataloader_num_workers=1)
-    assert (unfinished / "done.json").exists(), job.stdout[-3000:]
+    distill(models, unfinished, save_steps=5, logging_steps=2, dataloader_num_workers=1)
+    assert (unfinished / "done.json").exists()
     assert weights(unfinished) == weights(finished)
 
 

@@ -53,7 +53,8 @@ EPOCHS = {  # the rows of an epoch divide neither by the global batch nor by a r
         Cell("25 grouped rows, 2x2x2", "ddp", 2, 2, rows=25, epochs=2, strategy="group_by_length"),
     ],
 }
-LAYOUTS = [
+STEPS = 3  # the last one follows two updates
+PRODUCT = [
     Cell(
         f"{engine[-10:-5] or engine} {mode} {student} checkpointing={checkpointing}",
         engine,
@@ -61,25 +62,33 @@ LAYOUTS = [
         mode=mode,
         student=student,
         checkpointing=checkpointing,
-        steps=4,
+        steps=STEPS,
     )
     for engine, mode, student, checkpointing in itertools.product(
         ("ddp", ZERO2, ZERO3), ("full", "lora", "qlora"), ("student", "untied"), (False, True)
     )
 ]
-
-LAYOUTS += [
-    Cell("hidden cosine zero2", ZERO2, 4, steps=4, hidden="cosine"),
-    Cell("hidden mse lora", "ddp", 4, mode="lora", checkpointing=True, steps=4, hidden="mse"),
-    Cell("hidden mse qlora zero2", ZERO2, 4, mode="qlora", steps=4, hidden="mse"),
-    Cell("hidden cosine lora zero3", ZERO3, 4, mode="lora", steps=4, hidden="cosine"),
-    Cell("hidden, sharded", ZERO3, 4, mode="lora", teacher="sharded", steps=4, hidden="cosine"),
+# Every pair of two choices occurs in one of these; tests/run.sh --all runs the whole product.
+PAIRS = [PRODUCT[n] for n in (0, 7, 10, 13, 18, 23, 27, 28, 33)]
+LAYOUTS = [
+    Cell("hidden cosine zero2", ZERO2, 4, steps=STEPS, hidden="cosine"),
+    Cell("hidden mse lora", "ddp", 4, mode="lora", checkpointing=True, steps=STEPS, hidden="mse"),
+    Cell("hidden mse qlora zero2", ZERO2, 4, mode="qlora", steps=STEPS, hidden="mse"),
+    Cell("hidden cosine lora zero3", ZERO3, 4, mode="lora", steps=STEPS, hidden="cosine"),
+    Cell("hidden, sharded", ZERO3, 4, mode="lora", teacher="sharded", steps=STEPS, hidden="cosine"),
 ]
 
 
 MATRIX = [
     Cell(
-        f"{engine[-10:-5] or engine} x {teacher}", engine, 2, 2, 8, "lora", teacher=teacher, steps=4
+        f"{engine[-10:-5] or engine} x {teacher}",
+        engine,
+        2,
+        2,
+        8,
+        "lora",
+        teacher=teacher,
+        steps=STEPS,
     )
     for engine in ("ddp", ZERO2, ZERO3)
     for teacher in ("whole", "sharded", "offloaded")
@@ -91,7 +100,7 @@ PASSES = [
         accumulation=4,
         mode="lora",
         teacher="sharded",
-        steps=4,
+        steps=STEPS,
         hidden="cosine",
         workspace=workspace,
     )
@@ -99,22 +108,33 @@ PASSES = [
 ]
 SELF_DISTILLATION = [
     Cell(
-        f"self {mode} {engine[-10:-5] or engine}", engine, 2, 2, mode=mode, teacher="self", steps=4
+        f"self {mode} {engine[-10:-5] or engine}",
+        engine,
+        2,
+        2,
+        mode=mode,
+        teacher="self",
+        steps=STEPS,
     )
     for mode in ("lora", "qlora")
     for engine in ("ddp", ZERO2)
 ]
 SELF_DISTILLATION.append(
-    Cell("self checkpointing", "ddp", 4, mode="lora", teacher="self", checkpointing=True, steps=4)
+    Cell(
+        "self checkpointing", "ddp", 4, mode="lora", teacher="self", checkpointing=True, steps=STEPS
+    )
 )
-LAYOUTS += MATRIX + PASSES + SELF_DISTILLATION
+LAYOUTS += PAIRS + MATRIX + PASSES + SELF_DISTILLATION
+REST = [cell for cell in PRODUCT if cell not in PAIRS]
+ALL = LAYOUTS + [pytest.param(cell, marks=pytest.mark.slow) for cell in REST]
 
 
 @pytest.fixture(scope="module")
-def work(models):
-    """Run all cells, on one rank and on two; return the folder with their results."""
+def work(models, request):
+    """Run the cells of the tier, on one rank and on two; return the folder with their results."""
     save_small(models / "untied", tie_word_embeddings=False)
-    for ranks, cells in ((1, SPLITS[1] + EPOCHS[1]), (2, SPLITS[2] + EPOCHS[2] + LAYOUTS)):
+    rest = [] if request.config.option.markexpr == "not slow" else REST
+    for ranks, cells in ((1, SPLITS[1] + EPOCHS[1]), (2, SPLITS[2] + EPOCHS[2] + LAYOUTS + rest)):
         (models / "cells.json").write_text(json.dumps([dataclasses.asdict(c) for c in cells]))
         job = start("torchrun", "--nproc-per-node", ranks, "tests/jobs/gradients.py", models)
         assert all((models / f"{c.name}.pt").exists() for c in cells), job.stdout[-6000:]
@@ -212,17 +232,17 @@ def test_whole_epochs_do_not_depend_on_the_ranks_although_rows_do_not_divide(wor
 
 @pytest.fixture(scope="module")
 def truth(work):
-    """Take four steps of plain gradient descent for every kind of student."""
+    """Take STEPS steps of plain gradient descent for every kind of student."""
     tokenizer = load_tokenizer(str(work / "student"))
     return {
         kind: plain_steps(
             load_student(work, cell, tokenizer),
             work,
-            4,
+            STEPS,
             hidden_objective(cell),
             cell.teacher == "self",
         )
-        for kind, cell in {kind_of(cell): cell for cell in LAYOUTS}.items()
+        for kind, cell in {kind_of(cell): cell for cell in LAYOUTS + REST}.items()
     }
 
 
@@ -231,32 +251,39 @@ def kind_of(cell: Cell) -> tuple:
     return cell.mode, cell.student, cell.hidden, cell.teacher == "self"
 
 
-@pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
-def test_four_steps_of_every_layout_equal_a_plain_loop_over_logits(work, truth, cell):
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
+def test_three_steps_of_every_layout_equal_a_plain_loop_over_logits(work, truth, cell):
     found, expected = torch.load(work / f"{cell.name}.pt"), truth[kind_of(cell)]
-    assert len(found["gradients"]) == len(found["losses"]) == 4
+    assert len(found["gradients"]) == len(found["losses"]) == STEPS
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         check_equal(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("cell", LAYOUTS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", ALL, ids=lambda cell: cell.name)
 def test_fault_2_ranks_keep_equal_weights(work, cell):
     """A loss computed from `model.module` skips DDP's hooks, so the ranks would diverge."""
     digests = torch.load(work / f"{cell.name}.pt")["weights of ranks"]
     assert len(digests) == 2 and len(set(digests)) == 1
 
 
-@pytest.mark.parametrize("cell", SPLITS[1] + LAYOUTS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", SPLITS[1] + ALL, ids=lambda cell: cell.name)
 def test_an_infinity_in_a_trained_weight_is_found_wherever_the_weight_is(work, cell):
     """On one rank, on all ranks of DDP, and in one rank's shard under ZeRO-3."""
     before, spoilt, after = torch.load(work / f"{cell.name}.pt")["non-finite"]
     assert before is None and after == spoilt
 
 
+def test_the_default_tier_has_every_pair_of_choices():
+    choices = [(c.engine, c.mode, c.student, c.checkpointing) for c in PRODUCT]
+    pairs = {pair for four in choices for pair in itertools.combinations(enumerate(four), 2)}
+    chosen = [choices[PRODUCT.index(cell)] for cell in PAIRS]
+    assert pairs == {pair for four in chosen for pair in itertools.combinations(enumerate(four), 2)}
+
+
 def check_same_run(found: dict, expected: dict) -> None:
     """Compare losses and gradients of all steps bit for bit."""
-    assert found["losses"] == expected["losses"] and len(found["losses"]) == 4
+    assert found["losses"] == expected["losses"] and len(found["losses"]) == STEPS
     for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -268,25 +295,25 @@ def test_sharded_and_offloaded_teachers_train_bit_for_bit_like_a_whole_one(work,
     whole = f"{cell.name.split(' x ')[0]} x whole"
     found, expected = (torch.load(work / f"{name}.pt") for name in (cell.name, whole))
     check_same_run(found, expected)
-    assert found["passes"] == [[2]] * 4 and expected["passes"] == [[1, 1]] * 4
+    assert found["passes"] == [[2]] * STEPS and expected["passes"] == [[1, 1]] * STEPS
 
 
 def test_the_number_of_teacher_passes_does_not_change_the_training(work):
     once, some, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
     check_same_run(some, once)
     check_same_run(each, once)
-    assert once["passes"] == [[4]] * 4 and each["passes"] == [[1] * 4] * 4
+    assert once["passes"] == [[4]] * STEPS and each["passes"] == [[1] * 4] * STEPS
     assert all(sum(passes) == 4 for passes in some["passes"])
-    assert 4 < sum(len(passes) for passes in some["passes"]) < 16
+    assert STEPS < sum(len(passes) for passes in some["passes"]) < 4 * STEPS
 
 
 def test_fault_11_a_sharded_teacher_is_gathered_once_per_step(work):
     """That includes its head. Without workspace, it is gathered once per micro-batch."""
     once, _, each = (torch.load(work / f"{cell.name}.pt") for cell in PASSES)
-    for step in range(4):
+    for step in range(STEPS):
         assert sum(once["gathers"][step]) == once["teacher's bytes"]
         assert sum(each["gathers"][step]) == 4 * each["teacher's bytes"]
-    assert 4 * len(once["gathers"][3]) <= len(each["gathers"][3])
+    assert 4 * len(once["gathers"][-1]) <= len(each["gathers"][-1])
 
 
 def test_a_sharded_teacher_gives_the_logits_of_a_whole_one_bit_for_bit(work):

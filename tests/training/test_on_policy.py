@@ -23,7 +23,8 @@ from kd.planning.device_rates import Rates
 from kd.planning.layout import Layout
 from kd.planning.memory import plan_training
 from kd.planning.throughput import duration
-from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings, TeacherSettings
+from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings
+from kd.settings.teacher import TeacherSettings
 from kd.settings.training_arguments import training_arguments
 from kd.teachers.live import LiveTeacher
 from kd.training.on_policy import OnPolicyRows, answer_starts, choose_rows, split_documents
