@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kd.distributed import all_gather, print_rank0, rank_prefix
+from kd.distributed import all_gather, barrier, print_rank0, rank_prefix
 from kd.training.checkpoints.checkpoint import newest_name
 
 SHOWN_CHARACTERS = 60  # of a row that is named
@@ -56,10 +56,10 @@ class NonFinite(TrainerCallback):
         return ~torch.stack([finite for _, finite in self.noted])
 
     def end_step(self, any_bad: bool, args: TrainingArguments, step: int) -> None:
-        """Report a non-finite step; `any_bad` says whether a loss of any rank is not finite.
+        """Collective: report a non-finite step.
 
-        Raises ValueError if the update was not skipped, or after more than `limit` skipped steps in
-        a row.
+        `any_bad` says whether a loss of any rank is not finite. Raises ValueError if the update was
+        not skipped, or after more than `limit` skipped steps in a row.
         """
         bad, noted, self.noted = self.bad_batches(), self.noted, []
         skipped = self.update_skipped or self.trainer.accelerator.optimizer_step_was_skipped
@@ -76,6 +76,7 @@ class NonFinite(TrainerCallback):
                 f"step {step}: the gradient is not finite, although every loss is finite",
                 flush=True,
             )
+        barrier()  # no rank may end the run before the others have named their rows
         if not skipped:
             raise ValueError(
                 self.with_advice(

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kd.settings.training import LAUNCHED
 from kd.settings.training_recipe import Recipe
 from kd.training.checkpoints.checkpoint import checkpoints
 from kd.training.downloads import download, download_weights
+from kd.training.watchdog import collective_timeout
 
 
 def settle(recipe: Recipe, trains: bool = True) -> Recipe:
@@ -39,7 +39,7 @@ def settle(recipe: Recipe, trains: bool = True) -> Recipe:
     PartialState(
         cpu=cpu,
         **({"backend": training.ddp_backend} if training.ddp_backend else {}),
-        **({"timeout": timedelta(seconds=training.ddp_timeout)} if world_size() > 1 else {}),
+        **({"timeout": collective_timeout(training.ddp_timeout)} if world_size() > 1 else {}),
     )
     earlier = earlier_choices(training.output_dir) if trains else {}
     recipe = choose(recipe, present_machine(training), earlier, trains)

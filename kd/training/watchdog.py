@@ -16,6 +16,7 @@ from kd.distributed import is_initialized, rank, world_size
 from kd.run.exit import write_launcher_error
 
 FRAMES = 6  # innermost stack frames that are printed
+GRACE = 60  # seconds by which a collective outlasts the watchdog, which alone knows the silent rank
 
 
 class Watchdog(TrainerCallback):
@@ -75,6 +76,11 @@ class Watchdog(TrainerCallback):
         write_launcher_error(f"TimeoutError: {error}")
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def collective_timeout(ddp_timeout: int) -> timedelta:
+    """How long a collective waits: longer than the watchdog, which looks every few seconds."""
+    return timedelta(seconds=ddp_timeout + GRACE)
 
 
 def shared_store(timeout: float) -> dist.Store | None:

@@ -15,10 +15,13 @@ from processes import ROOT
 JOB = """
 import torch
 from kd.distributed import all_sum, start_gloo
-from kd.run.launcher import check_launcher
-check_launcher()
-start_gloo()
-print("the sum is", all_sum(torch.ones(1)).item())
+from kd.run.exit import run
+
+def main():
+    start_gloo()
+    print("the sum is", all_sum(torch.ones(1)).item(), flush=True)
+
+run(main)
 """
 
 
