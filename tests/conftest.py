@@ -40,4 +40,4 @@ def docstrings() -> Path:
 def quickstart() -> None:
     """The models and rows that documented commands read; tests/launch has usually made them."""
     if not (ROOT / "runs" / "quickstart" / "report.json").exists():
-        succeed("launch/quickstart.sh", timeout=1800)
+        succeed("launch/quickstart.sh", timeout=3600)

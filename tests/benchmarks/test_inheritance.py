@@ -8,8 +8,8 @@ from processes import start, succeed
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_continues(docstrings, tmp_path):
-    call = ["python", "benchmarks/inheritance.py", "--choices", "even", "first", "--rows", "40"]
-    call += ["--seeds", "0", "1", "--heldout", "8", "--out_dir", tmp_path]
+    call = ["python", "benchmarks/inheritance.py", "--choices", "even", "first", "--rows", "24"]
+    call += ["--seeds", "0", "1", "--heldout", "4", "--out_dir", tmp_path]
     call += ["--json", tmp_path / "all.json"]
     stopped = start(*call, "--minutes", "0.2")
     assert stopped.returncode == 0, stopped.stdout[-3000:]
