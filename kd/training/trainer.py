@@ -94,6 +94,17 @@ class DistillationTrainer(Trainer):
         ):
             self.add_callback(callback)
 
+    def train(self, *args, **kw):
+        """Train as Trainer does; however it ends, nothing goes on watching this process.
+
+        Trainer leaves on_train_end out after an error, and the watchdog would end a notebook later.
+        """
+        try:
+            return super().train(*args, **kw)
+        finally:
+            for callback in (self.watchdog, self.stop):
+                callback.on_train_end(self.args, self.state, self.control)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """(the micro-batches of a step, its number of target tokens); prepares the teacher."""
         self.times.begin_step()

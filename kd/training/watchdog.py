@@ -16,6 +16,7 @@ from kd.distributed import is_initialized, rank, world_size
 from kd.run.exit import write_launcher_error
 
 FRAMES = 6  # innermost stack frames that are printed
+NAME = "watchdog"  # of its thread
 GRACE = 60  # seconds by which a collective outlasts the watchdog, which alone knows the silent rank
 
 
@@ -35,7 +36,9 @@ class Watchdog(TrainerCallback):
         """Start the thread that watches."""
         self.beat()
         self.over.clear()
-        thread = threading.Thread(target=self.watch, args=(float(args.ddp_timeout),), daemon=True)
+        thread = threading.Thread(
+            target=self.watch, args=(float(args.ddp_timeout),), name=NAME, daemon=True
+        )
         thread.start()
 
     def on_train_end(self, args, state, control, **_) -> None:

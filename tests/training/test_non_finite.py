@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -25,7 +26,7 @@ from kd.settings.training_arguments import training_arguments
 from kd.settings.training_recipe import Recipe
 from kd.training.out_of_memory import explain_out_of_memory
 from kd.training.stragglers import straggler
-from kd.training.watchdog import Watchdog
+from kd.training.watchdog import NAME, Watchdog
 
 BAD = "Zebra quartz"  # in one row only; one of its tokens has a NaN embedding
 ROWS = DataSettings(data='[{"path": "rows.jsonl"}]')  # max_length 1024
@@ -112,6 +113,19 @@ def test_a_run_that_ends_in_a_skipped_step_has_failed_and_keeps_its_good_checkpo
         left = {path.name for path in (tmp_path / "run").iterdir()}
         assert "checkpoint-1" in left
         assert not left & {"done.json", "checkpoint-2", "adapter_model.safetensors"}
+
+
+def test_nothing_watches_the_process_of_a_run_that_has_failed(models, work, tmp_path):
+    """A notebook lives on: nothing may end it after ddp_timeout, or keep its signals."""
+    before = signal.getsignal(signal.SIGTERM)
+    command = flags(models, work, tmp_path / "run", max_skipped_steps=0, report_to="none")
+    with pytest.raises(ValueError, match="1 steps in a row were not finite"):
+        run_main("train/distill.py", *command)
+    assert signal.getsignal(signal.SIGTERM) == before
+    for thread in threading.enumerate():
+        if thread.name == NAME:
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("moment", ["on_train_begin", "on_optimizer_step"])
