@@ -4,7 +4,7 @@ import pytest
 from one_run import flags
 from published import save_config
 
-from kd.planning.choices import SPARE, choose, lines
+from kd.planning.choices import SPARE, Choices, Tried, choose, lines
 from kd.planning.fitting import SHARDED, ZERO2, ZERO3, layout_of
 from kd.planning.machine import Machine
 from kd.planning.memory import plan_training
@@ -146,3 +146,18 @@ def test_a_teacher_is_shared_within_a_node_where_that_fits(recipe):
     single = choose(recipe(), machine(file), {})  # of one node: no choice, and nothing to tell
     assert single.teacher.teacher_sharded_over == "all"
     assert "teacher_sharded_over" not in single.chosen
+
+
+@pytest.mark.parametrize(("seconds", "checkpointing"), [(1.09, True), (1.11, False)])
+def test_a_smaller_layout_is_taken_if_its_step_is_at_most_a_tenth_longer(
+    recipe, monkeypatch, seconds, checkpointing
+):
+    def tried(self, keys, options):
+        large, small = self.planned(SMALL | {keys[-1]: False}), self.planned(SMALL)
+        assert small.total < large.total and large.share <= SPARE
+        return [Tried({keys[-1]: False}, large, 1.0), Tried(SMALL, small, seconds)]
+
+    monkeypatch.setattr(Choices, "tried", tried)
+    layout = {"deepspeed": ZERO2, "teacher_deepspeed": "none"}
+    found = choose(recipe(**layout), machine(), {})
+    assert found.training.gradient_checkpointing is checkpointing
