@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train and measure three students, on a fresh machine. Needs two CPU cores, no GPU and no model hub.
 # Teacher: data/quickstart/teacher (5.5 M); student: three of its six layers. Result: distill beats distill+sft beats sft in
-# KL to the teacher (README.md). Time: under 8 minutes on two cores after the installation.
+# KL to the teacher (README.md). Time after the installation: under 8 minutes on two cores with AVX-512 and bfloat16, several times as
+# long without.
 #   launch/quickstart.sh
 #   launch/quickstart.sh --teacher HuggingFaceTB/SmolLM2-360M-Instruct --student HuggingFaceTB/SmolLM2-135M
 # Run it again to resume. SEEDS="0" in the environment trains one seed instead of three.

@@ -1,16 +1,57 @@
 """Fixtures shared by several folders."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import ROOT, succeed
 from small import save_small, small_tokenizer
 
+# Files whose tests share folders below runs/; the quickstart makes what the others read.
+IN_RUNS = [
+    f"tests/{name}.py"
+    for name in (
+        "launch/test_quickstart",
+        "test_commands",
+        "test_guides",
+        "evaluation/test_compare",
+        "train/test_recipes_run",
+        "train/test_inherited_students",
+        "train/test_other_tokenizer",
+        "benchmarks/test_inheritance",
+        "benchmarks/test_on_policy_benchmark",
+        "benchmarks/test_other_tokenizer_benchmark",
+    )
+]
+SLURM = "tests/launch/test_slurm.py"  # waits for most of its time
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests between two processes: one file, or the files of IN_RUNS, stay in one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return IN_RUNS[0] if file in IN_RUNS else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that both processes end together."""
+    first = [ROOT / file for file in (*IN_RUNS, SLURM)]
+    for item in items:
+        if {"docstrings", "quickstart"} & set(item.fixturenames):
+            assert item.path in first, f"{item.path} reads folders below runs/: add it to IN_RUNS"
+    items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +78,6 @@ def docstrings() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quickstart() -> None:
-    """The models and rows that documented commands read; tests/launch has usually made them."""
-    if not (ROOT / "runs" / "quickstart" / "report.json").exists():
-        succeed("launch/quickstart.sh", timeout=3600)
+def quickstart() -> str:
+    """What the quickstart prints; one seed instead of three, each costs three trainings."""
+    return succeed("launch/quickstart.sh", timeout=3600, SEEDS="0")

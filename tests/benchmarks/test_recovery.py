@@ -1,4 +1,4 @@
-"""Run benchmarks/recovery.py with six kills; benchmarks/results has a hundred."""
+"""Run benchmarks/recovery.py with four kills; benchmarks/results has a hundred."""
 
 import json
 import sys
@@ -10,14 +10,14 @@ COMMITTED = ROOT / "benchmarks" / "results" / "recovery_cpu.json"
 
 
 @pytest.mark.slow
-def test_a_run_killed_six_times_in_a_row_ends_bit_equal(tmp_path):
+def test_a_run_killed_four_times_in_a_row_ends_bit_equal(tmp_path):
     file = tmp_path / "recovery.json"
-    # With this seed every target occurs, and every moment twice.
-    flags = ("--kills", 6, "--json", file, "--work", tmp_path / "work", "--seed", 68)
+    # With this seed every target and every moment occurs.
+    flags = ("--kills", 4, "--json", file, "--work", tmp_path / "work", "--seed", 38)
     succeed(sys.executable, "benchmarks/recovery.py", *flags, timeout=2400)
     result = json.loads(file.read_text())
-    assert result["kills"] == 6 and result["equal"] and result["failed_starts"] == 0, result
-    assert min(result["targets"].values()) >= 1 and set(result["moments"].values()) == {2}
+    assert result["kills"] == 4 and result["equal"] and result["failed_starts"] == 0, result
+    assert set(result["targets"].values()) == {1} and min(result["moments"].values()) == 1
     assert result["left_processes_behind"] == 0 and result["tensorboard_shows_every_step_once"]
 
 
