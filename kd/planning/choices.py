@@ -1,9 +1,9 @@
 """Choose what a recipe leaves `auto`: precision, attention, sharding, checkpointing, micro-batch.
 
-What the recipe or the command line says is never changed. Then counts, in this order, what an
-earlier start of the same run chose, what the machine file prefers, and the memory plan: of the
-layouts that fit and are nearly as fast as the fastest, the smallest. Every choice has a reason,
-which is printed and recorded.
+What the recipe or the command line says is never changed. The rest is decided by the first of these
+that has an answer: an earlier start of the same run, the machine file, the memory plan. The plan
+takes the smallest of the layouts that fit and are nearly as fast as the fastest. Every choice has a
+reason, which is printed and recorded.
 """
 
 import copy

@@ -36,20 +36,16 @@ once = pytest.mark.parametrize("cluster", TRACKERS[:1], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def clusters(models, tmp_path_factory):
-    """{tracker: cluster}, each with a job whose real time limit ends while other tests run."""
+def clusters():
+    """{tracker: cluster}."""
     reason = install()
     if reason:
         pytest.skip(reason)
     found = {tracker: Cluster(tracker) for tracker in TRACKERS}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs then, too
-    limit = ("--time=00:03:00", "--signal=B:USR1@60")
-    steps = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
     try:
-        for tracker, cluster in found.items():
+        for cluster in found.values():
             cluster.start()
-            output = tmp_path_factory.mktemp(f"limit-{tracker}") / "run"
-            cluster.limited = distill(cluster, models, output, *limit, name="limit", **steps)
         yield found
     finally:
         for cluster in found.values():
@@ -64,11 +60,11 @@ def cluster(request, clusters):
 
 
 @pytest.fixture(autouse=True)
-def no_orphans(cluster):
+def no_orphans(clusters):
     """No process of a test's jobs outlives the test."""
     yield
-    own = lambda: [p for p in cluster.processes() if job_of(p) != cluster.limited.job]  # noqa: E731
-    assert wait_for(lambda: not own(), 45), own()
+    own = lambda: [p for each in clusters.values() for p in each.processes()]  # noqa: E731
+    assert wait_for(lambda: not own(), 120), own()
 
 
 def job_of(process) -> str:
@@ -163,6 +159,34 @@ def distill(
     return Run(cluster, output, job, name)
 
 
+def test_time_limit_loses_no_step_and_a_cancelled_job_stays_cancelled(clusters, models, tmp_path):
+    """The jobs of both clusters wait together for the limit, which SLURM counts in minutes."""
+    limit = ("--time=00:03:00", "--signal=B:USR1@60")
+    steps = {"max_steps": 5000, "save_steps": 5000}
+    jobs = [
+        distill(cluster, models, tmp_path / tracker, *limit, name="limit", **steps)
+        for tracker, cluster in clusters.items()
+    ]
+    with contextlib.ExitStack() as stack:
+        for run in jobs:
+            run.await_steps(2)
+            stack.enter_context(standing_still(run.ranks()))
+        for run in jobs:
+            assert wait_for(lambda run=run: any(map(signalled, run.ranks())), 300), run.told()
+    for run in jobs:
+        assert wait_for(lambda run=run: "resuming from" in run.printed(), 400), run.told()
+        stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
+        assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
+        first = run.printed().split("resuming from")[0]
+        assert logged_steps(first) == stopped
+        run.cluster.run("scancel", run.job)
+    for run in jobs:
+        assert run.end() == "CANCELLED"
+    time.sleep(8)  # longer than a requeued job waits
+    for run in jobs:
+        assert run.end() == "CANCELLED"
+
+
 def test_warned_job_requeues_itself_during_imports_and_after_a_step(cluster, models, tmp_path):
     """Send the warning that SLURM sends before a time limit: scancel --batch --signal=USR1.
 
@@ -200,21 +224,6 @@ def test_preemption_loses_no_step(cluster, models, tmp_path):
     assert run.end() == "COMPLETED", run.told()
     assert run.restarts() >= 1 and run.steps() == 80
     assert "stopped by SIGTERM after step" in run.printed()
-
-
-def test_time_limit_loses_no_step_and_a_cancelled_job_stays_cancelled(cluster):
-    """Early, because until it is cancelled the job takes CPU time from the other tests."""
-    run = cluster.limited
-    assert wait_for(lambda: "resuming from" in run.printed(), 900), run.told()
-    stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", run.printed()).group(1))
-    assert f"resuming from {run.output}/checkpoint-{stopped}" in run.printed()
-    first = run.printed().split("resuming from")[0]
-    assert logged_steps(first) == stopped
-    cluster.run("scancel", run.job)
-    assert run.end() == "CANCELLED"
-    time.sleep(8)  # longer than a requeued job waits
-    assert run.end() == "CANCELLED"
-    assert wait_for(lambda: not cluster.processes(), 45)
 
 
 def examples() -> list[str]:
