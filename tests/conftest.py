@@ -8,17 +8,17 @@ import torch
 from processes import ROOT, succeed
 from small import save_small, small_tokenizer
 
-# Files whose tests share folders below runs/; the quickstart makes what the others read.
+# Files whose tests share folders below runs/, in an order in which later ones find runs finished.
 IN_RUNS = [
     f"tests/{name}.py"
     for name in (
         "launch/test_quickstart",
-        "test_commands",
-        "test_guides",
-        "evaluation/test_compare",
         "train/test_recipes_run",
         "train/test_inherited_students",
         "train/test_other_tokenizer",
+        "evaluation/test_compare",
+        "test_commands",
+        "test_guides",
         "benchmarks/test_inheritance",
         "benchmarks/test_on_policy_benchmark",
         "benchmarks/test_other_tokenizer_benchmark",

@@ -9,7 +9,7 @@ import sys
 import pytest
 from processes import succeed
 
-LAYOUT = "QLoRA, ZeRO-2, bf16, teacher sharded"
+LAYOUT = "QLoRA, ZeRO-2, checkpointing, teacher sharded"
 
 
 @pytest.mark.slow
