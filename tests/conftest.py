@@ -39,9 +39,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
+            file = super()._split_scope(nodeid)
             return IN_RUNS[0] if file in IN_RUNS else file
 
+    config.option.loadscopereorder = False  # xdist would begin with the file that has most tests
     return Scheduling(config, log)
 
 

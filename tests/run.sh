@@ -17,4 +17,4 @@ ruff check .
 ruff format --check .
 workers=2
 if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi
-exec python -m pytest -m "$tier" -n "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "$@"
+exec python -m pytest -m "$tier" -n "$workers" --durations=15 "$@"

@@ -42,7 +42,8 @@ def test_teacher_is_better_and_distillation_removes_more_of_the_kl_than_its_text
     assert teacher <= 0.75 * start_
     removed = {name: metrics[name]["kl_removed"]["mean"] for name in ("sft", "distill")}
     assert removed["distill"] >= 0.45 and removed["distill"] - removed["sft"] >= 0.08, removed
-    assert metrics["distill"]["forward_kl"]["n"] == metrics["sft"]["forward_kl"]["n"] == 1
+    trained = {metrics[name]["forward_kl"]["n"] for name in ("sft", "distill", "distill+sft")}
+    assert trained == {1}
 
 
 @pytest.mark.slow
