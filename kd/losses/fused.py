@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd.losses import cross_tokenizer as aligned
 from kd.losses import elementwise, sparse
-from kd.losses.head import Head, TeacherOutputs
+from kd.losses.head import Head, TeacherOutputs, padded_width
 from kd.losses.metrics import TOKEN_METRICS
 from kd.losses.segments import AlignedTeacherOutputs
 from kd.losses.sparse import SparseTeacherOutputs
@@ -97,9 +97,8 @@ def head_logits(hidden: Tensor, head: Head, vocab_size: int) -> Tensor:
     """Compute (n, vocab_size) logits of (n, H) states, with the dtypes and products of the loss."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     dtype = _product_dtype(hidden, head.weight, exact)
-    logits = torch.empty(len(hidden), vocab_size, dtype=exact, device=hidden.device)
-    _project(hidden.to(dtype), head.weight, logits)
-    return head.finish_(logits)
+    logits = torch.empty(len(hidden), padded_width(vocab_size), dtype=exact, device=hidden.device)
+    return head.finish_(_project(hidden.to(dtype), head.weight, logits, vocab_size))
 
 
 def tile_tokens(
@@ -113,12 +112,13 @@ def tile_tokens(
 
     Args:
         objective: Sets the workspace.
-        vocab_size: Width of the buffers.
+        vocab_size: Number of ids in a row of logits.
         exact: dtype of logits and sums.
         product_dtypes: dtypes of the heads' products, the student's first. A half-precision
             student needs a second buffer for its gradient.
         device: Where the loss runs.
     """
+    vocab_size = padded_width(vocab_size)
     block = max(elementwise.BLOCK_ELEMENTS, vocab_size) * exact.itemsize
     aside = (elementwise.SCRATCH + 1) * block + 2 * PIECE_BYTES
     sizes = [exact.itemsize for _ in product_dtypes]
@@ -177,14 +177,23 @@ def _elementwise_pass(
     return elementwise.tile_metrics
 
 
-def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute out (n, V) = hidden (n, H) @ weight (V or more, H).T."""
-    for rows, piece in _pieces(weight, out.shape[-1], hidden.dtype):
+def _product_width(weight: Tensor, vocab_size: int) -> int:
+    """Return the rows of a head that take part in its products: an aligned number, if it has it."""
+    return min(len(weight), padded_width(vocab_size))
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor, vocab_size: int) -> Tensor:
+    """Compute hidden (n, H) @ weight (V or more, H).T in the rows of `out`; return it, (n, V)."""
+    for rows, piece in _pieces(weight, _product_width(weight, vocab_size), hidden.dtype):
         _multiply(hidden, piece.T, out[:, rows])
+    return out[:, :vocab_size]
 
 
 def _back_project(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute out (n, H) = gradient (n, V) @ weight (V or more, H)."""
+    """Compute out (n, H) = gradient (n, V) @ weight (V or more, H).
+
+    What is after the tokenizer's ids in a row of the gradient is 0.
+    """
     for rows, piece in _pieces(weight, gradient.shape[-1], gradient.dtype):
         _multiply(gradient[:, rows], piece, out, accumulate=rows.start > 0)
 
@@ -262,7 +271,7 @@ class _FusedLoss(torch.autograd.Function):
         metrics_of = _elementwise_pass(hidden, exact, objective)
 
         def buffer(dtype, vocab_size):
-            return torch.empty(tokens, vocab_size, dtype=dtype, device=hidden.device)
+            return torch.empty(tokens, padded_width(vocab_size), dtype=dtype, device=hidden.device)
 
         student_buffer = buffer(exact, vocab_size)
         teacher_buffer = buffer(exact, teacher_vocab_size) if live else None
@@ -277,15 +286,17 @@ class _FusedLoss(torch.autograd.Function):
         sums = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=hidden.device)
         for tile, rows in _tiles(teacher, len(labels), tokens):
             n = tile.stop - tile.start
-            student = student_buffer[:n]  # (n, V)
             tile_hidden = hidden.detach()[tile].to(dtype)  # (n, H)
-            _project(tile_hidden, head.weight, student)
+            student = _project(tile_hidden, head.weight, student_buffer[:n], vocab_size)
             teacher_logits = None
             if live:
-                teacher_logits = teacher_buffer[: rows.stop - rows.start]  # (n, V)
-                teacher_hidden = teacher.hidden[rows].to(teacher_dtype)
-                _project(teacher_hidden, teacher.head.weight, teacher_logits)
-            gradient = gradient_buffer[:n] if any(trained) else None
+                teacher_logits = _project(
+                    teacher.hidden[rows].to(teacher_dtype),
+                    teacher.head.weight,
+                    teacher_buffer[: rows.stop - rows.start],
+                    teacher_vocab_size,
+                )
+            gradient = gradient_buffer[:n, :vocab_size] if any(trained) else None
             scales = None if half_scales is None else half_scales[:n]
             if isinstance(teacher, SparseTeacherOutputs):
                 known = teacher.rows(tile, exact)
@@ -315,6 +326,9 @@ class _FusedLoss(torch.autograd.Function):
                     gradient,
                     scales,
                 )
+            if gradient is not None:
+                gradient = gradient_buffer[:n, : _product_width(head.weight, vocab_size)]
+                gradient[:, vocab_size:].zero_()
             hidden_gradient, *head_gradients = gradients
             if hidden_gradient is not None:
                 _back_project(gradient, head.weight, hidden_gradient[tile])

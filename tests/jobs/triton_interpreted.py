@@ -10,7 +10,7 @@ import sys
 import torch
 
 from kd.losses import elementwise, triton_kernels
-from kd.losses.head import Head
+from kd.losses.head import Head, padded_width
 from kd.settings.distillation import Objective
 
 TOKENS, VOCAB_SIZE = 3, 300
@@ -32,17 +32,22 @@ def main() -> None:
         squared = Objective(1.0, name, 4.0, True)
         found[f"{squared}, float16"] = difference(squared, True, True, 0.1, half=True)
         found[f"{objective}, infinite"] = difference(objective, False, True, 1.0, infinite=True)
+        key = f"{objective}, aligned"
+        found[key] = difference(Objective(0.5, name, 2.0), True, True, 1.0, aligned=True)
     for training in (False, True):
         key = f"no teacher, gradient: {training}"
         found[key] = difference(Objective(soft_weight=0.0), False, training, 1.0, teacher=False)
     json.dump(found, sys.stdout)
 
 
-def difference(objective, real, training, scale, teacher=True, half=False, infinite=False) -> float:
+def difference(
+    objective, real, training, scale, teacher=True, half=False, infinite=False, aligned=False
+) -> float:
     """Return the larger of the metrics' relative and the gradient's absolute difference.
 
     With `half`, the kernel's gradient is float16, and the difference that of its norm; with
-    `infinite`, both models exclude the same ids, a whole block among them.
+    `infinite`, both models exclude the same ids, a whole block among them; with `aligned`, its rows
+    are those of the fused loss, with NaN in the memory after the ids.
     """
     torch.manual_seed(0)
     labels = torch.randint(VOCAB_SIZE, (TOKENS,))
@@ -63,13 +68,15 @@ def difference(objective, real, training, scale, teacher=True, half=False, infin
         labels = labels.clamp(min=130)
     results, scales = [], None
     for module in (elementwise, triton_kernels):
-        student = student_logits.clone()
+        student, others = student_logits.clone(), teacher_logits.clone() if teacher else None
+        if aligned and module is triton_kernels:
+            student, others = in_aligned_rows(student), in_aligned_rows(others)
         gradient = student if training else None
         if half and module is triton_kernels:
             gradient, scales = torch.empty_like(student, dtype=torch.half), torch.empty(TOKENS)
         sums = module.tile_metrics(
             student,
-            teacher_logits.clone() if teacher else None,
+            others,
             labels,
             head,
             teacher_head if teacher else None,
@@ -78,6 +85,9 @@ def difference(objective, real, training, scale, teacher=True, half=False, infin
             scales,
         )
         results.append((sums, gradient))
+        if student.stride(0) > VOCAB_SIZE:
+            padding = student.as_strided((TOKENS, student.stride(0)), student.stride())
+            assert not padding[:, VOCAB_SIZE:].any()  # the products multiply it
     (sums, gradient), (kernel_sums, kernel_gradient) = results
     worst = ((kernel_sums - sums).abs() / sums.abs().clamp(min=1.0)).max().item()
     if half:
@@ -90,6 +100,11 @@ def difference(objective, real, training, scale, teacher=True, half=False, infin
         size = gradient.abs().max().clamp(min=1.0)
         worst = max(worst, ((kernel_gradient - gradient).abs().max() / size).item())
     return worst
+
+
+def in_aligned_rows(logits: torch.Tensor) -> torch.Tensor:
+    rows = torch.full((TOKENS, padded_width(VOCAB_SIZE)), torch.nan)
+    return rows[:, :VOCAB_SIZE].copy_(logits)
 
 
 if __name__ == "__main__":

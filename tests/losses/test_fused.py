@@ -30,8 +30,8 @@ OBJECTIVES = st.builds(
 PROBLEMS = st.builds(
     Problem,
     tokens=st.sampled_from([1, 2, 7, 19]),
-    student_padding=st.sampled_from([0, 3, 20]),
-    teacher_padding=st.sampled_from([0, 3, 20]),
+    student_padding=st.sampled_from([0, 3, 20, 90]),  # 53 + 90 rows: more than are multiplied
+    teacher_padding=st.sampled_from([0, 3, 20, 90]),
     trained_head=st.booleans(),
     bias=st.booleans(),
     scale=st.sampled_from([1.0, 0.5]),
@@ -151,9 +151,10 @@ def test_a_tile_costs_three_products_with_a_frozen_head_and_four_with_a_trained_
     divergence, soft_weight
 ):
     objective = Objective(soft_weight, divergence, temperature=2.0)
-    n, real, width = fused.TILE, 53, 12
-    three = [(n, real), (n, real), (n, width)]
-    for trained_head, expected in ((False, three), (True, [*three, (real, width)])):
+    n, width = fused.TILE, 12
+    # The heads have fewer rows than an aligned number of ids, so all rows are multiplied.
+    three = [(n, 53 + 8), (n, 53 + 16), (n, width)]
+    for trained_head, expected in ((False, three), (True, [*three, (53 + 8, width)])):
         problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
         with Products() as products:
             loss, _ = problem.fused(objective)
@@ -170,7 +171,9 @@ def test_no_gradient_is_computed_under_no_grad_or_if_nothing_is_trained():
         with torch.no_grad():
             problem.fused(Objective(0.5))
         frozen.fused(Objective(0.5))
-    assert products.shapes == 4 * [(128, problem.real)]
+    assert products.shapes == 2 * [
+        (128, len(x.weight)) for x in (problem.head, problem.teacher.head)
+    ]
 
 
 def test_float32_heads_are_read_in_place():

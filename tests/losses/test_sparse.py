@@ -170,8 +170,8 @@ def test_tile_and_block_sizes_do_not_change_gradients(tile, block):
 
 def test_a_tile_costs_two_products_with_a_frozen_head_and_three_with_a_trained_one():
     n, real, width = fused.TILE, 53, 12
-    two = [(n, real), (n, width)]
-    for trained_head, expected in ((False, two), (True, [*two, (real, width)])):
+    two = [(n, real + 8), (n, width)]  # with the padding of the head
+    for trained_head, expected in ((False, two), (True, [*two, (real + 8, width)])):
         problem = Problem(tokens=2 * n, trained_head=trained_head).to(torch.float32)
         outputs = cached(problem, 7)
         with Products() as products:
