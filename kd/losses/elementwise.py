@@ -19,7 +19,7 @@ from kd.settings.distillation import Objective
 BLOCK_ELEMENTS = 5 * 2**17  # 4 rows of 152 064: larger blocks leave the cache and wait for memory
 # (r, V) scratch tensors, reused by all blocks: new ones cost a page fault per 4 KiB, which took as
 # long as the arithmetic.
-SCRATCH = 5
+SCRATCH = 6
 STRETCH = 512  # ids per stretch of `argmax`
 # Rows of a float16 gradient are multiplied by powers of two, so that their largest element is below
 # 2 ** (LARGEST_BITS + 1) and small ones do not underflow; by at most 2 ** SCALE_BITS.
@@ -147,11 +147,11 @@ def block_metrics(
         The TOKEN_METRICS by name except `tokens`, (r,) each, and the gradient with respect to the
         student's logits, (r, V).
     """
-    log_p, p, log_q, q, spare = scratch
-    weight, temperature = objective.soft_weight, objective.temperature
-    student_argmax = probabilities(student, log_q, q)  # (r, 1)
+    log_p, p, log_q, q, spare, at_one = scratch
+    temperature = objective.temperature
+    student_argmax = probabilities(student, log_q, at_one)  # (r, 1)
     cross_entropy = -log_q.gather(-1, labels)[:, 0]
-    student_entropy = entropy(q, log_q, spare)
+    student_entropy = entropy(at_one, log_q, spare)
     zero = torch.zeros_like(cross_entropy)
     divergence = teacher_cross_entropy = label_probability = agreement = teacher_entropy = zero
     gradient = None
@@ -161,16 +161,16 @@ def block_metrics(
         label_probability = p.gather(-1, labels)[:, 0]
         teacher_entropy = entropy(p, log_p, spare)
         agreement = (teacher_argmax == student_argmax)[:, 0].to(cross_entropy)
-        if temperature != 1.0:
+        if temperature == 1.0:
+            q = at_one
+        else:
             probabilities(teacher, log_p, p, temperature, teacher_argmax)
             probabilities(student, log_q, q, temperature, student_argmax)
         closed_form, mixture = CLOSED_FORMS[objective.divergence], objective.mixture.values()
         value, gradient = closed_form(log_p, log_q, p, q, spare, *mixture)
         divergence = value[:, 0] * objective.divergence_scale
     if with_gradient:
-        if weight < 1.0 and teacher is not None and temperature != 1.0:
-            torch.softmax(student, -1, out=q)
-        gradient = loss_gradient(gradient, q, labels, objective)
+        gradient = loss_gradient(gradient, at_one, labels, objective)
     metrics = {
         "cross_entropy": cross_entropy,
         "divergence": divergence,
@@ -188,17 +188,17 @@ def probabilities(
 ) -> Tensor:
     """Fill log_p and p, (r, V) each, from logits (r, V) / temperature.
 
-    Runs softmax once and reads its normalizer back from the probability of the argmax, which is at
-    least 1 / V. That costs half of softmax plus log_softmax. Returns the argmax ids, (r, 1), which
-    may be passed as `top`.
+    One exponential per id and no second search for the maximum: half of softmax plus log_softmax.
+    Returns the argmax ids, (r, 1), which may be passed as `top`.
     """
     top = argmax(logits) if top is None else top
     # First, because the quotient and the normalizer would take the digits of large logits.
     torch.sub(logits, logits.gather(-1, top), out=log_p)
     if temperature != 1.0:
         log_p.div_(temperature)
-    torch.softmax(log_p, -1, out=p)
-    log_p.add_(p.gather(-1, top).log())
+    total = torch.exp(log_p, out=p).sum(-1, keepdim=True)  # at least 1
+    p.div_(total)
+    log_p.sub_(total.log_())
     return top
 
 
@@ -212,7 +212,10 @@ def entropy(p: Tensor, log_p: Tensor, out: Tensor) -> Tensor:
 
     Overwrites `out` (r, V), which may be `log_p`.
     """
-    return -vecdot(p, torch.clamp(log_p, min=torch.finfo(p.dtype).min, out=out))
+    value = -vecdot(p, log_p)
+    if value.is_cuda or value.isnan().any():  # a CPU looks first: few logits are infinite
+        value = -vecdot(p, torch.clamp(log_p, min=torch.finfo(p.dtype).min, out=out))
+    return value
 
 
 def argmax(logits: Tensor) -> Tensor:
