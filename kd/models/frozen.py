@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kd.models.adapters import adapter_base, is_adapter, merge_command
+from kd.models.attention import use_present_kernels
 from kd.models.heads import backbone_only, causal_lm
 from kd.models.load import disable_cpu_repacking
 from kd.models.quantized import NEED_EXTRA_PACKAGE, READERS, check_readable, packed_format
@@ -62,6 +63,7 @@ def load_frozen(
     """
     base = base or adapter_base(name) or name
     dtype = str(dtype).removeprefix("torch.")
+    use_present_kernels()
     with without_zero_init():
         if model_class is AutoModelForCausalLM and packed_format(base) in packed_formats:
             attention = attn_implementation or "sdpa"

@@ -12,26 +12,12 @@ from transformers import (
 
 from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
 from kd.distributed import rank
+from kd.models.attention import use_present_kernels
 from kd.models.quantized import quantization_format, quantization_settings
 from kd.pretrained import load_config, load_model
 from kd.settings.distillation import ModelSettings
 
 EXPECTED_END = 0.1  # least probability of the end of a turn in a model that was trained on it
-
-
-def check_attention(implementation: str) -> None:
-    """Raise ValueError if this machine has no kernel for the attention implementation."""
-    if implementation != "flash_attention_2":
-        return
-    if not torch.cuda.is_available():
-        raise ValueError("attn_implementation: flash_attention_2 needs a GPU; set sdpa")
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        raise ValueError(
-            f"attn_implementation: flash_attention_2 needs compute capability 8.0 or more, and "
-            f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; set sdpa, which "
-            "separates packed documents with a mask"
-        )
 
 
 def has_flash_attention(name: str) -> bool:
@@ -67,6 +53,7 @@ def load_trained(
     name: str, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:
     """Load the model of a hub name or folder, ready for the Trainer."""
+    use_present_kernels()
     dtype = getattr(torch, settings.dtype)
     model = load_model(
         name,

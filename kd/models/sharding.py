@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from kd.distributed import all_gather, raise_on_all_ranks, rank
 from kd.model_files import read_json
+from kd.models.attention import use_present_kernels
 from kd.models.blocks import decoder_blocks
 from kd.models.heads import backbone_only
 from kd.models.quantized import StoredParameter, check_readable, empty_model
@@ -147,6 +148,7 @@ def open_checkpoint(
 
     Raises ValueError on every rank if the checkpoint cannot be read on one of them.
     """
+    use_present_kernels()
     with raise_on_all_ranks():
         folder = model_folder(name)
         config = load_config(folder, attn_implementation=attn_implementation)

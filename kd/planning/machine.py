@@ -8,6 +8,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from kd.distributed import all_gather, world_size
+from kd.models.attention import gpu_runs_flash_attention
 from kd.planning.layout import GIB
 from kd.recipe import AUTO, NONE
 from kd.settings.machine_file import MachineFile, machine_file_for, read_machine_file
@@ -39,7 +40,7 @@ def present_machine(training: TrainingSettings) -> Machine:
         memory = available_memory() / local
     memory = min(memory, (training.gpu_memory_gb or float("inf")) * GIB)
     bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    flash = cuda and torch.cuda.get_device_capability() >= (8, 0) and is_flash_attn_2_available()
+    flash = cuda and gpu_runs_flash_attention() and is_flash_attn_2_available()
     name = torch.cuda.get_device_name() if cuda else None
     memories, bfloat16s, flashes, names = zip(
         *all_gather((memory, bfloat16, flash, name)), strict=True

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from kd.data.packing import check_packing
 from kd.distributed import broadcast, rank
+from kd.models.attention import check_attention, use_present_kernels
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
-from kd.models.load import check_attention, check_trainable
+from kd.models.load import check_trainable
 from kd.models.readout import check_head
 from kd.planning.activations import CannotTrace
 from kd.planning.disk import checkpoint_bytes
@@ -24,6 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
     The parse has checked what the settings alone say, sources of rows included.
     """
     check_attention(recipe.model.attention)
+    use_present_kernels()  # the memory plan, which comes before the models, counts them
     names, live = [recipe.model_name], recipe.live_teacher
     if live:
         check_teacher(live, recipe.model)
