@@ -1,12 +1,12 @@
-"""Run the GPU tests and all benchmarks, most valuable first; called by benchmarks/gpu.sh.
+"""Run the GPU tests and benchmarks of one set, most valuable first; called by benchmarks/gpu.sh.
 
-python benchmarks/gpu.py --dry_run
+python benchmarks/gpu.py --set first --dry_run
 
-Each part has a time limit, and --minutes limits the whole run. A part that fails or times out does
-not affect the others. Three files are written after every part, so an interruption loses at most
-the current one: gpu.json (state, seconds, metrics and last output lines of each part), table.txt
-and log.txt. The exit code is 0 if all parts succeeded, 1 if one did not, 2 without a GPU. The
-script itself needs only PyTorch.
+Each part has a time limit; the limits of a set add up to less than --minutes, which limits the
+whole run. A part that fails or times out does not affect the others. Three files are written after
+every part, so an interruption loses at most the current one: SET.json (state, seconds, metrics and
+last output lines of each part), SET.txt (tables) and SET.log. The exit code is 0 if all parts
+succeeded, 1 if one did not, 2 without a GPU. The script itself needs only PyTorch.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Part:
 
 def main() -> int:
     settings = arguments()
-    parts = known_parts()
+    parts = known_parts()[settings.set]
     if settings.parts:
         parts = [Part(**part) for part in json.loads(Path(settings.parts).read_text())]
     if settings.dry_run:
@@ -54,7 +54,8 @@ def main() -> int:
         return 0
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text("")
+    log = out / f"{settings.set}.log"
+    log.write_text("")
     machine = json.loads(output_of(PYTHON, "-c", MACHINE) or "{}")
     about = {"machine": machine | {"cores": os.cpu_count()}, "commit": commit(settings.commit)}
     end = (settings.began or time.time()) + 60 * settings.minutes
@@ -66,11 +67,11 @@ def main() -> int:
             why = "there is no GPU" if not gpu else "no time was left"
             rows.append(asdict(part) | {"state": f"not run: {why}", "seconds": 0.0})
         else:
-            rows.append(run(part, min(part.limit_s, left), out / "log.txt"))
+            rows.append(run(part, min(part.limit_s, left), log))
         print(f"{rows[-1]['name']}: {rows[-1]['state']}, {rows[-1]['seconds']:.0f} s", flush=True)
         waiting = [asdict(p) | {"state": "not begun", "seconds": 0.0} for p in parts[i + 1 :]]
-        write(out, about | {"parts": rows + waiting})
-    print((out / "table.txt").read_text())
+        write(out / f"{settings.set}.json", about | {"parts": rows + waiting})
+    print((out / f"{settings.set}.txt").read_text())
     return 2 if not gpu else int(any(row["state"] != "ok" for row in rows))
 
 
@@ -79,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", default=str(ROOT / "benchmarks/results/gpu"), help="Folder for the report."
     )
+    parser.add_argument("--set", default="first", choices=known_parts(), help="Set of parts.")
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="Time limit of all parts together."
     )
@@ -94,36 +96,64 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def known_parts() -> list[Part]:
+def known_parts() -> dict[str, list[Part]]:
+    """The parts of each set, in the order of their value."""
+
     def benchmark(name: str, *flags: str) -> list[str]:
         return [PYTHON, f"benchmarks/{name}.py", *flags, "--json", METRICS]
 
-    loss = ["--tokens", "4096", "16384", "--divergences", "forward_kl", "jensen_shannon"]
-    return [
-        Part("tests", [PYTHON, "-m", "pytest", *PYTEST, *gpu_test_files()], 200),
-        Part("step", benchmark("step", "--quick"), 150),
-        Part("loss", benchmark("loss", *loss), 60),
-        Part("teacher kernels", benchmark("teacher", "--gpu_parts", "--gpu_step", "false"), 40),
-        Part("training", ["bash", "-c", TRAINING], 80),
-        Part("plan", benchmark("plan", *PLANNED), 90),
-        Part("log_cost", benchmark("log_cost"), 40),
-        Part("step, larger", benchmark("step", *LARGER, "--turns", "1"), 150),
-        Part("teacher", benchmark("teacher", "--gpu_parts"), 240),
-    ]
+    teacher = ["--gpu_parts", "--gpu_step", "false"]
+    two_ranks = ["--gpu_parts", "--gpu_kernels", "false", "--gpu_layers", "16", "12"]
+    return {
+        "first": [
+            Part("tests", [PYTHON, "-m", "pytest", *PYTEST, *gpu_test_files()], 190),
+            Part("loss", benchmark("loss", *LOSS), 110),
+            Part("step", benchmark("step", "--quick"), 160),
+            Part("teacher kernels", benchmark("teacher", *teacher), 40),
+        ],
+        "second": [
+            Part("step, 32B to 14B", benchmark("step", *LARGEST), 230),
+            Part("training in float16", ["bash", "-c", FLOAT16], 80),
+            Part("teacher, two ranks", benchmark("teacher", *two_ranks), 80),
+            Part("quickstart", ["bash", "-c", QUICKSTART], 120),
+        ],
+        "third": [
+            Part("plan", benchmark("plan", *PLANNED), 120),
+            Part("training", ["bash", "-c", TRAINING], 80),
+            Part("step, larger", benchmark("step", *LARGER, "--turns", "1"), 200),
+            Part("log_cost", benchmark("log_cost"), 60),
+        ],
+    }
 
 
+# Qwen2.5 has 151 665 ids, a vocabulary without vector loads, and pads its heads to 152 064.
+LOSS = ["--vocabularies", "151665", "152064", "--tokens", "4096", "16384"]
+LOSS += ["--divergences", "forward_kl", "jensen_shannon"]
+LARGEST = ["--cases", "distil_14b_qlora", "--implementations", "ours", "--turns", "1"]
+LARGEST += ["--steps", "3"]
 LARGER = ["--cases", "distil_1.5b_qlora", "sft_0.5b_lora"]
 PLANNED = ["--student", "1024", "12", "--teacher", "1280", "16", "--length", "1024", "--micro", "4"]
 PLANNED += ["--layouts", "full, ZeRO-2, bf16, teacher sharded"]
 PLANNED += ["QLoRA, ZeRO-2, bf16, teacher sharded", "LoRA, DDP, checkpointing"]
 PYTEST = ["-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
-# A launch profile on small models: the only part with launcher, DeepSpeed, NF4 and NCCL together.
-TRAINING = (
-    f"set -e; {shlex.quote(PYTHON)} data/quickstart/docstrings.py --out_dir runs/quickstart/data; "
-    "launch/h100.sh train/distill.py --config recipes/small/d_distill.yaml --max_steps 8 "
-    f"--teacher_deepspeed ds_configs/teacher_zero3.json --output_dir {FOLDER}/run; "
-    f"cp {FOLDER}/run/done.json {METRICS}"
+# A launch profile on small models: launcher, DeepSpeed, NF4 and NCCL together.
+DATA = (
+    "set -e; [ -f runs/quickstart/data/chat_heldout.jsonl ] || "
+    f"{shlex.quote(PYTHON)} data/quickstart/docstrings.py --out_dir runs/quickstart/data; "
 )
+DISTIL = (
+    "train/distill.py --config recipes/small/d_distill.yaml "
+    f"--teacher_deepspeed ds_configs/teacher_zero3.json --output_dir {FOLDER}/run"
+)
+RESULT = f"; cp {FOLDER}/run/done.json {METRICS}"
+TRAINING = f"{DATA} launch/h100.sh {DISTIL} --max_steps 8 {RESULT}"
+FLOAT16 = (  # the profile of a T4 on whatever GPU is here: float16, SDPA, 14.7 GiB
+    f"{DATA} NUM_PROCESSES=1 launch/2xt4.sh {DISTIL} --machine t4 --gpu_memory_gb 14.7 "
+    "--deepspeed ds_configs/student_zero2.json --attn_implementation sdpa "
+    f"--gradient_checkpointing true --max_steps 20 --num_train_epochs 3 {RESULT}"
+)
+QUICKSTART = f"{DATA} SETUP=none SEEDS=0 launch/quickstart.sh --gpu"
+QUICKSTART += f"; cp runs/quickstart/report.json {METRICS}"
 
 
 def gpu_test_files() -> list[str]:
@@ -192,17 +222,17 @@ def count_tests(text: str) -> dict | None:
     return counts | {"failures": bad}
 
 
-def write(out: Path, report: dict) -> None:
-    temporary = out / "gpu.json.tmp"
+def write(file: Path, report: dict) -> None:
+    temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(out / "gpu.json")
+    temporary.replace(file)
     lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items())]
     lines += [f"commit {report['commit']}", ""]
     lines += [
-        f"{row['name']:<18}{row['seconds']:6.0f} s  {row['state']}" for row in report["parts"]
+        f"{row['name']:<20}{row['seconds']:6.0f} s  {row['state']}" for row in report["parts"]
     ]
-    tables = output_of(PYTHON, "benchmarks/readme.py", "--gpu", str(out / "gpu.json"))
-    (out / "table.txt").write_text("\n".join(lines) + f"\n\n{tables}")
+    tables = output_of(PYTHON, "benchmarks/readme.py", "--gpu", str(file))
+    file.with_suffix(".txt").write_text("\n".join(lines) + f"\n\n{tables}")
 
 
 def commit(given: str | None) -> str | None:

@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class BenchmarkSettings:
     divergences: list[str] = setting(
         ["forward_kl", "reverse_kl", "jensen_shannon"], f"Divergences: {', '.join(DIVERGENCES)}."
     )
-    vocabulary: int = setting(152_064, "Vocabulary size: rows of both heads.")
+    vocabularies: list[int] = setting([152_064], "Vocabulary sizes: rows of both heads.")
     loss_workspace_mb: int = setting(512, "Workspace of the loss in MiB, as in a recipe.")
     tile: int = setting(fused.TILE, "Maximum number of tokens per tile on a CPU.")
     repeats: int = setting(3, "Number of repetitions; the best time of each implementation counts.")
@@ -104,12 +105,13 @@ def cells(settings: BenchmarkSettings) -> list[Cell]:
         for tokens in settings.tokens
         for divergence in settings.divergences
     ]
+    chosen = QUICK if settings.quick else grid
     made = []
-    for pair, tokens, divergence in QUICK if settings.quick else grid:
+    for vocabulary, (pair, tokens, divergence) in product(settings.vocabularies, chosen):
         widths = WIDTHS.get(pair) or tuple(int(width) for width in pair.split("->"))
-        shape = f"{pair} H={widths[0]}->{widths[1]} N={tokens} V={settings.vocabulary}"
+        shape = f"{pair} H={widths[0]}->{widths[1]} N={tokens} V={vocabulary}"
         limits = (settings.loss_workspace_mb, settings.tile)
-        made.append(Cell(shape, *widths, tokens, settings.vocabulary, divergence, *limits))
+        made.append(Cell(shape, *widths, tokens, vocabulary, divergence, *limits))
     return made
 
 

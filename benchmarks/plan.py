@@ -121,7 +121,8 @@ def measure(name: str, work: Path, settings: BenchmarkSettings) -> dict:
     flags += ["--save_strategy", "no", "--report_to", "none"]
     flags += [] if CUDA else ["--use_cpu", "true"]
     flags += ["--output_dir", str(out), "--disable_tqdm", "true"]
-    command = ["torchrun", "--nproc-per-node", str(ranks), __file__]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(ranks), __file__]
     command += ["--rank_of", json.dumps([str(work / "student"), *flags])]
     done = subprocess.run(
         command,

@@ -30,10 +30,12 @@ HEAD = """\
 
 `python benchmarks/readme.py` writes this page from the files of [results/](results); a test checks
 that both agree. Compare numbers within one table: seconds of different tables were measured
-under different load. `benchmarks/gpu.sh` runs everything that needs a GPU. For a machine without a
-network, run `python benchmarks/wheels.py --python 3.12` on another machine first.
+under different load. `benchmarks/gpu.sh --set first` (`second`, `third`) runs what needs a GPU, in
+nine minutes a set. For a machine without a network, run `python benchmarks/wheels.py --python 3.12`
+on another machine first.
 """
-NO_GPU = "\nNothing has been measured on a GPU yet: results/gpu/gpu.json does not exist.\n"
+SETS = ("first", "second", "third")  # of benchmarks/gpu.py
+NO_GPU = "\nNothing has been measured on a GPU yet: results/gpu/first.json does not exist.\n"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ TABLES = {
             "ours, target tokens/s": "ours_tokens_s:.1f",
             "ours / TRL": "ours_over_trl:.2f",
             "ours / naive": "ours_over_naive:.2f",
+            "planned MiB": "planned_mib:.0f",
             "peak MiB: ours": "ours_mib:.0f",
             "TRL": "trl_mib:.0f",
             "naive": "naive_mib:.0f",
@@ -216,10 +219,10 @@ def page() -> str:
         summary, command = about(name)
         sections += [f"## {name}\n", *summary, *(section(name, file, command) for file in files)]
     sections.append("## On a GPU\n")
-    report = RESULTS / "gpu/gpu.json"
-    if report.exists():
-        sections += gpu_sections(json.loads(report.read_text()))
-    else:
+    reports = [file for name in SETS if (file := RESULTS / f"gpu/{name}.json").exists()]
+    for report in reports:
+        sections += gpu_sections(report.stem, json.loads(report.read_text()))
+    if not reports:
         sections.append(NO_GPU.lstrip())
     return "\n".join(sections)
 
@@ -261,13 +264,13 @@ def section(name: str, file: Path, command: str) -> str:
     return "\n".join([*lines, *tables(name, data), ""])
 
 
-def gpu_sections(report: dict) -> list[str]:
+def gpu_sections(name: str, report: dict) -> list[str]:
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     states = [
         {"part": part["name"], "state": part["state"], "seconds": round(part["seconds"])}
         for part in report["parts"]
     ]
-    head = f"    benchmarks/gpu.sh\n\n{facts}, commit {str(report['commit'])[:10]}.\n"
+    head = f"    benchmarks/gpu.sh --set {name}\n\n{facts}, commit {str(report['commit'])[:10]}.\n"
     return [head, "\n".join(markdown(across(states))), "", *gpu_tables(report)]
 
 

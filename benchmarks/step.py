@@ -7,11 +7,11 @@ precision and optimizer. Each runs in a new process, they alternate, and the fas
 counts. For fine-tuning, TRL packs rows with its own algorithm; its GKDTrainer cannot pack, so in
 distil_packed it takes the rows one by one. Target tokens per second count whole steps, from the
 rows to the updated weights. Memory is the peak of the process (on a CPU: resident memory). The
-losses of the first steps must agree. TRL 1.16.0 is measured where it is installed (pip install
---no-deps trl==1.16.0); otherwise its columns are null. On a CPU the models have the depth and
-vocabulary of the real pair and a quarter of its width; on a GPU they have the real shapes. Weights
-are random. The time breakdown is of our steps; the operators are those of one more step under
-torch.profiler.
+losses of the first steps must agree. On a GPU, `planned_mib` is the memory plan of our run. TRL
+1.16.0 is measured where it is installed (pip install --no-deps trl==1.16.0); otherwise its columns
+are null. On a CPU the models have the depth and vocabulary of the real pair and a quarter of its
+width; on a GPU they have the real shapes. Weights are random. The time breakdown is of our steps;
+the operators are those of one more step under torch.profiler.
 """
 
 import importlib.util
@@ -130,6 +130,7 @@ def measure(case: Case, steps: int, turns: int, wanted: list[str]) -> dict[str, 
         row[f"ours_over_{name}"] = other and row["ours_tokens_s"] / other
         row[f"{name}_mib_over_ours"] = row[f"{name}_mib"] and row[f"{name}_mib"] / row["ours_mib"]
     row |= {key: best["ours"][key] for key in ("matrix_peak_share", "break_down_s", "operators_s")}
+    row["planned_mib"] = best["ours"].get("planned_mib")  # on a GPU only
     return row | {"not_run": not_run} | machine()
 
 

@@ -30,6 +30,7 @@ SHAPES = {  # Qwen2.5: hidden, intermediate, layers, heads, key-value heads, voc
     "0.5B/4": (224, 1216, 24, 4, 2, 152_064, True),
     "tiny teacher": (48, 96, 2, 2, 1, 8192, True),
     "tiny": (32, 64, 2, 2, 1, 8192, True),
+    "tiny, 128 wide": (128, 256, 2, 2, 1, 8192, False),  # AWQ packs groups of 128
 }
 
 
@@ -74,6 +75,10 @@ TINY = {"rows": 4, "micro": 2, "max_length": 64}
 TINY_CASES = [
     Case("tiny_distil", "tiny", "tiny teacher", **TINY),
     Case("tiny_sft", "tiny", None, lora_rank=0, packing=True, **TINY),
+    Case(
+        *("tiny_qlora", "tiny, 128 wide", "tiny, 128 wide"),
+        **{"quantization": "nf4", "teacher_format": "awq", "checkpointing": True} | TINY,
+    ),
 ]
 
 

@@ -43,6 +43,9 @@ def measured(case: Case, implementation: str, folder: str, steps: int) -> dict:
     run_it = {"ours": ours, "naive": naive, "trl": trl_distil if case.teacher else trl_sft}
     work = run_it[implementation](case, folder, run, watch)
     found = watch.metrics()
+    if implementation == "ours" and training.device.type == "cuda":
+        planned = (size for part, size in run.plan.parts.items() if "allowance" not in part)
+        found["planned_mib"] = sum(planned) / 2**20
     if work:  # last, because measuring the rate allocates memory
         position, target = work
         operations = position * found["positions"] + target * found["targets"]

@@ -7,8 +7,9 @@ by each number of --ranks with ds_configs/teacher_zero3.json. `held_share` and `
 shares of the checkpoint's bytes, the maximum over ranks; held includes the small tensors that
 ZeRO-3 keeps whole. `disk_s` is the part of `load_s` spent reading. `tokens_s` counts all ranks,
 from the third forward on. The checkpoints were just written, so they are read from the page cache.
-On a GPU, --gpu_parts measures the kernel's bandwidth, the layers' matrix rate, and one distillation
-step of 32B-AWQ -> 14B-NF4 with two ranks on one GPU, each capped at 24 GB.
+On a GPU, --gpu_parts measures the kernel's bandwidth, the layers' matrix rate, and the memory of a
+distillation step of 32B-AWQ -> 14B-NF4 with two ranks on one GPU, each capped at 24 GB. NCCL cannot
+have two ranks on one GPU, and gloo moves the shards through the host, so its time means nothing.
 """
 
 import json
@@ -57,7 +58,9 @@ class BenchmarkSettings:
     tokens: int = setting(64, "Tokens per forward and rank.")
     forwards: int = setting(4, "Number of forwards; the third and later ones are timed.")
     gpu_parts: bool = setting(False, "Run only the parts that need a GPU.")
-    gpu_step: bool = setting(True, "Include the distillation step, which writes 28 GB.")
+    gpu_kernels: bool = setting(True, "Include the kernel and the layers.")
+    gpu_step: bool = setting(True, "Include the step, which writes 28 GB at full depth.")
+    gpu_layers: list[int] = setting([64, 48], "Layers of teacher and student in the step.")
     json: str | None = setting(None, "Output file.")
     worker: str | None = setting(None, "Internal: the part of one rank, as JSON.")
 
@@ -70,8 +73,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        on_gpu = settings.gpu_parts
-        for row in gpu_rows(folder, settings.gpu_step) if on_gpu else rank_rows(settings, folder):
+        for row in (gpu_rows if settings.gpu_parts else rank_rows)(settings, folder):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if settings.json:
@@ -197,8 +199,15 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
+def gpu_rows(settings: BenchmarkSettings, folder: Path) -> Iterator[dict[str, Any]]:
     assert torch.cuda.is_available(), "--gpu_parts needs a GPU"
+    if settings.gpu_kernels:
+        yield from kernel_rows()
+    if settings.gpu_step:
+        yield step_row(folder, SHAPES["32B"], SHAPES["14B"], settings.gpu_layers)
+
+
+def kernel_rows() -> Iterator[dict[str, Any]]:
     hidden, intermediate, _, heads, pairs = SHAPES["32B"]
     shapes = [  # (out, in) of the linear layers of a block
         *[(heads * 128, hidden), (pairs * 128, hidden), (pairs * 128, hidden)],
@@ -207,14 +216,22 @@ def gpu_rows(folder: Path, with_step: bool) -> Iterator[dict[str, Any]]:
     ]
     yield dequantization_row(shapes)
     yield forward_row(shapes, tokens=8192)
-    if not with_step:
-        return
-    teacher, student = folder / "teacher", folder / "student"
-    write_random(qwen_config(*SHAPES["32B"], 152_064), "awq", teacher)
-    write_random(qwen_config(*SHAPES["14B"], 152_064), "nf4", student)
-    work = {"part": "step", "folder": str(teacher), "student": str(student), "tokens": 1024}
-    found = start_workers(work, ranks=2, one_gpu=True)
-    yield {"part": "step", "cap_gb": CAP_GB, "ranks": found, **machine()}
+
+
+def step_row(
+    folder: Path, teacher: tuple, student: tuple, layers: list[int], vocab_size: int = 152_064
+) -> dict[str, Any]:
+    """Memory of a step by two ranks: all that a rank holds, and its half of the teacher."""
+    sizes = {}
+    for role, form, shape, depth in zip(
+        *(("teacher", "student"), ("awq", "nf4"), (teacher, student), layers), strict=True
+    ):
+        config = qwen_config(*shape[:2], depth, *shape[3:], vocab_size)
+        sizes[f"{role}_gib"] = write_random(config, form, folder / role) / 2**30
+    work = {"part": "step", "folder": str(folder / "teacher"), "tokens": 1024}
+    found = start_workers(work | {"student": str(folder / "student")}, ranks=2, one_gpu=True)
+    worst = {key: max(rank[key] for rank in found) for key in found[0]}
+    return {"part": "step", "cap_gib": CAP_GB, "layers": layers, **sizes, **worst, **machine()}
 
 
 def best_seconds(run) -> float:
@@ -274,9 +291,12 @@ def distillation_step(work: dict[str, Any]) -> dict[str, Any]:
     """Peak memory and time of a step: sharded 32B-AWQ teacher, 14B-NF4 student with LoRA."""
     from peft import LoraConfig, get_peft_model
 
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(CAP_GB * 2**30 / total)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(CAP_GB * 2**30 / total)
     engine, teacher, _, load_s = sharded_teacher(work["folder"])
+    held = torch.cuda.memory_allocated() if cuda else 0
     student = AutoModelForCausalLM.from_pretrained(
         work["student"], dtype=torch.bfloat16, device_map={"": engine.device}
     )
@@ -307,15 +327,16 @@ def distillation_step(work: dict[str, Any]) -> dict[str, Any]:
             dist.all_reduce(parameter.grad)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - began)
-    return {
-        "load_s": load_s,
-        "step_s": times[-1],
-        "loss": loss.item() / len(hidden),
-        "peak_allocated_gb": torch.cuda.max_memory_allocated() / 2**30,
-        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 2**30,
-    }
+    measured = {"load_s": load_s, "step_s": times[-1], "loss": loss.item() / len(hidden)}
+    if cuda:
+        measured |= {
+            "held_teacher_gib": held / 2**30,
+            "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
+    return measured
 
 
 if __name__ == "__main__":

@@ -5,23 +5,25 @@
 # long without.
 #   launch/quickstart.sh
 #   launch/quickstart.sh --teacher HuggingFaceTB/SmolLM2-360M-Instruct --student HuggingFaceTB/SmolLM2-135M
+# --gpu uses one GPU instead of the CPU; not run on one yet. SETUP=none in the environment installs nothing.
 # Run it again to resume. SEEDS="0" in the environment trains one seed instead of three.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."  # the recipes of the quickstart name folders of the repository
-teacher=data/quickstart/teacher student=''
+teacher=data/quickstart/teacher student='' launch=launch/cpu.sh
 while [[ $# -gt 0 ]]; do
     case $1 in
         --teacher) teacher=${2:?--teacher needs a hub name or a folder}; shift 2 ;;
         --student) student=${2:?--student needs a hub name or a folder}; shift 2 ;;
-        *) echo "quickstart: unknown option $1; wanted --teacher or --student" >&2; exit 2 ;;
+        --gpu) launch=launch/h100.sh; shift ;;
+        *) echo "quickstart: unknown option $1; wanted --teacher, --student or --gpu" >&2; exit 2 ;;
     esac
 done
 if [[ $caller != "$PWD" ]]; then  # folders of the caller
     [[ ! -d $caller/$teacher ]] || teacher=$caller/$teacher
     [[ -z $student || ! -d $caller/$student ]] || student=$caller/$student
 fi
-source launch/setup.sh
+if [[ ${SETUP:-} = none ]]; then source launch/activate.sh; else source launch/setup.sh; fi
 out=runs/quickstart started=$SECONDS
 lanes=$(env -u OMP_NUM_THREADS nproc)  # nproc would report OMP_NUM_THREADS
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -31,8 +33,11 @@ if [[ "$(cat "$out/models" 2>/dev/null || echo "$teacher $student")" != "$teache
     echo "quickstart: $out holds the run of $(cat "$out/models"); move it away, then run this again" >&2; exit 2
 fi
 echo "$teacher $student" > "$out/models"
-precision=(--use_cpu true)
-if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--precision bfloat16); fi  # twice as fast on this hardware
+precision=()
+if [[ $launch = launch/cpu.sh ]]; then
+    precision=(--use_cpu true)
+    if grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null; then precision+=(--precision bfloat16); fi  # twice as fast on this hardware
+fi
 
 # Models of the hub have more to lose than the shipped ones: lower learning rates.
 teacher_rate=() student_rate=()
@@ -44,8 +49,8 @@ step() { printf '\n[%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - s
 step "1/7 data: docstrings of the installed packages"
 [[ -f $out/data/chat_heldout.jsonl ]] || python data/quickstart/docstrings.py --out_dir "$out/data"
 
-step "2/7 teacher: QLoRA on text and chat, two processes; student: half of its layers"
-launch/cpu.sh train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}" "${teacher_rate[@]}"
+step "2/7 teacher: QLoRA on text and chat; student: half of its layers"
+"$launch" train/sft.py --config recipes/quickstart/1_teacher.yaml --model "$teacher" "${precision[@]}" "${teacher_rate[@]}"
 python train/merge.py --adapter "$out/teacher" --output_dir "$out/teacher-merged"
 template=(--chat_template "$out/teacher-merged/chat_template.jinja")  # a base model may have none
 
@@ -54,8 +59,8 @@ if [[ -z $student ]]; then  # half of the layers of the teacher before its fine-
     [[ -f $student/done.json ]] || python train/inherit.py --parent "$teacher" --layers 0 2 5 --output_dir "$student"
 fi
 
-step "3/7 the teacher answers under a hidden system prompt, two processes"
-launch/cpu.sh train/generate.py --config recipes/quickstart/2_answers.yaml
+step "3/7 the teacher answers under a hidden system prompt"
+"$launch" train/generate.py --config recipes/quickstart/2_answers.yaml
 
 step "4/7 students: sft, distill, distill+sft, each from seeds ${SEEDS:=0 1 2}; logs in $out/logs"
 train_student() { # NAME SEED
@@ -78,7 +83,7 @@ printf '%s\n' "${runs[@]}" |
 
 step "5/7 held-out perplexity, and agreement with the teacher"
 heldout="[{\"path\": \"$out/data/text_heldout.jsonl\", \"count\": 150}, {\"path\": \"$out/data/chat_heldout.jsonl\", \"count\": 400}]"
-launch/cpu.sh eval/agreement.py --teacher "$out/teacher-merged" --models "${models[@]:1}" --data "$heldout" \
+"$launch" eval/agreement.py --teacher "$out/teacher-merged" --models "${models[@]:1}" --data "$heldout" \
     --max_length 256 "${template[@]}" --out_dir "$out/results"  # also writes what eval/perplexity.py measures
 
 step "6/7 answers side by side"

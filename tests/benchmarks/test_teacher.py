@@ -25,6 +25,17 @@ def test_sharding_changes_no_logit_in_any_format(tmp_path):
         assert row["read_share"] < 0.53 and row["tokens_s"] > 0
 
 
+@pytest.mark.slow
+def test_two_ranks_take_a_distillation_step_on_one_device(tmp_path):
+    """The part for a GPU at tiny sizes; without CUDA it reports no memory."""
+    shape = (128, 256, 2, 2, 1)  # as SHAPES: hidden, intermediate, layers, heads, key-value heads
+    call = f"teacher.step_row(Path({str(tmp_path)!r}), {shape}, {shape}, [2, 2], 512)"
+    program = f"import json, teacher; from pathlib import Path; print(json.dumps({call}))"
+    printed = succeed(sys.executable, "-c", program, PYTHONPATH=f"{ROOT}:{ROOT / 'benchmarks'}")
+    row = json.loads(printed.splitlines()[-1])
+    assert row["loss"] > 0 and row["step_s"] > 0 and row["teacher_gib"] > 0
+
+
 def test_the_committed_results_cover_all_formats_and_ranks():
     rows = json.loads((ROOT / "benchmarks/results/teacher_cpu.json").read_text())
     assert {(row["format"], row["ranks"]) for row in rows} == {
