@@ -9,8 +9,8 @@ from processes import ROOT
 
 # A room imports itself and the rooms before it.
 LAYERS = (
-    "credentials", "distributed", "recipe", "model_files", "pretrained", "settings", "run", "data",
-    "losses", "models", "planning", "teachers", "generation", "training", "evaluation",
+    "credentials", "distributed", "gpu", "recipe", "model_files", "pretrained", "settings", "run",
+    "data", "losses", "models", "planning", "teachers", "generation", "training", "evaluation",
 )  # fmt: skip
 SCRIPTS = ("train", "eval", "data/quickstart")
 PACKAGES = {"kd", "train", "eval", "benchmarks", "tests", "launch", "recipes"}

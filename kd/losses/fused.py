@@ -8,13 +8,13 @@ The forward pass computes the gradient of the SUM of the loss over tokens and ke
 the backward pass only multiplies it by the incoming gradient, such as a loss scale.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kd.gpu import triton_compiles
 from kd.losses import cross_tokenizer as aligned
 from kd.losses import elementwise, sparse
 from kd.losses.head import Head, TeacherOutputs, padded_width
@@ -169,7 +169,7 @@ def _elementwise_pass(
     hidden: Tensor, exact: torch.dtype, objective: Objective
 ) -> Callable[..., Tensor]:
     """Choose the Triton kernel where it can run, otherwise the passes of PyTorch."""
-    if hidden.is_cuda and exact == torch.float32 and importlib.util.find_spec("triton"):
+    if hidden.is_cuda and exact == torch.float32 and triton_compiles():
         from kd.losses import triton_kernels
 
         if objective.divergence in triton_kernels.KERNEL_DIVERGENCES:

@@ -4,12 +4,10 @@ qweight int32 (in, out / 8), qzeros int32 (in / group, out / 8), scales (in / gr
 weight = (q - zero) * scale.
 """
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor, nn
 
+from kd.gpu import triton_compiles
 from kd.models.packed_linear import PackedLinear, meta_parameter, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
@@ -68,7 +66,7 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dty
 
     Shapes: qweight (in, out / 8), qzeros (in / group, out / 8), scales (in / group, out).
     """
-    if qweight.is_cuda and has_triton():
+    if qweight.is_cuda and triton_compiles():
         from kd.models import awq_kernel
 
         return awq_kernel.dequantize(qweight, qzeros, scales, dtype)
@@ -81,9 +79,3 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dty
         numbers = unpack(qweight[start * size : (start + step) * size]).unflatten(0, (-1, size))
         weight[tile] = (numbers - zeros[tile]) * scales[tile, None].float()
     return weight.view(inputs, out)
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None

@@ -8,13 +8,14 @@ from typing import Any
 from accelerate import PartialState
 
 from kd.distributed import broadcast, print_rank0, rank, world_size
+from kd.gpu import check_gpus
 from kd.planning.choices import PLANNED, choose, lines
 from kd.planning.machine import present_machine, trains_on_cpu
 from kd.recipe import NONE
 from kd.run.build_lock import use_build_locks
 from kd.run.run_record import read_record
 from kd.settings.machine_file import Preferences
-from kd.settings.training import LAUNCHED
+from kd.settings.training import LAUNCHED, set_by_accelerate
 from kd.settings.training_recipe import Recipe
 from kd.training.checkpoints.checkpoint import checkpoints
 from kd.training.downloads import download, download_weights
@@ -25,10 +26,12 @@ def settle(recipe: Recipe, trains: bool = True) -> Recipe:
     """Collective: choose every key that is `auto`, tell why, and make Transformers' arguments.
 
     A run that `trains` and goes on from a checkpoint in output_dir keeps its choices; one that does
-    not fills a teacher cache. Raises ValueError for what cannot work with the chosen values, and
-    for models and data sets that cannot be had.
+    not fills a teacher cache. Raises ValueError for what cannot work with the chosen values, for
+    models and data sets that cannot be had, and for GPUs that the installed torch cannot use.
     """
     training = recipe.training
+    if training.use_cpu is not True and not set_by_accelerate("ACCELERATE_USE_CPU"):
+        check_gpus()
     use_build_locks()
     download(recipe)
     if not trains:
