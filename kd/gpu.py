@@ -8,6 +8,7 @@ second checks the build after it. The file imports torch only where it is needed
 whether Triton can compile its kernels here.
 """
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -183,13 +184,13 @@ def why_no_c_module() -> str | None:
 
 def main() -> None:
     """Print the index, or check the GPUs; a mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m kd.gpu")
+    parser.add_argument("action", choices=["index", "check"])
     try:
-        if sys.argv[1:] == ["index"]:
+        if parser.parse_args().action == "index":
             print(torch_index() or "")
-        elif sys.argv[1:] == ["check"]:
-            check_gpus()
         else:
-            raise ValueError(f"python -m kd.gpu {' '.join(sys.argv[1:])}; wanted index or check")
+            check_gpus()
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
