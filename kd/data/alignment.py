@@ -238,9 +238,7 @@ class AlignedCollator:
         counts = [int(document.segments.max(initial=NO_SEGMENT)) + 1 for document in documents]
         offsets = np.cumsum([0, *counts])[:-1]
         return batch | {
-            "teacher_input_ids": theirs["input_ids"],
-            "teacher_position_ids": theirs["position_ids"],
-            "teacher_labels": theirs["labels"],
+            **{f"teacher_{name}": value for name, value in theirs.items() if name != "tokens"},
             "segments": _target_segments(
                 (document.segments[document.target_mask] for document in documents), offsets
             ),

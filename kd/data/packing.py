@@ -4,11 +4,15 @@ A batch has input_ids, position_ids and labels, all (B, T), and the number of `t
 not padding. It has no attention mask: rows are padded on the right, where causal attention never
 looks. If documents share a row, position_ids restart at each document, and Transformers derives the
 block-diagonal mask from that.
+
+A flat batch, for FlashAttention, also has the bounds of its documents (BOUNDS), because every layer
+would otherwise wait for the device to find them in position_ids.
 """
 
 import bisect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +25,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
 
 KEYS = {"input_ids", "position_ids", "labels", "tokens"}  # of a batch
+# Transformers' names: first positions of the documents and T, (documents + 1,) int32; the greatest
+# length, an int.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 ON_POLICY = "on_policy"  # optional key: (B, T) bool, the tokens of rows that the student answered
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -78,8 +85,9 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 class Collator:
     """Collates rows, each a list of documents, into right-padded tensors.
 
-    With `flat` all documents of a batch share one row, B = 1. FlashAttention keeps documents apart
-    only in such a batch; in two packed rows every document would silently see those before it.
+    With `flat` all documents of a batch share one row, B = 1, and the batch has BOUNDS.
+    FlashAttention keeps documents apart only in such a batch; in two packed rows every document
+    would silently see those before it.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, flat: bool = False) -> None:
@@ -87,7 +95,7 @@ class Collator:
         self.multiple = pad_to_multiple_of
         self.flat = flat
 
-    def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[list[EncodedRow]]) -> dict[str, Tensor | int]:
         """Collate rows into (B, T) tensors, T a multiple of pad_to_multiple_of."""
         if self.flat:
             rows = [[document for documents in rows for document in documents]]
@@ -106,9 +114,22 @@ class Collator:
             positions[i, end:] = np.arange(end - start, end - start + width - end)
         tokens = torch.tensor([sum(map(len, documents)) for documents in rows])
         arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
-            "tokens": tokens
-        }
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch["tokens"] = tokens
+        return batch | (flat_bounds(rows[0], width) if self.flat else {})
+
+
+def flat_bounds(documents: list[EncodedRow], width: int) -> dict[str, Tensor | int]:
+    """The BOUNDS of documents that share a row of `width` positions; the last has the padding."""
+    bounds = torch.tensor([*(start for start, _, _ in document_spans(documents)), width])
+    longest = int(bounds.diff().max())
+    bounds = bounds.to(torch.int32)
+    return dict(zip(BOUNDS, (bounds, bounds, longest, longest), strict=True))
+
+
+def bounds_of(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+    """The BOUNDS of a batch, which only a flat one has: more arguments of the model."""
+    return {name: batch[name] for name in BOUNDS if name in batch}
 
 
 def document_spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, EncodedRow]]:
@@ -117,6 +138,11 @@ def document_spans(documents: list[EncodedRow]) -> Iterator[tuple[int, int, Enco
     for row in documents:
         yield start, start + len(row), row
         start += len(row)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on the device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -60,16 +60,22 @@ def layer_states(
 
 
 @contextlib.contextmanager
-def blocks_in_parts(model: PreTrainedModel, parts: list[tuple[int, int]]) -> Iterator[None]:
+def blocks_in_parts(
+    model: PreTrainedModel, parts: list[tuple[int, int]], own: list[dict[str, Any]] | None = None
+) -> Iterator[None]:
     """Run blocks and final norm part by part inside the context; `parts` are (rows, length).
+
+    Blocks also get the keyword arguments that `own` has for a part.
 
     A call on a batch of all rows, padded to the greatest length, then needs the activations of one
     part at a time besides its hidden states, and computes each part in the shape that it has alone.
     Only for right-padded rows without gradient: the result of a part overwrites its input.
     """
-    modules = [*decoder_blocks(model), final_norm(model)]
+    blocks, norm = decoder_blocks(model), final_norm(model)
+    modules, none = [*blocks, norm], [{} for _ in parts]
     for module in modules:
-        module.forward = partial(_part_by_part, module.forward, parts)
+        more = none if module is norm else own or none
+        module.forward = partial(_part_by_part, module.forward, parts, more)
     try:
         yield
     finally:
@@ -78,14 +84,19 @@ def blocks_in_parts(model: PreTrainedModel, parts: list[tuple[int, int]]) -> Ite
 
 
 def _part_by_part(
-    forward: Callable[..., Tensor], parts: list[tuple[int, int]], hidden: Tensor, *more, **inputs
+    forward: Callable[..., Tensor],
+    parts: list[tuple[int, int]],
+    own: list[dict[str, Any]],
+    hidden: Tensor,
+    *more,
+    **inputs,
 ) -> Tensor:
     """Apply a block's forward to hidden states (B, T, H) in place, part by part."""
     assert not torch.is_grad_enabled() and len(hidden) == sum(rows for rows, _ in parts)
     start = 0
-    for count, length in parts:
+    for (count, length), extra in zip(parts, own, strict=True):
         rows = slice(start, start + count)
-        sliced = {name: _slice(value, rows, length) for name, value in inputs.items()}
+        sliced = {name: _slice(value, rows, length) for name, value in inputs.items()} | extra
         others = [_slice(value, rows, length) for value in more]
         hidden[rows, :length] = forward(_slice(hidden, rows, length), *others, **sliced)
         start += count

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd.data.encoding import IGNORE_INDEX
+from kd.data.packing import bounds_of
 from kd.losses.fused import linear_distillation_loss
 from kd.losses.head import Head, TeacherOutputs
 from kd.losses.hidden import HiddenObjective, hidden_loss
@@ -96,6 +97,8 @@ def backbone_only(model: PreTrainedModel) -> None:
 def return_loss(model: PreTrainedModel) -> None:
     """Make model(..., loss_inputs=LossInputs(...)) return {"loss": sum, "metrics": sums}.
 
+    A flat batch's BOUNDS are further arguments of the call.
+
     "loss" is a scalar, the loss summed over target tokens; "metrics" are the sums of REPORTED,
     (len(REPORTED),). Without an objective the call returns the argmax ids at the target positions,
     (N,). The forward of the head module itself computes the fused loss, because ZeRO-3 gathers the
@@ -120,13 +123,13 @@ def return_loss(model: PreTrainedModel) -> None:
             return argmax_ids(hidden, read_head(), inputs.vocab_size)
         return loss_by_origin(hidden, labels, read_head(), inputs, on_policy)
 
-    def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **_):
+    def forward(self, input_ids, position_ids, loss_inputs: LossInputs, **more):
         objective = loss_inputs.hidden
         head = self.get_output_embeddings()
         layers = [student for student, _ in objective.layers] if objective else []
         with layer_states(self, layers) as states:
             hidden = self.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds_of(more)
             ).last_hidden_state  # (B, T, H)
         positions, labels = target_positions(loss_inputs.labels)
         if loss_inputs.objective is None:

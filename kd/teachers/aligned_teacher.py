@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kd.data.packing import BOUNDS
 from kd.data.vocabularies import SharedVocabulary, VocabularySide
 from kd.losses.segments import AlignedTeacherOutputs, TokenClasses
 from kd.teachers.live import LiveTeacher
@@ -49,8 +50,11 @@ class AlignedTeacher:
         `layers` must be empty: hidden states cannot be matched across tokenizers.
         """
         assert not layers
-        names = ("input_ids", "position_ids", "labels")
-        theirs = [{name: batch[f"teacher_{name}"] for name in names} for batch in batches]
+        names = ("input_ids", "position_ids", "labels", *BOUNDS)
+        theirs = [
+            {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
+            for batch in batches
+        ]
         contexts = self.live.outputs(theirs)
         for context, batch in zip(contexts, batches, strict=True):
             yield self._aligned(context, batch)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from kd.data.packing import side_by_side
+from kd.data.packing import bounds_of, side_by_side, to_device
 from kd.distributed import all_max
 from kd.losses.head import TeacherOutputs
 from kd.models.blocks import blocks_in_parts, layer_states
@@ -123,8 +123,10 @@ class LiveTeacher:
         The result is bit-identical to separate forwards, unless only some of the batches are
         packed: attention may then use another kernel for the others.
         """
-        wide = side_by_side([{k: v.to(self.device) for k, v in b.items()} for b in batches])
+        batches = [to_device(batch, self.device) for batch in batches]
+        wide = side_by_side(batches)
         pieces = [tuple(batch["input_ids"].shape) for batch in batches]
+        bounds = [bounds_of(batch) for batch in batches]
         targets = target_positions(wide["labels"])[0].split([rows for rows, _ in pieces])
         indices = [positions.nonzero(as_tuple=True) for positions in targets]
 
@@ -132,11 +134,14 @@ class LiveTeacher:
             parts = state.split([rows for rows, _ in pieces])
             return [part[index] for part, index in zip(parts, indices, strict=True)]
 
-        apart = (
-            blocks_in_parts(self.module, pieces) if len(pieces) > 1 else contextlib.nullcontext()
-        )
+        inputs = {"input_ids": wide["input_ids"], "position_ids": wide["position_ids"]}
+        apart = contextlib.nullcontext()
+        if len(pieces) > 1:
+            apart = blocks_in_parts(self.module, pieces, bounds)
+        else:
+            inputs |= bounds[0]
         with apart, layer_states(self.module, layers, select) as found:
-            hidden = self.call(input_ids=wide["input_ids"], position_ids=wide["position_ids"])
+            hidden = self.call(**inputs)
         last = select(hidden)
         chosen = [found.get(layer, last) for layer in layers]
         return [(state, [layer[i] for layer in chosen]) for i, state in enumerate(last)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from kd.data.encoding import IGNORE_INDEX, EncodedRow
-from kd.data.packing import ON_POLICY, Collator, document_spans
+from kd.data.packing import ON_POLICY, Collator, document_spans, to_device
 from kd.settings.distillation import OnPolicySettings
 from kd.training.rollouts import Prompt, RolloutGenerator
 from kd.training.samples import TEXT_TOKENS
@@ -140,4 +140,4 @@ class OnPolicyRows:
         for i in on_policy:
             line, start = places[i] if self.collator.flat else (i, 0)
             batch[ON_POLICY][line, start : start + len(rows[i])] = True
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return to_device(batch, device)

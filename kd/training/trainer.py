@@ -20,7 +20,14 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from kd.data.encoding import EncodedRow
-from kd.data.packing import ON_POLICY, FilledUp, FilledUpOrder, GroupedByLength, by_length
+from kd.data.packing import (
+    ON_POLICY,
+    FilledUp,
+    FilledUpOrder,
+    GroupedByLength,
+    bounds_of,
+    by_length,
+)
 from kd.data.workers import Workers
 from kd.distributed import all_sum
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
@@ -186,6 +193,7 @@ class DistillationTrainer(Trainer):
             return model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
+                **bounds_of(batch),
                 loss_inputs=LossInputs(
                     batch["labels"],
                     self.objective,

@@ -15,11 +15,13 @@ from kd.data.packing import (
     ON_POLICY,
     Collator,
     GroupedByLength,
+    bounds_of,
     by_length,
     check_packing,
     pack,
     padding_share,
     side_by_side,
+    to_device,
 )
 from kd.models.heads import LossInputs, return_loss
 from kd.settings.distillation import Objective
@@ -307,9 +309,8 @@ def test_packed_documents_stay_apart_on_a_gpu(tokenizer, attention):
     collate = Collator(0, flat=attention == "flash_attention_2")
 
     def logits(*documents) -> torch.Tensor:
-        batch = collate([list(documents)])
-        inputs = {k: v.cuda() for k, v in batch.items() if torch.is_tensor(v) and k != "labels"}
-        inputs.pop("tokens", None)
+        batch = to_device(collate([list(documents)]), torch.device("cuda"))
+        inputs = {k: batch[k] for k in ("input_ids", "position_ids")} | bounds_of(batch)
         length = sum(map(len, documents))
         return model(**inputs, use_cache=False).logits[0, :length].float()
 
