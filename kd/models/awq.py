@@ -67,9 +67,9 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dty
     Shapes: qweight (in, out / 8), qzeros (in / group, out / 8), scales (in / group, out).
     """
     if qweight.is_cuda and triton_compiles():
-        from kd.models import awq_kernel
+        from kd.models.packed_kernels import dequantize_awq
 
-        return awq_kernel.dequantize(qweight, qzeros, scales, dtype)
+        return dequantize_awq(qweight, qzeros, scales, dtype)
     (groups, out), inputs = scales.shape, len(qweight)
     zeros, size = unpack(qzeros)[:, None], inputs // groups  # (groups, 1, out)
     weight = torch.empty(groups, size, out, dtype=dtype, device=qweight.device)

@@ -8,6 +8,7 @@ the group of each input. weight = (q - zero) * scale.
 import torch
 from torch import Tensor, nn
 
+from kd.gpu import triton_compiles
 from kd.models.packed_linear import PackedLinear, meta_parameter, stored_dtype
 from kd.models.tensor_files import TensorFiles
 
@@ -30,23 +31,46 @@ class GptqLinear(PackedLinear):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, (out, in), in `dtype`."""
-        zeros = unpack(self.qzeros).flatten(1)  # (groups, out)
-        if self.zeros_minus_one:
-            zeros = (zeros + 1) & 15
-        weight = torch.empty(self.in_features, self.out_features, dtype=dtype, device=zeros.device)
-        step = max(1, TILE // (8 * self.out_features))  # words
-        for start in range(0, len(self.qweight), step):
-            # (words, out, 8) -> (inputs, out)
-            numbers = unpack(self.qweight[start : start + step]).transpose(1, 2).flatten(0, 1)
-            rows = slice(8 * start, 8 * start + len(numbers))
-            group = self.g_idx[rows]
-            weight[rows] = (numbers - zeros[group]) * self.scales[group].float()
-        return weight.T
+        packed = (self.qweight, self.qzeros, self.scales, self.g_idx)
+        return dequantize(*packed, self.zeros_minus_one, dtype).T
+
+
+def dequantize(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor,
+    zeros_minus_one: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight, (in, out), in `dtype`: computed in float32, where it is exact, and rounded once.
+
+    Shapes: qweight (in / 8, out), qzeros (groups, out / 8), scales (groups, out), g_idx (in,).
+    """
+    if qweight.is_cuda and triton_compiles():
+        from kd.models.packed_kernels import dequantize_gptq
+
+        return dequantize_gptq(qweight, qzeros, scales, g_idx, zeros_minus_one, dtype)
+    zeros = unpack(qzeros).flatten(1)  # (groups, out)
+    if zeros_minus_one:
+        zeros = (zeros + 1) & 15
+    scales, out = scales.float(), scales.shape[1]
+    weight = torch.empty(len(g_idx), out, dtype=dtype, device=qweight.device)
+    step = max(1, TILE // (8 * out))  # words
+    for start in range(0, len(qweight), step):
+        # (words, out, 8) -> (words, 8, out) -> (inputs, out)
+        numbers = unpack(qweight[start : start + step]).transpose(1, 2)
+        rows = slice(8 * start, 8 * (start + len(numbers)))
+        group = g_idx[rows].unflatten(0, (-1, 8))  # (words, 8)
+        numbers = numbers.sub_(zeros[group])
+        weight[rows].view_as(numbers).copy_(scales[group].mul_(numbers))
+    return weight
 
 
 def unpack(words: Tensor) -> Tensor:
-    """Unpack int32 words (*) into numbers 0..15 (*, 8)."""
-    return (words[..., None] >> (4 * torch.arange(8, device=words.device))) & 15
+    """Unpack int32 words (*) into int8 numbers 0..15 (*, 8)."""
+    pairs = words[..., None].view(torch.int8)  # (*, 4), the lowest byte first
+    return torch.stack([pairs & 15, (pairs >> 4) & 15], -1).flatten(-2)
 
 
 def check_gptq(settings: dict, name: str) -> None:

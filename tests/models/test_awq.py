@@ -1,6 +1,5 @@
-"""The AWQ layout against AutoAWQ's code, the checkpoint writer, and the Triton kernel."""
+"""The AWQ layout against AutoAWQ's code, and the checkpoint writer."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from kd.models.sharding import load_unsharded
 from kd.models.tensor_files import TensorFiles
 
 FIXTURE = Path(__file__).parent / "fixtures" / "awq_layer.safetensors"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 IDS = torch.arange(3, 40)[None]
 
 
@@ -147,23 +145,3 @@ def test_a_group_size_that_divides_no_layer_is_rejected(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="group_size: 7 divides none"):
         run_main("train/quantize.py", *arguments)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_the_interpreted_kernel_agrees_with_torch():
-    """Runs in a new process, because Triton reads TRITON_INTERPRET when it is imported."""
-    output = succeed(sys.executable, "tests/jobs/awq_interpreted.py", TRITON_INTERPRET="1")
-    found = json.loads(output.splitlines()[-1])
-    assert len(found) == 8 and set(found.values()) == {0.0}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("inputs, out, group", [(5120, 27648, 128), (96, 536, 48), (21, 8, 7)])
-def test_the_kernel_agrees_with_torch_on_a_gpu(inputs, out, group, dtype):
-    torch.manual_seed(0)
-    numbers, zeros = torch.randint(16, (inputs, out)), torch.randint(16, (inputs // group, out))
-    scales = torch.rand(inputs // group, out).half()
-    packed = (awq.pack(numbers), awq.pack(zeros), scales)
-    found = awq.dequantize(*(tensor.cuda() for tensor in packed), dtype)
-    assert torch.equal(found.cpu(), awq.dequantize(*packed, dtype))
