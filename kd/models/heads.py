@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kd.data.encoding import IGNORE_INDEX
 from kd.data.packing import bounds_of
-from kd.losses.fused import linear_distillation_loss
+from kd.losses.fused import head_logits, linear_distillation_loss
 from kd.losses.head import Head, TeacherOutputs
 from kd.losses.hidden import HiddenObjective, hidden_loss
 from kd.losses.metrics import BY_NAME, REPORTED, TOKEN_METRICS
@@ -203,15 +203,14 @@ def loss_by_origin(
     return on_policy_loss + loss, sums, on_policy_sums
 
 
+@torch.no_grad()
 def argmax_ids(hidden: Tensor, head: Head, vocab_size: int) -> Tensor:
     """Return the most probable next ids, (N,), after states (N, H).
 
-    Ignores the head's scale and softcap, which do not change the order.
+    Ignores the head's scale and softcap, which do not change the order; a softcap could make the
+    largest logits equal.
     """
-    logits = hidden.float() @ head.weight[:vocab_size].float().T  # (N, V)
-    if head.bias is not None:
-        logits += head.bias[:vocab_size].float()
-    return logits.argmax(-1)
+    return head_logits(hidden, replace(head, scale=1.0, softcap=None), vocab_size).argmax(-1)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

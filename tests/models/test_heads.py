@@ -14,8 +14,10 @@ from transformers import (
 )
 
 from kd.data.tokenizer import load_tokenizer
-from kd.models.heads import LossInputs, causal_lm, head_of, return_loss
+from kd.losses.head import Head
+from kd.models.heads import LossInputs, argmax_ids, causal_lm, head_of, return_loss
 from kd.models.load import load_trained
+from kd.planning.activations import LiveBytes
 from kd.settings.distillation import ModelSettings, Objective
 
 SIZES = {
@@ -100,3 +102,21 @@ def test_lora_on_the_head_is_refused(tmp_path):
     model = load_trained(str(tmp_path / "model"), settings, tokenizer)
     with pytest.raises(ValueError, match="wanted a plain Linear"):
         return_loss(causal_lm(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_most_probable_ids_need_no_float32_copy_of_the_head(dtype, bias, monkeypatch):
+    monkeypatch.setattr("kd.losses.fused.PIECE_BYTES", 2**14)
+    rows, vocab_size, width, tokens = 5_100, 5_000, 64, 7  # 100 rows of padding
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=draw).to(dtype)
+    hidden = torch.randn(tokens, width, generator=draw).to(dtype)
+    head = Head(weight, torch.randn(rows, generator=draw).to(dtype) if bias else None, 0.1, 2.0)
+    expected = hidden.float() @ weight[:vocab_size].float().T
+    expected += head.bias[:vocab_size].float() if bias else 0.0
+    with LiveBytes([weight, hidden]) as live:
+        found = argmax_ids(hidden, head, vocab_size)
+    assert found.tolist() == expected.argmax(-1).tolist()
+    logits, pieces = 4 * tokens * vocab_size, 2 * 2**14
+    assert live.peak < logits + pieces + 2**15 < 4 * weight.numel() / 4
