@@ -13,6 +13,10 @@ for message, module in (
     (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\."),
 ):
     warnings.filterwarnings("ignore", message, FutureWarning, module)
+# CUDA's memory then consists of segments that grow, which fragment less. Torch reads the variable
+# when it is imported; a CPU has no use for it.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # Only rank 0 shows progress bars. A log file keeps every update, so it gets one every 30 s.
 # Transformers and datasets, which show several at a time, show theirs on a terminal.
 if os.environ.get("RANK", "0") != "0":
