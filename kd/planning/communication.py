@@ -17,7 +17,7 @@ from kd.planning.blueprint import StoredTensor
 from kd.planning.device_rates import Rates
 from kd.planning.layout import Layout
 from kd.planning.model_sizes import config_of, student_tensors, teacher_tensors
-from kd.planning.model_states import zero_setting
+from kd.planning.model_states import numbers_bytes, sent_itemsize, zero_setting
 
 DDP_BUCKET, DDP_FIRST = 25 * 2**20, 2**20  # bytes; the first bucket is small
 
@@ -75,7 +75,8 @@ def traffic(layout: Layout) -> dict[str, Traffic]:
     # ZeRO-2 reduces whole buckets on every rank, although each keeps only a part, and it does so
     # in every micro-batch.
     times = {0: 2, 1: 2, 2: 2 * steps, 3: steps}[layout.stage]
-    found = {"gradients": on_ring(times * size, times * buckets(layout, trained), processes)}
+    sent = numbers_bytes(trained, sent_itemsize(layout))
+    found = {"gradients": on_ring(times * sent, times * buckets(layout, trained), processes)}
     if layout.stage in (1, 2):  # the optimizer has a group with weight decay and one without
         found["updated weights"] = on_ring(size, 2, processes)
     if layout.stage == 3:

@@ -22,6 +22,7 @@ from kd.planning.model_states import (
     gradient_bytes,
     gradients_persist,
     optimizer_held,
+    own_gradients,
     state_bytes,
     step_phase,
     weights_held,
@@ -109,9 +110,12 @@ def student_phases(layout: Layout, tensors: list[StoredTensor]) -> dict[str, dic
         if waiting + gathered_head <= layout.teacher_workspace:  # it stays gathered
             backward["teacher's gathered head"] = gathered_head
     backward["gradient reduction buffers"] = gradient_buffers(layout, tensors)
-    if not gradients_persist(layout):  # they grow while the activations are freed
-        grown = gradient_bytes(layout, tensors) - backward["activations"]
-        backward["gradients beyond the freed activations"] = max(0.0, grown)
+    # Gradients grow while the activations are freed.
+    grown = own_gradients(layout, tensors)
+    if not gradients_persist(layout):
+        grown += gradient_bytes(layout, tensors)
+    freed = backward["activations"]
+    backward["gradients beyond the freed activations"] = max(0.0, grown - freed)
     return {"the loss": forward, "the backward": backward}
 
 
@@ -151,18 +155,28 @@ def trained_head(layout: Layout) -> int:
 def loss_workspace(layout: Layout) -> float:
     """The loss's tiles of logits and their buffers, as kd.losses.fused allocates them."""
     vocab_size = config_of(layout.student).get_text_config().vocab_size
-    exact = torch.float32
-    half = getattr(torch, layout.half) if layout.half and layout.device == "cuda" else exact
-    kinds = [half] * (2 if layout.teacher else 1)
-    device = torch.device(layout.device)
-    tokens = tile_tokens(layout.objective, vocab_size, exact, kinds, device)
-    tokens = min(tokens, layout.tokens)
+    exact, kinds = torch.float32, product_dtypes(layout)
+    half, tokens = kinds[0], loss_tile(layout)
     size = tokens * vocab_size * (4 * len(kinds) + (half.itemsize if half != exact else 0))
     if layout.device == "cuda":
         return size
     block = max(elementwise.BLOCK_ELEMENTS, vocab_size) * exact.itemsize
     pieces = 2 * PIECE_BYTES if layout.half else 0
     return size + (elementwise.SCRATCH + 1) * block + pieces
+
+
+def product_dtypes(layout: Layout) -> list[torch.dtype]:
+    """The dtypes of the heads' products, the student's first."""
+    half = layout.half if layout.device == "cuda" else None
+    return [getattr(torch, half or "float32")] * (2 if layout.teacher else 1)
+
+
+def loss_tile(layout: Layout) -> int:
+    """Tokens in a tile of the loss."""
+    vocab_size = config_of(layout.student).get_text_config().vocab_size
+    kinds, device = product_dtypes(layout), torch.device(layout.device)
+    most = tile_tokens(layout.objective, vocab_size, torch.float32, kinds, device)
+    return min(most, layout.tokens)
 
 
 def host_parts(layout: Layout, tensors: list[StoredTensor]) -> dict[str, float]:

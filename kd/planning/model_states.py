@@ -14,6 +14,8 @@ from kd.planning.model_sizes import config_of
 # float32 scale per 256 numbers for each moment.
 STATES = {"adamw_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adamw": 8.0}
 
+ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}  # by DeepSpeed's names
+
 
 def state_bytes(optimizer: str) -> float:
     """Bytes of optimizer state per trained weight, for a name of Transformers' `optim`."""
@@ -82,10 +84,35 @@ def ddp_broadcast(tensors: list[StoredTensor]) -> float:
     return min(sum(tensor.bytes for tensor in tensors), 2 * 250 * 2**20)
 
 
+def accumulated_itemsize(layout: Layout) -> int | None:
+    """Bytes of a number of the sums over micro-batches; None: as that of the weight."""
+    return ITEMSIZES.get((layout.zero or {}).get("data_types", {}).get("grad_accum_dtype"))
+
+
+def sent_itemsize(layout: Layout) -> int | None:
+    """Bytes of a number of the sums over processes; None: as that of the weight."""
+    return ITEMSIZES.get((layout.zero or {}).get("communication_data_type"))
+
+
+def numbers_bytes(tensors: list[StoredTensor], itemsize: int | None) -> float:
+    """Bytes of all trained numbers, if each takes `itemsize`; None: as that of its weight."""
+    return sum(tensor.numel * (itemsize or tensor.itemsize) for tensor in tensors if tensor.trained)
+
+
 def gradient_bytes(layout: Layout, tensors: list[StoredTensor]) -> float:
-    """Gradients of all trained weights; sharded from stage 2 on."""
-    size = sum(tensor.bytes for tensor in tensors if tensor.trained)
+    """Accumulated gradients of all trained weights; sharded from stage 2 on."""
+    size = numbers_bytes(tensors, accumulated_itemsize(layout))
     return size / (layout.processes if layout.stage >= 2 else 1)
+
+
+def own_gradients(layout: Layout, tensors: list[StoredTensor]) -> float:
+    """Gradients of a micro-batch that ZeRO-2 keeps until the end of its backward.
+
+    They are those of a process's own part, which it has added to sums of another type.
+    """
+    size = numbers_bytes(tensors, None)
+    apart = size != numbers_bytes(tensors, accumulated_itemsize(layout))
+    return size / layout.processes if layout.stage == 2 and apart else 0.0
 
 
 def gradients_persist(layout: Layout) -> bool:
@@ -117,9 +144,14 @@ def gradient_buffers(layout: Layout, tensors: list[StoredTensor]) -> float:
     if not layout.stage or not trained:
         return 0.0
     itemsize = max(tensor.itemsize for tensor in trained)
+    sent = sent_itemsize(layout) or itemsize
     bucket = min(zero_setting(layout, "reduce_bucket_size", 1, 2), sum(t.numel for t in trained))
     buckets = 2 if layout.zero["zero_optimization"].get("overlap_comm") else 1
-    return buckets * bucket * itemsize + 2 * max(tensor.bytes for tensor in trained)
+    reduced = max(bucket, *(tensor.numel for tensor in trained))
+    # ZeRO-3 has its buckets in the type that is sent, and casts gradients before it joins them.
+    size = buckets * bucket * (sent if layout.stage == 3 else itemsize)
+    casts = (2 if layout.stage == 3 else 1) * reduced * sent if sent != itemsize else 0
+    return size + 2 * max(tensor.bytes for tensor in trained) + casts
 
 
 def step_phase(layout: Layout, tensors: list[StoredTensor]) -> dict[str, float]:
@@ -131,5 +163,7 @@ def step_phase(layout: Layout, tensors: list[StoredTensor]) -> dict[str, float]:
     count = sum(tensor.numel for tensor in trained) / layout.processes
     flat = sum(t.bytes for t in trained) / layout.processes if layout.stage < 3 else 0
     wide = 4 * count if layout.half else 0
+    if own_gradients(layout, tensors):  # the sums are flat and in float32 from the start
+        flat = wide = 0
     largest = max(t.numel for t in trained) / (layout.processes if layout.stage == 3 else 1)
     return parts | {"gradients, flat and in float32": max(flat + wide, 8 * largest)}
