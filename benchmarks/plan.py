@@ -38,6 +38,7 @@ ZERO2 = ("--deepspeed", "ds_configs/student_zero2.json")
 ZERO3 = ("--deepspeed", "ds_configs/student_zero3.json")
 SHARDED = ("--teacher_deepspeed", "ds_configs/teacher_zero3.json")
 CHECKPOINTS, BF16 = ("--gradient_checkpointing", "true"), ("--precision", "bfloat16")
+TWO_MICRO_BATCHES = ("--gradient_accumulation_steps", "2")
 LORA = ("--lora_rank", "16")
 QLORA = (*LORA, "--quantization", "nf4")
 TEACHER = ("--teacher", "TEACHER")
@@ -46,6 +47,8 @@ LAYOUTS = {
     "full, ZeRO-2, checkpointing, teacher whole": (*ZERO2, *CHECKPOINTS, *TEACHER),
     "full, ZeRO-3, checkpointing, teacher sharded": (*ZERO3, *CHECKPOINTS, *TEACHER, *SHARDED),
     "full, ZeRO-2, bf16, teacher sharded": (*ZERO2, *BF16, *TEACHER, *SHARDED),
+    "full, ZeRO-2, bf16, two micro-batches": (*ZERO2, *BF16, *TWO_MICRO_BATCHES),
+    "full, ZeRO-3, bf16, two micro-batches": (*ZERO3, *BF16, *TWO_MICRO_BATCHES),
     "LoRA, ZeRO-2, teacher sharded": (*ZERO2, *LORA, *TEACHER, *SHARDED),
     "LoRA, ZeRO-3, checkpointing, teacher whole": (*ZERO3, *LORA, *CHECKPOINTS, *TEACHER),
     "QLoRA, ZeRO-2, bf16, teacher sharded": (*ZERO2, *QLORA, *BF16, *TEACHER, *SHARDED),

@@ -13,7 +13,7 @@ from kd.planning.layout import Layout
 from kd.planning.throughput import duration
 from kd.recipe import setting
 from kd.settings.distillation import ModelSettings
-from kd.settings.teacher import TeacherSettings
+from kd.settings.teacher import TEACHER_WORKSPACE
 
 ROOT = Path(__file__).parents[1]
 MICRO = 4  # maximum rows per micro-batch
@@ -109,7 +109,7 @@ def layout_of(
         memory=0.0,
         teacher=folders.get(teacher, teacher),
         teacher_shards=shards,
-        teacher_workspace=2**20 * TeacherSettings.teacher_workspace_mb,
+        teacher_workspace=2**20 * TEACHER_WORKSPACE,
         zero=zero,
         half="bfloat16",
         checkpointing=True,

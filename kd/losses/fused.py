@@ -123,7 +123,7 @@ def tile_tokens(
     aside = (elementwise.SCRATCH + 1) * block + 2 * PIECE_BYTES
     sizes = [exact.itemsize for _ in product_dtypes]
     sizes += [product_dtypes[0].itemsize] if product_dtypes[0] != exact else []
-    tokens = max(1, (objective.loss_workspace_mb * 2**20 - aside) // (vocab_size * sum(sizes)))
+    tokens = max(1, (objective.workspace_bytes - aside) // (vocab_size * sum(sizes)))
     if device.type == "cpu":
         return min(tokens, TILE)
     return tokens // 128 * 128 or tokens  # whole blocks of the GPU's matrix products

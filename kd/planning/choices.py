@@ -2,56 +2,59 @@
 
 What the recipe or the command line says is never changed. The rest is decided by the first of these
 that has an answer: an earlier start of the same run, the machine file, the memory plan. The plan
-takes the smallest of the layouts that fit and are nearly as fast as the fastest. Every choice has a
-reason, which is printed and recorded.
+takes the layout with the shortest step that fits, that is, leaves memory to spare. Every choice has
+a reason, which is printed and recorded.
 """
 
 import copy
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kd.models.adapters import is_adapter
 from kd.models.frozen import teacher_base
 from kd.models.load import has_flash_attention
 from kd.planning.activations import CannotTrace
-from kd.planning.device_rates import Rates
 from kd.planning.fitting import (
     OFFLOADED,
     SHARDED,
-    TYPICAL,
     ZERO2,
     ZERO3,
-    largest_that_fits,
     layout_of,
+    rates_of,
     scoring_layout,
+    splits,
+    step_seconds,
 )
-from kd.planning.layout import GIB, Plan
 from kd.planning.machine import Machine
-from kd.planning.memory import plan_scoring
-from kd.planning.throughput import duration
+from kd.planning.memory import plan_scoring, plan_training
+from kd.planning.search import MICRO, Candidate, search
 from kd.recipe import AUTO, NONE
+from kd.settings.distillation import LOSS_WORKSPACE, SMALLEST_WORKSPACE
+from kd.settings.teacher import TEACHER_WORKSPACE
 from kd.settings.training import LAUNCHED, MOST_ROWS, derive_batch
 from kd.settings.training_recipe import Recipe, resolve_dtype
 
-SPARE = 0.9  # share of the memory that a chosen layout may take, if there is such a layout
-NEAR = 1.1  # times the shortest step: up to here, the model cannot tell which layout is faster
-# What the memory plan decides; the values that take the least time come first.
+# What the memory plan decides. Of values that take equally long, the first that fits is chosen.
 PLANNED: dict[str, list] = {
     "deepspeed": [ZERO2, ZERO3],
     "teacher_deepspeed": [NONE, SHARDED],
     "teacher_sharded_over": ["node", "all"],
     "gradient_checkpointing": [False, True],
+    "loss_workspace_mb": [SMALLEST_WORKSPACE, LOSS_WORKSPACE, 4 * LOSS_WORKSPACE],
+    "teacher_workspace_mb": [TEACHER_WORKSPACE, 4 * TEACHER_WORKSPACE],
 }
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Values of the keys that the plan decides, and what they would cost."""
-
-    values: dict[str, Any]
-    plan: Plan
-    seconds: float  # per step, modelled
+# Keys that have an effect only if the teacher is sharded.
+SHARDED_ONLY = {key: PLANNED[key] for key in ("teacher_sharded_over", "teacher_workspace_mb")}
+# Without a plan: the values that need the least memory without moving weights.
+UNPLANNED = {
+    "deepspeed": ZERO2,
+    "teacher_deepspeed": SHARDED,
+    "teacher_sharded_over": "all",
+    "gradient_checkpointing": True,
+    "loss_workspace_mb": LOSS_WORKSPACE,
+    "teacher_workspace_mb": TEACHER_WORKSPACE,
+}
 
 
 def choose(
@@ -80,7 +83,7 @@ class Choices:
     """A recipe whose `auto` keys are decided one after the other."""
 
     def __init__(self, recipe: Recipe, machine: Machine, trains: bool) -> None:
-        parts = ("training", "model", *(("teacher",) if recipe.teacher else ()))
+        parts = ("training", "model", *(("teacher", "objective") if recipe.teacher else ()))
         copies = {name: copy.copy(getattr(recipe, name)) for name in parts}
         self.recipe, self.machine = replace(recipe, **copies, chosen=dict(recipe.chosen)), machine
         self.parts, self.trains = list(copies.values()), trains
@@ -93,7 +96,7 @@ class Choices:
         """Set a key in the settings that have it."""
         for part in self.parts:
             if key in vars(part):
-                setattr(part, key, value)
+                vars(part)[key] = value  # an Objective is frozen, and this is a copy
 
     def take(self, key: str, value: Any, reason: str) -> None:
         """Decide a key, unless it is decided."""
@@ -107,6 +110,7 @@ class Choices:
         if not self.trains:
             self.take("deepspeed", NONE, "no student is trained")
             self.take("gradient_checkpointing", False, "no student is trained")
+            self.keep_default("loss_workspace_mb")
         if self.machine.zero is not None:
             self.take("deepspeed", LAUNCHED, "accelerate's configuration has a DeepSpeed engine")
         if self.machine.processes == 1:
@@ -116,13 +120,19 @@ class Choices:
             self.take("teacher_deepspeed", NONE, "no teacher is loaded beside the student")
         elif is_adapter(teacher.teacher):
             self.take("teacher_deepspeed", NONE, "the teacher is an adapter")
-        if self.undecided("teacher_sharded_over") and not self.spans_nodes():
-            self.set("teacher_sharded_over", "all")  # this is no choice, so it is not told
+        if self.teacher_deepspeed == NONE or not self.spans_nodes():
+            self.keep_default("teacher_sharded_over")
+        if not self.trains or self.teacher_deepspeed == NONE:
+            self.keep_default("teacher_workspace_mb")
+
+    def keep_default(self, key: str) -> None:
+        """Decide a key that is no choice in this run, so that nothing is told."""
+        if self.undecided(key):
+            self.set(key, UNPLANNED[key])
 
     def spans_nodes(self) -> bool:
-        """Whether a teacher may be sharded, and the run has several nodes."""
-        sharded = self.recipe.teacher.teacher_deepspeed != NONE
-        return sharded and self.machine.per_machine not in (None, self.machine.processes)
+        """Whether the run has several nodes."""
+        return self.machine.per_machine not in (None, self.machine.processes)
 
     def choose_precision(self) -> None:
         """Where to compute, and in which type."""
@@ -171,93 +181,67 @@ class Choices:
         )
 
     def choose_layout(self) -> None:
-        """Sharding and checkpointing, by the memory plan: a small layout that is fast and fits."""
+        """What the memory plan decides: the layout with the shortest step that fits."""
         keys = [key for key in PLANNED if self.undecided(key)]
         if not keys:
             return
+        plan = plan_training if self.trains else plan_scoring
         try:
-            tried = self.tried(keys, PLANNED)
-            if not any(each.plan.fits for each in tried) and "teacher_deepspeed" in keys:
-                tried += self.tried(keys, PLANNED | {"teacher_deepspeed": [OFFLOADED]})
+            found = search(self.candidates(keys, PLANNED), plan)
+            if found.plan.exceeds and "teacher_deepspeed" in keys:
+                offloaded = PLANNED | {"teacher_deepspeed": [OFFLOADED]}
+                moved = search(self.candidates(keys, offloaded), plan)
+                found = min(found, moved, key=lambda each: each.plan.total)
         except CannotTrace as error:
-            for key in keys:  # the values that need the least memory without moving weights
-                value = ZERO2 if key == "deepspeed" else PLANNED[key][-1]
-                self.take(key, value, f"there is no memory plan: {error}")
+            for key in keys:
+                self.take(key, UNPLANNED[key], f"there is no memory plan: {error}")
             return
-        roomy = [each for each in tried if each.plan.share <= SPARE]
-        # ZeRO-3 is the last resort: its checkpoints belong to one number of processes.
-        lower = [each for each in roomy if each.values.get("deepspeed") != ZERO3] or roomy
-        # So are gathers between nodes, whose network other jobs may use at the same time.
-        plain = [each for each in lower if each.values.get("teacher_sharded_over") != "all"]
-        plain = plain or lower
-        shortest = min((each.seconds for each in plain), default=0.0)
-        near = [each for each in plain if each.seconds <= NEAR * shortest]
-        best = min(near or tried, key=lambda each: each.plan.total)
-        if best.values.get("teacher_deepspeed") == NONE and "teacher_sharded_over" in keys:
-            keys.remove("teacher_sharded_over")
-            self.set("teacher_sharded_over", "all")
+        layout, values = found.plan.layout, found.best.values
         for key in keys:
-            others = [each for each in plain if each.values[key] != best.values[key]]
-            why = reason(best, others, len(tried))
-            if key == "deepspeed" and len(lower) < len(roomy):
-                why = f"it fits without ZeRO-3, {size(best.plan)}"
-            if key == "teacher_sharded_over" and best.values[key] == "node":
-                why = f"it fits without gathers between nodes, {size(best.plan)}"
-            self.take(key, best.values[key], why)
+            if key in SHARDED_ONLY and values["teacher_deepspeed"] == NONE:
+                self.keep_default(key)
+            else:
+                self.take(key, values[key], found.reason(key))
+        training = self.recipe.training
+        if self.trains and not training.micro_batch_given:
+            training.use_batch(layout.micro, layout.accumulation)
+            if len({each.layout.micro for each in found.ranked}) > 1:
+                self.recipe.chosen[MICRO] = found.reason(MICRO)
 
-    def tried(self, keys: list[str], options: dict[str, list]) -> list[Tried]:
-        """The plans of all combinations of `options`; of the first alone if it lacks no memory."""
-        found = []
+    def candidates(self, keys: list[str], options: dict[str, list]) -> list[Candidate]:
+        """All combinations of `options`, each with every micro-batch that the recipe allows."""
+        found, training = [], self.recipe.training
         for combination in itertools.product(*(options[key] for key in keys)):
             values = dict(zip(keys, combination, strict=True))
-            if values.get("teacher_deepspeed") == NONE and "all" in combination:
-                continue  # the same as "node"
-            plan = self.planned(values)
-            seconds = duration(plan.layout, self.rates).step if self.trains else 0.0
-            found.append(Tried(values, plan, seconds))
-            most = self.recipe.training.per_device_train_batch_size
-            if len(found) == 1 and plan.share <= SPARE and plan.layout.micro >= most:
-                break  # the other layouts save memory and cost time
+            teacher = values.setdefault("teacher_deepspeed", self.teacher_deepspeed)
+            if teacher == NONE and any(
+                values.get(k, v[0]) != v[0] for k, v in SHARDED_ONLY.items()
+            ):
+                continue  # nothing is sharded, so the value has no effect
+            trial = Choices(self.recipe, self.machine, self.trains)
+            for key, value in values.items():
+                trial.set(key, value)
+            # ZeRO-3's checkpoints belong to one number of processes; the network between nodes may
+            # be used by other jobs at the same time.
+            resorts = (
+                values.get("deepspeed") == ZERO3,
+                values.get("teacher_sharded_over") == "all",
+            )
+            length = self.recipe.data.max_length
+            if not self.trains:
+                layout = scoring_layout(trial.recipe, length, self.machine)
+                found.append(Candidate(values, layout, 0.0, resorts))
+                continue
+            whole = layout_of(trial.recipe, length, self.machine)
+            for layout in splits(whole, training.micro_batch_given):
+                seconds = step_seconds(layout, rates_of(self.machine.file))
+                found.append(Candidate(values | {MICRO: layout.micro}, layout, seconds, resorts))
         return found
 
-    def planned(self, values: dict[str, Any]) -> Plan:
-        """The plan with the largest micro-batch that fits, if `values` were chosen."""
-        trial = Choices(self.recipe, self.machine, self.trains)
-        for key, value in values.items():
-            trial.set(key, value)
-        if not self.trains:
-            layout = scoring_layout(trial.recipe, self.recipe.data.max_length, self.machine)
-            return plan_scoring(layout)
-        layout = layout_of(trial.recipe, self.recipe.data.max_length, self.machine)
-        return largest_that_fits(layout, self.recipe.training.micro_batch_given)
-
     @property
-    def rates(self) -> Rates:
-        """The rates of the machine file where it has them; they only rank the layouts."""
-        file = vars(self.machine.file)
-        return replace(TYPICAL, **{n: file[n] for n in vars(TYPICAL) if file.get(n)})
-
-
-def reason(best: Tried, others: list[Tried], count: int) -> str:
-    """Why a value of `best` was chosen; `others` have another value of the key and fit."""
-    found = size(best.plan)
-    if not best.plan.fits:
-        return f"nothing fits; this is the smallest, {found}"
-    if count == 1:
-        return f"the run fits, {found}"
-    if best.plan.share > SPARE:
-        return f"the smallest that fits, {found}"
-    if not others:
-        return f"nothing else leaves memory to spare; {found}"
-    ratio = min(each.seconds for each in others) / best.seconds
-    why = "the fastest that fits" if ratio >= 1 else "the smallest of the fast ones"
-    return f"{why}, {found}; without it a step takes {ratio:.2f} times as long"
-
-
-def size(plan: Plan) -> str:
-    """The memory of a plan, and its micro-batch."""
-    rows = f"{plan.layout.micro} row{'s' if plan.layout.micro > 1 else ''}"
-    return f"{plan.total / GIB:.1f} of {plan.layout.memory / GIB:.1f} GiB with {rows}"
+    def teacher_deepspeed(self) -> str:
+        """How the teacher is sharded, NONE without a teacher."""
+        return self.recipe.teacher.teacher_deepspeed if self.recipe.teacher else NONE
 
 
 def lines(recipe: Recipe) -> str:

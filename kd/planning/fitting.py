@@ -1,4 +1,4 @@
-"""Find a layout that fits: the largest micro-batch, or else changes that make the run fit."""
+"""Find a layout that fits: the fastest micro-batch, or else changes that make the run fit."""
 
 import copy
 import itertools
@@ -16,8 +16,9 @@ from kd.planning.memory import plan_scoring, plan_training
 from kd.planning.teacher_memory import offloads
 from kd.planning.throughput import duration
 from kd.recipe import NONE
-from kd.settings.machine_file import repository_file
-from kd.settings.training import LAUNCHED, derive_batch
+from kd.settings.distillation import SMALLEST_WORKSPACE
+from kd.settings.machine_file import MachineFile, repository_file
+from kd.settings.training import LAUNCHED
 from kd.settings.training_recipe import Recipe
 
 ZERO2, ZERO3, SHARDED, OFFLOADED = (
@@ -67,7 +68,7 @@ def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
         teacher_dtype=teacher.teacher_dtype if teacher else "auto",
         teacher_shards=shards or None,
         teacher_processes=machine.per_machine if within_nodes else None,
-        teacher_workspace=2**20 * teacher.teacher_workspace_mb if teacher else 0.0,
+        teacher_workspace=teacher.workspace_bytes if teacher else 0.0,
         zero=json.loads(repository_file(training.deepspeed).read_text()) if own else machine.zero,
         objective=recipe.objective,
         hidden_pairs=len(hidden.layers) if hidden else 0,
@@ -89,14 +90,21 @@ def scoring_layout(recipe: Recipe, length: int, machine: Machine) -> Layout:
     return replace(layout, micro=recipe.training.max_per_device_train_batch_size)
 
 
-def fit(layout: Layout, fixed_batch: bool) -> Plan:
-    """The plan with the largest micro-batch that fits, at most that of the layout.
+def rates_of(file: MachineFile) -> Rates:
+    """The rates of a machine file where it has them; they only rank layouts."""
+    given = vars(file)
+    return replace(TYPICAL, **{name: given[name] for name in vars(TYPICAL) if given.get(name)})
 
-    With `fixed_batch` the micro-batch is not changed. Raises ValueError, with the plan and the
-    cheapest changes that would make it fit, if nothing fits.
+
+def fit(layout: Layout, fixed_batch: bool, rates: Rates = TYPICAL) -> Plan:
+    """The plan with the fastest micro-batch that fits, at most that of the layout.
+
+    With `fixed_batch` the micro-batch is not changed. If nothing leaves memory to spare, the plan
+    is the smallest. Raises ValueError, with that plan and the cheapest changes that would make the
+    run fit, if it exceeds the memory of the device.
     """
-    plan = largest_that_fits(layout, fixed_batch)
-    if plan.fits:
+    plan = fastest_that_fits(layout, fixed_batch, rates)
+    if not plan.exceeds:
         return plan
     remedies = list(itertools.islice(changes_that_fit(layout, fixed_batch), 3))
     raise ValueError(
@@ -112,7 +120,7 @@ def fit_scoring(layout: Layout) -> Plan:
     Raises ValueError, with the plan and changes that would make it fit, if it does not fit.
     """
     plan = plan_scoring(layout)
-    if plan.fits:
+    if not plan.exceeds:
         return plan
     smaller = [
         Change(f"--max_per_device_train_batch_size {rows}", replace(layout, micro=rows))
@@ -132,14 +140,31 @@ def fit_scoring(layout: Layout) -> Plan:
     )
 
 
-def largest_that_fits(layout: Layout, fixed_batch: bool) -> Plan:
-    """The plan with the largest micro-batch that fits; with the smallest if none does."""
-    plan = plan_training(layout)
+def splits(layout: Layout, fixed_batch: bool) -> list[Layout]:
+    """The layout with every micro-batch that it allows, the largest first."""
+    if fixed_batch:
+        return [layout]
     rows = layout.micro * layout.accumulation
-    while not plan.fits and plan.layout.micro > 1 and not fixed_batch:
-        micro, steps = derive_batch(rows, 1, plan.layout.micro - 1)
-        plan = plan_training(replace(layout, micro=micro, accumulation=steps))
-    return plan
+    return [
+        replace(layout, micro=micro, accumulation=rows // micro)
+        for micro in range(layout.micro, 0, -1)
+        if rows % micro == 0
+    ]
+
+
+def step_seconds(layout: Layout, rates: Rates) -> float:
+    """The modelled time of a step, rounded so that equal times compare as equal."""
+    return float(f"{duration(layout, rates).step:.9g}")
+
+
+def fastest_that_fits(layout: Layout, fixed_batch: bool, rates: Rates = TYPICAL) -> Plan:
+    """The plan of the fastest micro-batch that fits; the smallest plan if none does."""
+    plans = []
+    for each in sorted(splits(layout, fixed_batch), key=lambda each: step_seconds(each, rates)):
+        plans.append(plan_training(each))
+        if plans[-1].fits:
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.total)
 
 
 def changes_that_fit(layout: Layout, fixed_batch: bool) -> Iterator[str]:
@@ -154,7 +179,7 @@ def changes_that_fit(layout: Layout, fixed_batch: bool) -> Iterator[str]:
     for group in (single, pairs):
         fitting = []
         for change in group:
-            plan = largest_that_fits(change.layout, fixed_batch)
+            plan = fastest_that_fits(change.layout, fixed_batch)
             if plan.fits:
                 seconds = duration(plan.layout, TYPICAL).step
                 rows = f"{plan.layout.micro} rows per micro-batch"
@@ -170,9 +195,9 @@ def changes(layout: Layout, fixed_batch: bool) -> Iterator[Change]:
         yield Change("--per_device_train_batch_size 1", replace(layout, micro=1, accumulation=rows))
     if not layout.checkpointing:
         yield Change("--gradient_checkpointing true", replace(layout, checkpointing=True))
-    if layout.teacher and layout.objective.loss_workspace_mb > 128:
-        small = replace(layout.objective, loss_workspace_mb=128)
-        yield Change("--loss_workspace_mb 128", replace(layout, objective=small))
+    if layout.teacher and layout.objective.workspace_bytes > 2**20 * SMALLEST_WORKSPACE:
+        small = replace(layout.objective, loss_workspace_mb=SMALLEST_WORKSPACE)
+        yield Change(f"--loss_workspace_mb {SMALLEST_WORKSPACE}", replace(layout, objective=small))
     if layout.teacher and layout.teacher_shards is None and layout.processes > 1:
         yield Change(
             f"--teacher_deepspeed {SHARDED}",

@@ -6,6 +6,8 @@ from typing import Any
 from kd.settings.distillation import ModelSettings, Objective, OnPolicySettings
 
 GIB = 2**30
+# Share of a device's memory that a run must leave free to fit: the plan may be wrong by as much.
+SPARE = 0.08
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,20 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the memory of the device."""
-        return self.share <= 1
+        """Whether the peak leaves SPARE of the device's memory free."""
+        return self.share <= 1 - SPARE
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the peak is more than the whole memory of the device."""
+        return self.share > 1
+
+    @property
+    def verdict(self) -> str:
+        """Whether the run fits, in words."""
+        if self.fits:
+            return "fits"
+        return "DOES NOT FIT" if self.exceeds else f"leaves less than {SPARE:.0%} free"
 
     @property
     def share(self) -> float:
@@ -115,8 +129,7 @@ class Plan:
             f"{layout.max_length} tokens"
         ]
         lines += [size_line(name, size) for name, size in self.parts.items()]
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        total = f"total, of {layout.memory / GIB:.1f} GiB: {verdict}"
+        total = f"total, of {layout.memory / GIB:.1f} GiB: {self.verdict}"
         lines.append(size_line(total, self.total))
         if layout.device == "cuda":
             name = f"host memory per machine ({', '.join(self.host)})"

@@ -60,7 +60,7 @@ def activations(
     # DeepSpeed computes in the type of the weights; everything else runs under autocast.
     autocast = getattr(torch, layout.half) if layout.half and not layout.stage else None
     options = {
-        "checkpointing": layout.checkpointing,
+        "checkpointing": layout.checkpointing and gradients,
         "gradients": gradients,
         "packed": layout.packing,
         "autocast": autocast,

@@ -14,7 +14,7 @@ from kd.planning.blueprint import build
 from kd.planning.communication import communication_seconds
 from kd.planning.device_rates import Rates, matrix_rate
 from kd.planning.layout import Layout
-from kd.planning.memory import on_policy_row_bytes, on_policy_rows
+from kd.planning.memory import loss_tile, on_policy_row_bytes, on_policy_rows, trained_head
 from kd.planning.model_sizes import cached, config_of, student_tensors, teacher_tensors
 from kd.planning.model_states import state_bytes
 
@@ -46,8 +46,12 @@ def duration(layout: Layout, rates: Rates) -> Duration:
     """The modelled time of one step."""
     rate = 1e12 * rates.tflops * rates.efficiency
     seconds = {name: count / rate for name, count in operations(layout).items()}
-    moved = unpacked_bytes(layout) + optimizer_bytes(layout)
-    seconds["unpacking of weights, optimizer"] = moved / (1e9 * rates.memory_gb_s)
+    moved = {
+        "reading and unpacking of weights": weight_bytes(layout) + unpacked_bytes(layout),
+        "reading of the heads for every tile": head_bytes(layout),
+        "optimizer": optimizer_bytes(layout),
+    }
+    seconds |= {name: size / (1e9 * rates.memory_gb_s) for name, size in moved.items()}
     sending, latency = communication_seconds(layout, rates)
     seconds["communication between processes"] = sending
     seconds["latency of that communication"] = latency
@@ -115,6 +119,32 @@ def numbers_of_linears(name: str) -> int:
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return sum(linear.weight.numel() for linear in linears)
+
+
+def weight_bytes(layout: Layout) -> float:
+    """Bytes of weights in 16 or 32 bits that are read in a step: in every pass of a micro-batch."""
+    passes = layout.accumulation * (3 if layout.checkpointing else 2)
+    tensors = student_tensors(layout)
+    packed = layout.model.quantization == "nf4"
+    read = passes * sum(tensor.bytes for tensor in tensors if tensor.trained or not packed)
+    if layout.teacher and not getattr(config_of(layout.teacher), "quantization_config", None):
+        read += layout.accumulation * sum(tensor.bytes for tensor in teacher_tensors(layout))
+    return read
+
+
+def head_bytes(layout: Layout) -> float:
+    """Bytes that the loss moves in a step because each tile uses the whole heads.
+
+    A tile reads a head once for every product. With a trained head it adds to a float32 gradient.
+    """
+    text = config_of(layout.student).get_text_config()
+    itemsize = getattr(torch, layout.half or layout.model.dtype).itemsize
+    moved = text.vocab_size * text.hidden_size * (2 * itemsize + (8 if trained_head(layout) else 0))
+    if layout.teacher:
+        config = config_of(layout.teacher)
+        teacher, size = config.get_text_config(), (config.dtype or torch.float32).itemsize
+        moved += teacher.vocab_size * teacher.hidden_size * size
+    return layout.accumulation * math.ceil(layout.tokens / loss_tile(layout)) * moved
 
 
 def unpacked_bytes(layout: Layout) -> float:

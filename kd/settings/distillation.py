@@ -31,6 +31,7 @@ Divergence = Literal[
     "soft_cross_entropy",
 ]
 
+LOSS_WORKSPACE, SMALLEST_WORKSPACE = 512, 128  # MiB; the first one where nothing has chosen
 LIMITS = "for the limits, set divergence: forward_kl or reverse_kl"
 
 
@@ -202,10 +203,11 @@ class Objective:
         below=1,
         note=LIMITS,
     )
-    loss_workspace_mb: int = setting(
-        512,
-        "Memory for logits in the loss, in MiB per device; tokens are processed in tiles.",
-        least=128,
+    loss_workspace_mb: int | Literal["auto"] = setting(
+        AUTO,
+        "Memory for logits in the loss, in MiB per device; tokens are processed in tiles. auto: "
+        "larger tiles where the memory plan has room for them.",
+        least=SMALLEST_WORKSPACE,
     )
     hidden_weight: float = setting(
         0.0, "Weight of the loss between hidden states; 0 disables it.", least=0, repr=False
@@ -223,6 +225,12 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The memory for logits; LOSS_WORKSPACE if none was chosen."""
+        chosen = LOSS_WORKSPACE if self.loss_workspace_mb == AUTO else self.loss_workspace_mb
+        return 2**20 * chosen
 
     @property
     def divergence_scale(self) -> float:

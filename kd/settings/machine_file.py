@@ -31,6 +31,12 @@ class Preferences:
     deepspeed: str | None = None
     teacher_deepspeed: str | None = None
     teacher_dtype: Precision | None = None
+    loss_workspace_mb: int | None = setting(
+        None, "Memory for logits in the loss, in MiB per device.", least=128
+    )
+    teacher_workspace_mb: int | None = setting(
+        None, "Memory for the hidden states of a sharded teacher, in MiB per device.", least=0
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -7,6 +7,7 @@ from kd.recipe import AUTO, NONE, check_ranges, mistake, require_file, setting
 from kd.settings.machine_file import repository_file
 from kd.settings.model_paths import require_model
 
+TEACHER_WORKSPACE = 1024  # MiB, where nothing has chosen
 OWN_BASE = "self"  # value of `teacher`: the student's frozen base, with its adapters off
 
 
@@ -37,10 +38,11 @@ class TeacherSettings:
         "Processes that share one sharded teacher: those of each node, so that it is gathered "
         "within the node, or all. auto: node if that fits.",
     )
-    teacher_workspace_mb: int = setting(
-        1024,
+    teacher_workspace_mb: int | Literal["auto"] = setting(
+        AUTO,
         "Memory for the hidden states of a sharded teacher, in MiB per device. One forward pass "
-        "covers as many micro-batches of a step as fit.",
+        "covers as many micro-batches of a step as fit, and the head stays gathered for them if "
+        "it fits, too. auto: by the memory plan.",
         least=0,
         note="0: one micro-batch per pass",
     )
@@ -91,6 +93,12 @@ class TeacherSettings:
             )
         if self.teacher_deepspeed not in (AUTO, NONE):
             require_file("teacher_deepspeed", str(repository_file(self.teacher_deepspeed)))
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The memory for hidden states; TEACHER_WORKSPACE if none was chosen."""
+        given = self.teacher_workspace_mb
+        return 2**20 * (TEACHER_WORKSPACE if given == AUTO else given)
 
     @property
     def sharding(self) -> str | None:

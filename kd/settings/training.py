@@ -123,8 +123,8 @@ class LengthKeys:
     )
     per_device_train_batch_size: int | None = setting(
         None,
-        "Micro-batch in rows. Default: the largest that divides global_batch_size, respects "
-        "max_per_device_train_batch_size and fits in memory.",
+        "Micro-batch in rows. Default: of those that divide global_batch_size, respect "
+        "max_per_device_train_batch_size and fit in memory, the one with the shortest step.",
         least=1,
     )
     gradient_accumulation_steps: int | None = setting(
@@ -194,8 +194,8 @@ class MachineKeys:
     )
     gradient_checkpointing: bool | Literal["auto"] = setting(
         AUTO,
-        "Compute activations again in the backward pass instead of keeping them. auto: if the run "
-        "does not fit in memory otherwise, or is nearly as fast with it by the plan.",
+        "Compute activations again in the backward pass instead of keeping them. auto: if the "
+        "step is shorter with it, since a larger micro-batch then fits, or nothing else fits.",
     )
     deepspeed: str = setting(
         AUTO,

@@ -43,7 +43,7 @@ class LiveTeacher:
         the head.
         """
         self.device = device
-        self.workspace = settings.teacher_workspace_mb * 2**20
+        self.workspace = settings.workspace_bytes
         self.sharded = settings.sharding is not None
         if settings.teacher == OWN_BASE:
             if student is None:

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from kd.settings.distillation import SMALLEST_WORKSPACE
 from kd.settings.training_recipe import Recipe
-
-SMALL_WORKSPACE = 128  # MiB, the smallest loss_workspace_mb
 
 
 @contextlib.contextmanager
@@ -39,13 +38,13 @@ def remedies(recipe: Recipe) -> list[str]:
         found.append(
             "--gradient_checkpointing true: far less memory for activations, about a third slower"
         )
-    workspace = recipe.objective.loss_workspace_mb
-    if recipe.teacher and workspace > SMALL_WORKSPACE:
-        found.append(f"--loss_workspace_mb {SMALL_WORKSPACE} (now {workspace}): smaller tiles")
-    if teacher and teacher.sharding and teacher.teacher_workspace_mb:
+    workspace = recipe.objective.workspace_bytes // 2**20
+    if recipe.teacher and workspace > SMALLEST_WORKSPACE:
+        found.append(f"--loss_workspace_mb {SMALLEST_WORKSPACE} (now {workspace}): smaller tiles")
+    if teacher and teacher.sharding and teacher.workspace_bytes:
         found.append(
-            f"--teacher_workspace_mb 0 (now {teacher.teacher_workspace_mb}): the teacher processes "
-            "one micro-batch at a time"
+            f"--teacher_workspace_mb 0 (now {teacher.workspace_bytes // 2**20}): the teacher "
+            "processes one micro-batch at a time"
         )
     if separate := recipe.separate_teacher:
         if not separate.sharding and training.world_size > 1:

@@ -8,14 +8,16 @@ from typing import Any
 from kd.data.show import write_summary
 from kd.distributed import print_rank0, rank
 from kd.planning.activations import CannotTrace
-from kd.planning.fitting import fit, fit_scoring, layout_of, scoring_layout
+from kd.planning.fitting import fit, fit_scoring, layout_of, rates_of, scoring_layout
 from kd.planning.layout import Layout, Plan
 from kd.planning.machine import present_machine
 from kd.planning.model_sizes import student_tensors, teacher_tensors
+from kd.planning.search import MICRO
 from kd.planning.throughput import matrix_work
 from kd.run.finished import DONE
 from kd.run.host_memory import keep_memory_flat
 from kd.run.run_record import earlier_plan, write_record
+from kd.settings.training import derive_batch
 from kd.settings.training_recipe import Recipe
 from kd.teachers.cached import Documents
 from kd.training.downloads import download_weights
@@ -39,7 +41,7 @@ class Run:
 def plan_run(
     recipe: Recipe, tokenizers: Tokenizers, rows: TrainingRows, resume: ResumePoint
 ) -> Run:
-    """Collective: choose the micro-batch that fits in memory, write run.json, fetch the weights.
+    """Collective: choose the micro-batch for these rows, write run.json, fetch the weights.
 
     A resumed run keeps its micro-batch, whatever memory is free now, unless it has another number
     of processes. Raises ValueError with remedies if no micro-batch fits.
@@ -48,14 +50,21 @@ def plan_run(
     longest = rows.train.longest
     if recipe.generates_answers:  # an answer can be longer than the one that it replaces
         longest = min(longest + recipe.on_policy.max_new_tokens, recipe.data.max_length)
-    layout = layout_of(recipe, longest, present_machine(training))
+    machine = present_machine(training)
+    layout = layout_of(recipe, longest, machine)
     given = training.micro_batch_given
     earlier = earlier_plan(training.output_dir) if resume.checkpoint else None
     if earlier and earlier["processes"] == layout.processes:
         batch = {"micro": earlier["rows"], "accumulation": earlier["accumulation"]}
         layout, given = replace(layout, **batch), True
-    plan = plan_or_none(fit, layout, given)
+    if not given:  # shorter rows than max_length may have room for larger micro-batches
+        most = training.max_per_device_train_batch_size
+        micro, steps = derive_batch(training.global_batch_size, layout.processes, most)
+        layout = replace(layout, micro=micro, accumulation=steps)
+    plan = plan_or_none(fit, layout, given, rates_of(machine.file))
     if plan:
+        if plan.layout.micro != training.per_device_train_batch_size and not given:
+            recipe.chosen[MICRO] = f"the fastest that fits, with rows of at most {longest} tokens"
         training.use_batch(plan.layout.micro, plan.layout.accumulation)
         print_rank0(plan)
     if rank() == 0:

@@ -41,7 +41,7 @@ from kd.planning.blueprint import (
 )
 from kd.planning.device_rates import Rates
 from kd.planning.fitting import changes_that_fit, fit
-from kd.planning.layout import GIB, Layout
+from kd.planning.layout import GIB, SPARE, Layout
 from kd.planning.memory import plan_training
 from kd.planning.model_sizes import student_tensors
 from kd.planning.throughput import duration
@@ -276,15 +276,16 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(layout):
     sizes = {micro: plan_training(replace(layout, micro=micro)).total for micro in (1, 2, 4, 8, 16)}
     assert sorted(sizes.values()) == list(sizes.values())
     for micro in (2, 4, 8):
-        found = fit(replace(layout, memory=sizes[micro] + 1), fixed_batch=False)
+        found = fit(replace(layout, memory=sizes[micro] / (1 - SPARE) + 1), fixed_batch=False)
         assert (found.layout.micro, found.layout.accumulation) == (micro, 32 // micro)
 
 
 def test_a_given_micro_batch_is_not_changed(layout):
-    total, half = (plan_training(replace(layout, micro=micro)).total for micro in (16, 8))
-    assert fit(replace(layout, memory=total + 1), fixed_batch=True).layout.micro == 16
+    layout = replace(layout, max_length=4096)
+    total = plan_training(layout).total
+    assert fit(replace(layout, memory=total / (1 - SPARE) + 1), fixed_batch=True).layout.micro == 16
     with pytest.raises(ValueError, match="--per_device_train_batch_size 1 "):
-        fit(replace(layout, memory=half), fixed_batch=True)
+        fit(replace(layout, memory=0.999 * total), fixed_batch=True)
 
 
 def test_a_run_that_cannot_fit_is_told_three_changes_that_make_it_fit(layout, tmp_path):

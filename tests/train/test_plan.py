@@ -13,6 +13,8 @@ from published import SHAPES, save_config
 from scripts import run_main
 from small import save_small
 
+from kd.planning.layout import SPARE
+
 PROFILES = ("cpu", "2xt4", "2xa100", "h100")
 RECIPES = [
     path.relative_to(ROOT)
@@ -103,7 +105,7 @@ def test_the_number_of_processes_can_be_overridden(hub):
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
     save_small(folder / "model")
-    rows = [{"prompt": "Say something.", "completion": "word " * 600}] * 32
+    rows = [{"prompt": "Say something.", "completion": "word " * 600}] * 64
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -112,7 +114,8 @@ def flags_of(work, *flags) -> list[str]:
     """The flags that train/sft.py and train/plan.py share."""
     data = json.dumps([{"path": str(work / "rows.jsonl")}])
     words = ("--model", work / "model", "--data", data, "--max_length", "512", "--use_cpu", "true")
-    words += ("--global_batch_size", "16", "--max_per_device_train_batch_size", "16")
+    words += ("--max_per_device_train_batch_size", "16")
+    words += () if "--global_batch_size" in flags else ("--global_batch_size", "16")
     place = () if "--output_dir" in flags else ("--output_dir", work / "out")
     return [str(word) for word in (*words, *place, *flags)]
 
@@ -134,7 +137,7 @@ def test_host_memory_is_that_of_one_machine(work, monkeypatch):
 
 
 def test_a_run_uses_the_micro_batch_of_its_plan_and_records_it(work, monkeypatch, capsys):
-    memory = planned_gib(work, monkeypatch) - 1e-5
+    memory = planned_gib(work, monkeypatch) / (1 - SPARE) - 1e-5
     flags = flags_of(work, "--max_steps", "1", "--save_strategy", "no", "--gpu_memory_gb", memory)
     run_main("train/sft.py", *flags)
     printed = capsys.readouterr().out
@@ -149,8 +152,9 @@ def test_a_run_uses_the_micro_batch_of_its_plan_and_records_it(work, monkeypatch
 
 
 def test_a_run_that_cannot_fit_stops_before_a_model_is_loaded(work, monkeypatch, capsys):
-    memory = planned_gib(work, monkeypatch, "--per_device_train_batch_size", "1") - 1e-5
-    flags = flags_of(work, "--gpu_memory_gb", memory, "--output_dir", work / "stopped")
+    batch = ("--global_batch_size", "64", "--per_device_train_batch_size", "64")
+    memory = planned_gib(work, monkeypatch, *batch) - 1e-5
+    flags = flags_of(work, *batch, "--gpu_memory_gb", memory, "--output_dir", work / "stopped")
     with pytest.raises(ValueError, match="DOES NOT FIT") as error:
         run_main("train/sft.py", *flags)
     printed = "".join(capsys.readouterr()) + str(error.value)
