@@ -11,6 +11,7 @@ import torch
 
 from kd.losses import elementwise
 from kd.losses.fused import PIECE_BYTES, tile_tokens
+from kd.losses.head import padded_width
 from kd.models.generation_mode import row_bytes
 from kd.planning.blueprint import StoredTensor
 from kd.planning.layout import GIB, Layout, Plan
@@ -154,7 +155,7 @@ def trained_head(layout: Layout) -> int:
 
 def loss_workspace(layout: Layout) -> float:
     """The loss's tiles of logits and their buffers, as kd.losses.fused allocates them."""
-    vocab_size = config_of(layout.student).get_text_config().vocab_size
+    vocab_size = padded_width(config_of(layout.student).get_text_config().vocab_size)
     exact, kinds = torch.float32, product_dtypes(layout)
     half, tokens = kinds[0], loss_tile(layout)
     size = tokens * vocab_size * (4 * len(kinds) + (half.itemsize if half != exact else 0))
