@@ -111,7 +111,8 @@ METRICS: tuple[Metric, ...] = (
         for phase in PHASES
     ),
     _measured("target_tokens_per_second", "over all ranks", THROUGHPUT, machine=True),
-    _measured("matrix_peak_share", "of the device's peak FLOP/s", PEAK_SHARE, machine=True),
+    _measured("matrix_peak_share", "of the GPU's measured rate", PEAK_SHARE, machine=True),
+    _measured("model_flop_utilization", "of the vendor's peak", PEAK_SHARE, machine=True),
     _measured("memory_gib", "peak memory of the fullest process", MEMORY, machine=True),
     _measured("padding_share", "share of padding among the positions", PADDING),
 )

@@ -24,6 +24,25 @@ UNPACKING = 9
 
 
 @dataclass(frozen=True)
+class MatrixWork:
+    """The matrix products of a run and the rates of its GPU, in operations and operations/s.
+
+    Attributes:
+        per_position: Counted operations per position, with those that checkpointing repeats.
+        per_target: Further ones per target token: the heads and the loss.
+        measured_rate: Rate of a large product on this GPU, in the precision of the run.
+        model_per_token: `model_operations_per_token`.
+        vendor_rate: The vendor's rate by the machine file; None without one and in float32.
+    """
+
+    per_position: float
+    per_target: float
+    measured_rate: float
+    model_per_token: float
+    vendor_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Duration:
     """The time of a step, part by part."""
 
@@ -85,15 +104,37 @@ def operations(layout: Layout) -> dict[str, float]:
     }
 
 
-def matrix_work(layout: Layout, device: torch.device) -> tuple[float, float, float] | None:
-    """(operations per position, more per target token, measured matrix rate of the GPU).
+def matrix_work(
+    layout: Layout, device: torch.device, tflops: float | None = None
+) -> MatrixWork | None:
+    """The work of a run whose machine file states `tflops`, a rate for half precision.
 
     None on a CPU, where the other processes decide the rate.
     """
     if device.type != "cuda":
         return None
     rate = matrix_rate("cuda", getattr(torch, layout.half or "float32"))
-    return (*operations_per_token(layout), rate)
+    vendor = 1e12 * tflops if tflops and layout.half else None
+    model = model_operations_per_token(layout)
+    return MatrixWork(*operations_per_token(layout), rate, model, vendor)
+
+
+def model_operations_per_token(layout: Layout) -> float:
+    """Operations that the models need for a token, however they are trained: 6 N + 2 N_teacher.
+
+    N are the weights of a model's matrix products: its Linears and its head. A forward takes 2 N, a
+    backward 4 N. Nothing is repeated, and attention's products are left out (Chowdhery et al. 2022,
+    PaLM, appendix B, without their small last term).
+    """
+    student, teacher = layout.student, layout.teacher
+    return 6 * numbers_of_products(student) + (2 * numbers_of_products(teacher) if teacher else 0)
+
+
+def numbers_of_products(name: str) -> int:
+    """The number of weights in a model's Linears and in its head."""
+    numbers = cached(("linears", name), lambda: numbers_of_linears(name))
+    text = config_of(name).get_text_config()
+    return numbers + text.vocab_size * text.hidden_size
 
 
 def operations_per_token(layout: Layout) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from kd.planning.layout import Layout, Plan
 from kd.planning.machine import present_machine
 from kd.planning.model_sizes import student_tensors, teacher_tensors
 from kd.planning.search import MICRO
-from kd.planning.throughput import matrix_work
+from kd.planning.throughput import MatrixWork, matrix_work
 from kd.run.finished import DONE
 from kd.run.host_memory import keep_memory_flat
 from kd.run.run_record import earlier_plan, write_record
@@ -35,7 +35,7 @@ class Run:
     rows: TrainingRows
     resume: ResumePoint
     plan: Plan | None  # None if the model cannot be traced
-    work: tuple[float, float, float] | None  # `StepMetrics` explains the three numbers
+    work: MatrixWork | None  # None on a CPU, and without a plan
 
 
 def plan_run(
@@ -72,7 +72,7 @@ def plan_run(
         write_record(training.output_dir, [recipe], recipe.chosen, plan and plan.record())
         write_summary(training.output_dir, rows.train, rows.heldout)
     download_weights(recipe)
-    work = matrix_work(plan.layout, training.device) if plan else None
+    work = matrix_work(plan.layout, training.device, machine.file.tflops) if plan else None
     return Run(recipe, tokenizers, rows, resume, plan, work)
 
 

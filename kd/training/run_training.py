@@ -120,7 +120,10 @@ def train(trainer: DistillationTrainer, run: Run) -> dict[str, float]:
     trainer.stop.raise_if_stopped(
         run.recipe.training.output_dir, state.global_step, state.max_steps
     )
-    return dict(result.metrics)
+    shares = trainer.metrics.mean_shares()
+    if shares:
+        print_rank0(shares_line(shares))
+    return dict(result.metrics) | shares
 
 
 def finish(trainer: DistillationTrainer, run: Run, metrics: dict[str, float]) -> None:
@@ -144,6 +147,16 @@ def finish(trainer: DistillationTrainer, run: Run, metrics: dict[str, float]) ->
             write_hparams(f"{training.output_dir}/tensorboard", run.recipe.to_dict())
         mark_done(training.output_dir, metrics)
         print(f"saved to {training.output_dir}")
+
+
+def shares_line(shares: dict[str, float]) -> str:
+    """The line with the shares of the GPU's matrix rate that a training has reached."""
+    texts = {
+        "model_flop_utilization": "{:.1%} of the vendor's peak (6 N student + 2 N teacher a token)",
+        "matrix_peak_share": "{:.1%} of the measured matrix rate, with all that was recomputed",
+    }
+    found = [text.format(shares[name]) for name, text in texts.items() if name in shares]
+    return f"model FLOP utilization: {'; '.join(found)}"
 
 
 def describe(trainer: DistillationTrainer, training: TrainingSettings) -> str:

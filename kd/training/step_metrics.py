@@ -10,10 +10,12 @@ from torch import Tensor
 
 from kd.distributed import all_max, all_sum, world_size
 from kd.losses.metrics import BY_NAME, REPORTED
+from kd.planning.throughput import MatrixWork
 from kd.run.host_memory import PeakMemory
 from kd.training.step_times import StepTimes
 
 GIB = 2**30
+SHARES = ("matrix_peak_share", "model_flop_utilization")
 
 
 class StepMetrics:
@@ -21,8 +23,7 @@ class StepMetrics:
 
     Attributes:
         shown: Names of the token metrics to log.
-        work: FLOPs per position, further FLOPs per target token, peak FLOP/s of a device; None
-            leaves out matrix_peak_share.
+        work: The operations of the run; None leaves out the shares of the peak.
         times: Seconds per phase of a step.
         student_pace: Seconds in the student's forward and loss on this rank, and positions, in the
             interval of the last `read`.
@@ -33,7 +34,7 @@ class StepMetrics:
         self,
         device: torch.device,
         shown: list[str],
-        work: tuple[float, float, float] | None = None,
+        work: MatrixWork | None = None,
     ) -> None:
         self.device = device
         self.shown = shown
@@ -41,6 +42,8 @@ class StepMetrics:
         self.student_pace = (0.0, 0)
         self.times = StepTimes(device)
         self.host_memory = None if device.type == "cuda" else PeakMemory()
+        self.shares = dict.fromkeys(SHARES, 0.0)  # summed over the seconds of all steps
+        self.seconds = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -95,10 +98,31 @@ class StepMetrics:
                     metrics[f"seconds_{phase}"] = total / world_size() / steps
             metrics["seconds_step"] = slowest / steps
         if slowest and self.work:
-            per_position, per_target, peak = self.work
-            operations = per_position * positions + per_target * tokens
-            metrics["matrix_peak_share"] = operations / world_size() / slowest / peak
+            metrics |= self.shares_of_peak(read, positions, tokens, slowest)
         return metrics
+
+    def shares_of_peak(
+        self, read: float, positions: float, tokens: float, seconds: float
+    ) -> dict[str, float]:
+        """Shares of the measured and of the vendor's matrix rate, by all ranks in `seconds`.
+
+        The first counts what the devices compute, the second what the models need: the `read`
+        tokens without padding.
+        """
+        work, device_seconds = self.work, world_size() * seconds
+        computed = work.per_position * positions + work.per_target * tokens
+        found = {"matrix_peak_share": computed / device_seconds / work.measured_rate}
+        if work.vendor_rate:
+            needed = work.model_per_token * read
+            found["model_flop_utilization"] = needed / device_seconds / work.vendor_rate
+        for name, share in found.items():
+            self.shares[name] += share * seconds
+        self.seconds += seconds
+        return found
+
+    def mean_shares(self) -> dict[str, float]:
+        """The shares of the peak over all logged steps of this start; {} where there are none."""
+        return {name: sum / self.seconds for name, sum in self.shares.items() if sum}
 
 
 def reproducible(logged: dict[str, float]) -> dict[str, float]:

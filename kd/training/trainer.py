@@ -33,6 +33,7 @@ from kd.distributed import all_sum
 from kd.losses.hidden import PROJECTIONS, HiddenObjective
 from kd.losses.metrics import REPORTED, shown_metrics
 from kd.models.heads import LossInputs, causal_lm, return_loss
+from kd.planning.throughput import MatrixWork
 from kd.run.signals import StopsOnSignal
 from kd.settings.distillation import Objective
 from kd.teachers.aligned_teacher import AlignedTeacher
@@ -64,7 +65,7 @@ class DistillationTrainer(Trainer):
         teacher: LiveTeacher | CachedTeacher | AlignedTeacher | None = None,
         hidden: HiddenObjective | None = None,
         run_identity: dict[str, Any] | None = None,
-        work: tuple[float, float, float] | None = None,
+        work: MatrixWork | None = None,
         on_policy_rows: OnPolicyRows | None = None,
         **kw,
     ):

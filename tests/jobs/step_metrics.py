@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from kd.losses.metrics import PHASES, REPORTED
+from kd.planning.throughput import MatrixWork
 from kd.training import step_metrics as module
 
 SHOWN = ["cross_entropy", "top1_agreement", "on_policy_divergence"]
-WORK = (3.0, 5.0, 1000.0)  # FLOPs per position, FLOPs per target token, peak FLOP/s
+WORK = MatrixWork(3.0, 5.0, 1000.0, 7.0, 2000.0)
 
 
 def rank_sums(rank: int) -> dict[str, float]:
@@ -51,6 +52,7 @@ def main() -> None:
             metrics.add(half, batch)
         metrics.add_completions([[1] * (5 + rank)], rank)
         found.append(metrics.read() | {"pace": metrics.student_pace})
+    found.append(metrics.mean_shares())
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -8,16 +8,22 @@ import torch
 from peft import get_peft_model
 from processes import ROOT
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd.models.heads import backbone_only, causal_lm
 from kd.models.load import lora_config, parameter_counts
-from kd.planning import memory
+from kd.planning import memory, throughput
 from kd.planning.disk import disk_bytes
 from kd.planning.layout import GIB, Layout
 from kd.planning.memory import plan_training
 from kd.planning.model_sizes import student_tensors
-from kd.planning.throughput import operations, optimizer_bytes, unpacked_bytes
+from kd.planning.throughput import (
+    matrix_work,
+    model_operations_per_token,
+    operations,
+    optimizer_bytes,
+    unpacked_bytes,
+)
 from kd.settings.distillation import ModelSettings, OnPolicySettings
 
 ZERO2, ZERO3 = (
@@ -162,3 +168,31 @@ def test_disk_space_of_models_checkpoints_and_result(layout, weights):
         assert parts["3 checkpoints"] == 3 * weights * (4 + 4 + 8 + module)
         assert parts["the trained model"] == 4 * weights
         assert parts["student from the hub"] == 2 * weights
+
+
+def test_model_operations_are_six_n_of_the_student_and_two_n_of_the_teacher(layout, models):
+    """N by hand: q, k, v, o and three matrices of the MLP in two blocks, and the head."""
+
+    def count(hidden: int, vocab_size: int) -> int:
+        keys = hidden // 2  # two of the four heads
+        block = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * 2 * hidden
+        return 2 * block + vocab_size * hidden
+
+    student = AutoConfig.from_pretrained(models / "student").vocab_size
+    teacher = AutoConfig.from_pretrained(models / "teacher").vocab_size
+    alone = model_operations_per_token(layout)
+    assert alone == 6 * count(32, student)
+    pair = replace(layout, teacher=str(models / "teacher"))
+    assert model_operations_per_token(pair) == alone + 2 * count(48, teacher)
+    for changed in (replace(pair, checkpointing=True), replace(pair, model=LORA)):
+        assert model_operations_per_token(changed) == model_operations_per_token(pair)
+
+
+def test_utilization_needs_a_gpu_half_precision_and_the_vendors_rate(layout, monkeypatch):
+    monkeypatch.setattr(throughput, "matrix_rate", lambda device, dtype: 4e11)
+    gpu, half = torch.device("cuda"), replace(layout, half="bfloat16")
+    assert matrix_work(half, torch.device("cpu"), 65.0) is None
+    assert matrix_work(half, gpu, 65.0).vendor_rate == 65e12
+    assert matrix_work(half, gpu, 65.0).measured_rate == 4e11
+    assert matrix_work(half, gpu, None).vendor_rate is None  # no machine file
+    assert matrix_work(layout, gpu, 65.0).vendor_rate is None  # the vendor's is for half precision

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
 from kd.losses.metrics import REPORTED
-from kd.training.step_metrics import StepMetrics, reproducible
+from kd.training.step_metrics import SHARES, StepMetrics, reproducible
 from kd.training.tensorboard import open_writer, write_hparams
 
 
@@ -57,10 +57,14 @@ def test_means_are_over_the_tokens_of_all_ranks_and_times_are_per_step(found):
     assert metrics["seconds_step"] == 5.0 and metrics["target_tokens_per_second"] == 44 / 10
     assert metrics["seconds_student"] == 5.0 / 2 / 2 and metrics["seconds_loss"] == 2.0 / 2 / 2
     assert metrics["seconds_teacher"] == 0.0 and "seconds_generation" not in metrics
-    position, target, peak = WORK
-    operations = (position * 64 + target * 44) / 2  # per rank
-    assert metrics["matrix_peak_share"] == pytest.approx(operations / 10 / peak)
-    machine = {"memory_gib", "target_tokens_per_second", "matrix_peak_share", "seconds_step"}
+    operations = (WORK.per_position * 64 + WORK.per_target * 44) / 2  # per rank
+    assert metrics["matrix_peak_share"] == pytest.approx(operations / 10 / WORK.measured_rate)
+    read = 2 * 7 + 2 * 8  # tokens without padding, of both ranks
+    utilization = WORK.model_per_token * read / 2 / 10 / WORK.vendor_rate
+    assert metrics["model_flop_utilization"] == pytest.approx(utilization)
+    shares = {name: metrics[name] for name in SHARES}
+    assert found[0][2] == pytest.approx(shares)  # two equal logs
+    machine = {"memory_gib", "target_tokens_per_second", "seconds_step", *SHARES}
     assert not machine & set(reproducible(metrics)) and "padding_share" in reproducible(metrics)
 
 
