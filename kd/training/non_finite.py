@@ -18,7 +18,8 @@ class NonFinite(TrainerCallback):
     """Skip at most `limit` non-finite steps in a row, and report the rows and the rank.
 
     Micro-steps store flags on the device; one number is read at the end of a step. DeepSpeed and
-    fp16 loss scalers skip a non-finite update themselves; otherwise it is skipped here.
+    fp16 loss scalers skip a non-finite update themselves; otherwise it is skipped here. A scaler
+    also skips updates to find its scale. These do not count as long as it can halve the scale.
     """
 
     def __init__(self, trainer: Trainer, limit: int):
@@ -26,9 +27,13 @@ class NonFinite(TrainerCallback):
         self.noted: list[tuple[Tensor, Tensor]] = []  # ((B, T) ids, whether the loss is finite)
         self.in_a_row = 0
         self.update_skipped = False
+        self.scale: float | None = None  # the loss scale after an overflow, until a good step
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Collective: raise ValueError for a NaN or an infinity in a weight to be trained."""
+        if args.fp16 and self.trainer.is_deepspeed_enabled:
+            # It would end the run with an exception of its own; end_step does it with advice.
+            self.trainer.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
         name = non_finite_weight(self.trainer.model)
         if name:
             raise ValueError(
@@ -59,12 +64,16 @@ class NonFinite(TrainerCallback):
         """Collective: report a non-finite step.
 
         `any_bad` says whether a loss of any rank is not finite. Raises ValueError if the update was
-        not skipped, or after more than `limit` skipped steps in a row.
+        not skipped, after more than `limit` skipped steps in a row, and if a gradient overflows
+        float16 without any loss scale.
         """
         bad, noted, self.noted = self.bad_batches(), self.noted, []
         skipped = self.update_skipped or self.trainer.accelerator.optimizer_step_was_skipped
-        # A loss scaler finds its scale by skipping steps whose losses are finite.
-        if not any_bad and (not skipped or args.fp16):
+        if not any_bad and skipped and args.fp16:
+            self.report_overflow(args, step)
+            return
+        self.scale = None
+        if not any_bad and not skipped:
             self.in_a_row = 0
             return
         self.in_a_row += 1
@@ -89,6 +98,31 @@ class NonFinite(TrainerCallback):
             )
         if args.process_index == 0:
             print(f"step {step} is skipped ({self.in_a_row} of {self.limit} in a row)", flush=True)
+
+    def report_overflow(self, args: TrainingArguments, step: int) -> None:
+        """Report a step that the loss scaler has skipped, although every loss is finite.
+
+        Raises ValueError if a scale of 1 did not help; each overflow halves it.
+        """
+        before, self.scale = self.scale, self.loss_scale()
+        if before is not None and before <= 1:
+            raise ValueError(
+                self.with_advice(
+                    f"the gradient of step {step} overflows float16 even with a loss scale of 1"
+                )
+            )
+        if args.process_index == 0:
+            print(
+                f"step {step}: the gradient overflows float16, so its update is skipped; the loss "
+                f"scale is now {self.scale:,.0f}",
+                flush=True,
+            )
+
+    def loss_scale(self) -> float:
+        """The loss scale of a run in float16."""
+        if self.trainer.is_deepspeed_enabled:
+            return self.trainer.deepspeed.optimizer.loss_scale
+        return self.trainer.accelerator.scaler.get_scale()
 
     def describe_rows(self, batch: Tensor) -> str:
         """The rows of a (B, T) micro-batch by number and first words.
