@@ -149,8 +149,8 @@ RESULT = f"; cp {FOLDER}/run/done.json {METRICS}"
 TRAINING = f"{DATA} launch/h100.sh {DISTIL} --max_steps 8 {RESULT}"
 FLOAT16 = (  # the profile of a T4 on whatever GPU is here: float16, SDPA, 14.7 GiB
     f"{DATA} NUM_PROCESSES=1 launch/2xt4.sh {DISTIL} --machine t4 --gpu_memory_gb 14.7 "
-    "--deepspeed ds_configs/student_zero2.json --attn_implementation sdpa "
-    f"--gradient_checkpointing true --max_steps 20 --num_train_epochs 3 {RESULT}"
+    "--precision float16 --deepspeed ds_configs/student_zero2.json --attn_implementation sdpa "
+    f"--gradient_checkpointing true --max_steps 20 {RESULT}"
 )
 QUICKSTART = f"{DATA} SETUP=none SEEDS=0 launch/quickstart.sh --gpu"
 QUICKSTART += f"; cp runs/quickstart/report.json {METRICS}"

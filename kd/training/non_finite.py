@@ -31,9 +31,10 @@ class NonFinite(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Collective: raise ValueError for a NaN or an infinity in a weight to be trained."""
-        if args.fp16 and self.trainer.is_deepspeed_enabled:
+        engine = self.trainer.deepspeed if args.fp16 else None
+        if engine and engine.zero_optimization():
             # It would end the run with an exception of its own; end_step does it with advice.
-            self.trainer.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         name = non_finite_weight(self.trainer.model)
         if name:
             raise ValueError(

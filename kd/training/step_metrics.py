@@ -122,7 +122,7 @@ class StepMetrics:
 
     def mean_shares(self) -> dict[str, float]:
         """The shares of the peak over all logged steps of this start; {} where there are none."""
-        return {name: sum / self.seconds for name, sum in self.shares.items() if sum}
+        return {name: total / self.seconds for name, total in self.shares.items() if total}
 
 
 def reproducible(logged: dict[str, float]) -> dict[str, float]:
