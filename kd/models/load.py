@@ -13,6 +13,7 @@ from transformers import (
 from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
 from kd.distributed import rank
 from kd.models.attention import use_present_kernels
+from kd.models.lora import LAYERS
 from kd.models.quantized import quantization_format, quantization_settings
 from kd.pretrained import load_config, load_model
 from kd.settings.distillation import ModelSettings
@@ -88,7 +89,7 @@ def nf4_config(dtype: torch.dtype, storage: torch.dtype | None = None) -> BitsAn
 def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig:
     """The LoRA configuration of the settings; embeddings of the ids `tokens` are trained, too."""
     targets = settings.lora_target_modules
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
@@ -96,6 +97,8 @@ def lora_config(settings: ModelSettings, tokens: list[int] | None) -> LoraConfig
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         trainable_token_indices=tokens,
     )
+    config._register_custom_module(LAYERS)  # not saved with the adapter
+    return config
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:
