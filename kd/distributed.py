@@ -74,13 +74,6 @@ def start_gloo() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=7))
 
 
-def device() -> str:
-    """The device of this rank for evaluation and generation."""
-    import torch
-
-    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
-
-
 def default_dtype() -> str:
     """float32 on a CPU, bfloat16 on a GPU, and float16 on a GPU that lacks bfloat16, such as T4."""
     import torch

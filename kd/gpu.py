@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 
-from kd.distributed import print_rank0
+from kd.distributed import local_rank, print_rank0
 
 INDEX = "https://download.pytorch.org/whl/"
 OLDEST_DRIVER = {12: (525, 60, 13), 13: (580, 65, 6)}  # on Linux, by the major version of CUDA
@@ -116,8 +116,20 @@ def check_gpus() -> None:
         raise ValueError(
             f"found {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({gpus[0]}), which torch "
             f"{torch.__version__} cannot use: {reason}; run bash launch/setup.sh, which installs a "
-            "build that fits, or set use_cpu: true"
+            "build that fits, or compute on the CPU: use_cpu: true in training, otherwise "
+            "CUDA_VISIBLE_DEVICES=-1"
         )
+
+
+def device() -> str:
+    """The device of this rank for evaluation and generation.
+
+    Raises ValueError if there are GPUs that the installed torch cannot use.
+    """
+    import torch
+
+    check_gpus()
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def why_unusable(

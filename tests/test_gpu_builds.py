@@ -100,7 +100,9 @@ def test_torch_and_triton_can_use_the_gpu_of_this_machine():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_run_stops_before_loading_if_torch_cannot_use_the_gpu(driver, models, tmp_path):
+def test_a_run_stops_before_loading_if_torch_cannot_use_the_gpu(
+    driver, models, tmp_path, monkeypatch
+):
     path = driver("Tesla T4, 535.183.01, 7.5", "Tesla T4, 535.183.01, 7.5")
     given = flags(models, tmp_path / "run")
     done = start(sys.executable, "train/distill.py", *given, PATH=path)
@@ -110,6 +112,10 @@ def test_a_run_stops_before_loading_if_torch_cannot_use_the_gpu(driver, models, 
     assert "use_cpu: true" in told[0] and not (tmp_path / "run/run.json").exists()
     recipe = parse_distillation(argv=[*given, *as_flags({"use_cpu": True})])
     assert settle(recipe).training.use_cpu  # no error
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=-1"):  # evaluation and generation
+        gpu.device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpu.device() == "cpu"
 
 
 def test_without_compiler_or_headers_triton_is_not_used(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kd.data.sources import check_sources
-from kd.distributed import device
+from kd.gpu import device
 from kd.recipe import (
     check_ranges,
     mistake,

@@ -4,9 +4,9 @@ import copy
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.distributed import device
 from kd.evaluation.likelihood import AGREEMENT, make_batches, row_sums, teacher_states
 from kd.evaluation.rows import encode_heldout, load_sources
+from kd.gpu import device
 from kd.models.frozen import load_frozen
 from kd.models.heads import causal_lm
 from kd.models.load import nf4_config

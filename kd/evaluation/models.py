@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.data.tokenizer import load_tokenizer
-from kd.distributed import device
 from kd.evaluation.rows import text_hash
+from kd.gpu import device
 from kd.models.adapters import adapter_base
 from kd.models.frozen import load_frozen
 from kd.models.heads import causal_lm

@@ -5,11 +5,12 @@ Work is shared by all ranks; each rank appends its answers to its own raw file.
 
 from tqdm import tqdm
 
-from kd.distributed import barrier, device, rank, share_of, world_size
+from kd.distributed import barrier, rank, share_of, world_size
 from kd.generation.engines import LocalEngine
 from kd.generation.records import append_record, read_raw_answers, record_file
 from kd.generation.sampling import Sample, compose_batches
 from kd.generation.server import ChatServer, Completion, Failure
+from kd.gpu import device
 from kd.settings.generation import GenerationSettings, ServerSettings
 
 

@@ -10,11 +10,12 @@ from transformers import AutoModelForSequenceClassification
 from kd.data.control_tokens import ControlTokens
 from kd.data.near_duplicates import Overlap
 from kd.data.tokenizer import load_tokenizer
-from kd.distributed import barrier, device, rank, share_of
+from kd.distributed import barrier, rank, share_of
 from kd.generation.filter_report import FilterReport
 from kd.generation.filters import valid_samples, with_answer
 from kd.generation.records import append_record, read_records, record_file
 from kd.generation.sampling import Sample
+from kd.gpu import device
 from kd.models.frozen import load_frozen
 from kd.settings.generation import FilterSettings, GenerationSettings
 

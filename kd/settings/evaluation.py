@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kd.distributed import default_dtype, device
+from kd.distributed import default_dtype
+from kd.gpu import device
 from kd.recipe import (
     check_ranges,
     mistake,

@@ -2,11 +2,12 @@
 
 from dataclasses import asdict
 
-from kd.distributed import device, print_rank0
+from kd.distributed import print_rank0
 from kd.evaluation.judge.judgements import Judgement
 from kd.evaluation.judge.local_judge import LocalJudge
 from kd.generation.records import append_record, cut_torn_lines, read_records, record_file
 from kd.generation.server import ChatServer, Completion, Failure
+from kd.gpu import device
 from kd.settings.judge import JudgeSettings
 
 STEM = "judgements"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kd.distributed import barrier, device, rank, share_of
+from kd.distributed import barrier, rank, share_of
 from kd.evaluation.judge.judgements import Answers
 from kd.evaluation.judge.questions import Question, check_answered, read_answers
 from kd.evaluation.models import fingerprint
@@ -19,6 +19,7 @@ from kd.generation.records import (
     read_records,
     record_file,
 )
+from kd.gpu import device
 from kd.settings.judge import JudgeSettings
 
 # MT-Bench: Zheng et al. 2023, "Judging LLM-as-a-Judge", and FastChat's configuration.
