@@ -73,14 +73,17 @@ def blocks_in_parts(
     """
     blocks, norm = decoder_blocks(model), final_norm(model)
     modules, none = [*blocks, norm], [{} for _ in parts]
+    before = [vars(module).get("forward") for module in modules]
     for module in modules:
         more = none if module is norm else own or none
         module.forward = partial(_part_by_part, module.forward, parts, more)
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, before, strict=True):
             del module.forward
+            if forward is not None:  # a kernel's, of the final norm
+                module.forward = forward
 
 
 def _part_by_part(

@@ -13,6 +13,7 @@ from transformers import (
 from kd.data.tokenizer import generation_config, template_tokens, turn_end, untrained_tokens
 from kd.distributed import rank
 from kd.models.attention import use_present_kernels
+from kd.models.liger import use_liger
 from kd.models.lora import LAYERS
 from kd.models.quantized import quantization_format, quantization_settings
 from kd.pretrained import load_config, load_model
@@ -62,6 +63,7 @@ def load_trained(
         quantization_config=nf4_config(dtype) if settings.quantization == "nf4" else None,
         attn_implementation=settings.attention,
     )
+    use_liger(model, settings.liger_kernels)
     disable_cpu_repacking(model)
     model.generation_config = generation_config(model, tokenizer)
     new_tokens = check_template_tokens(model, tokenizer, settings)

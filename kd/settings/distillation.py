@@ -66,6 +66,11 @@ class ModelSettings:
         "Attention implementation of student and teacher. auto: flash_attention_2 if it is "
         "installed and the GPU and the models support it, else sdpa.",
     )
+    liger_kernels: bool | Literal["auto"] = setting(
+        AUTO,
+        "Run RMSNorm and SwiGLU of student and teacher in the kernels of liger-kernel. auto: on a "
+        "GPU, if the package is installed and knows the model.",
+    )
     chat_template: str | None = setting(
         None, "File with a Jinja chat template that replaces the tokenizer's own."
     )

@@ -20,6 +20,7 @@ from kd.losses.head import TeacherOutputs
 from kd.models.blocks import blocks_in_parts, layer_states
 from kd.models.frozen import load_teacher, student_base_forward
 from kd.models.heads import causal_lm, head_reader, target_positions
+from kd.models.liger import use_liger
 from kd.models.sharding import load_sharded
 from kd.settings.distillation import ModelSettings
 from kd.settings.teacher import OWN_BASE, TeacherSettings
@@ -63,6 +64,8 @@ class LiveTeacher:
         else:
             self.module = load_teacher(settings, model, device)
             self.call = self.module
+        if settings.teacher != OWN_BASE:
+            use_liger(self.module, model.liger_kernels)
         self.read_head = head_reader(self.module, adapters=settings.teacher != OWN_BASE)
 
     @property

@@ -7,6 +7,7 @@ from kd.distributed import broadcast, rank
 from kd.models.attention import check_attention, use_present_kernels
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
+from kd.models.liger import check_liger
 from kd.models.load import check_trainable
 from kd.models.readout import check_head
 from kd.planning.activations import CannotTrace
@@ -36,6 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
         if name == recipe.model_name:
             check_trainable(config, name, recipe.model)
         check_head(config, name)
+        check_liger(recipe.model.liger_kernels, config, name)
         if recipe.data.packing:
             check_packing(config, name)
     check_disk(recipe)

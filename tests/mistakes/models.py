@@ -31,6 +31,9 @@ def model(config: dict) -> dict:
 CASES = [
     Case("no launcher", DISTILL, "without a launcher", {"teacher_deepspeed": TEACHER_ZERO3}),
     Case("other tokenizer", DISTILL, "set align_tokenizers: true", {"teacher": "WORK/other"}),
+    Case(
+        "no kernels", DISTILL, "there is no GPU; set liger_kernels: auto", {"liger_kernels": True}
+    ),
     Case("teacher's format", DISTILL, "AWQ with {'bits': 8", {"teacher": "WORK/packed"}),
     Case(
         "hidden layer",

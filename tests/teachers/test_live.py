@@ -99,7 +99,8 @@ def test_blocks_see_one_micro_batch_at_a_time_and_are_restored_afterwards(tmp_pa
     with torch.no_grad(), blocks_in_parts(teacher.module, pieces):
         teacher.call(input_ids=wide["input_ids"], position_ids=wide["position_ids"])
     assert shapes == [*pieces, *pieces]
-    del teacher.module.model.layers[1].mlp.forward
+    # A forward of an instance, such as a kernel's, is there again.
+    del teacher.module.model.layers[1].mlp.forward, teacher.module.model.norm.forward
     assert not any("forward" in vars(module) for module in teacher.module.model.modules())
 
 
