@@ -1,8 +1,8 @@
-"""LoRA layers whose adapter is added to the base layer's result within its own matrix product.
+"""LoRA layers that scale the adapter and add it to the base layer's result within one product.
 
-PEFT's layers compute base + B(A(dropout(x))) * scaling in separate operations on whole outputs:
-the product, the scaling, the sum, and casts and a clone besides. At ranks such as 16 these take far
-more time than the products. Names, weights, files and merging are PEFT's. N tokens, R rank.
+PEFT computes base + B(A(dropout(x))) * scaling in separate operations: the product, the scaling,
+the sum, and in some cases casts and a clone. Each reads and writes a whole output. Names, weights,
+files and merging are PEFT's. N tokens, R rank.
 """
 
 import bitsandbytes as bnb
