@@ -2,7 +2,8 @@
 # Create .venv and install everything that the scripts and the tests need. Installs again only if the requirements changed.
 # quickstart.sh and tests/run.sh source this file. By hand, from the root of the repository:
 #   bash launch/setup.sh
-# On a machine with an NVIDIA GPU, torch comes from PyTorch's index for a CUDA version that suits the driver (kd/gpu.py).
+# On a machine with an NVIDIA GPU, torch comes from PyTorch's index for a CUDA version that suits the driver (kd/gpu.py), and
+# Liger's kernels are installed, too.
 # TORCH_INDEX in the environment names another one, for example a mirror: TORCH_INDEX=https://mirror/whl/cu126 bash launch/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +25,7 @@ if [[ $(cat .venv/installed 2>/dev/null) != "$wanted" ]]; then
         .venv/bin/python -m pip uninstall -q -y --disable-pip-version-check torch
         .venv/bin/python -m pip install -q --disable-pip-version-check --index-url "$index" "$(grep '^torch[<>=]' requirements.txt)"
     fi
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[test]'
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -e ".[test${index:+,fast}]"
     .venv/bin/python -m kd.gpu check || fail "torch cannot use the GPU (see above)"
     echo "$wanted" > .venv/installed
 fi
