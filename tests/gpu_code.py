@@ -1,7 +1,4 @@
-"""Compile Triton kernels for GPUs that need not be here, and read what the compiler made of them.
-
-Import this only in a process of its own: it replaces Triton's driver.
-"""
+"""Compile Triton kernels for GPUs that need not be here, and read the code that results."""
 
 import re
 import subprocess
@@ -22,21 +19,27 @@ class GpuCode:
 
     registers: int  # per thread
     spilled: int  # bytes per thread
-    loops: list[str]  # PTX of every innermost loop
-
-    def in_loops(self, pattern: str) -> list[str]:
-        return [found for loop in self.loops for found in re.findall(pattern, loop)]
+    ptx: str
 
     @property
-    def widths(self) -> dict[str, set[int]]:
-        """The bytes that a thread loads and stores at once inside loops."""
-        return {
-            kind: {
-                int(vector[2:] or 1) * int(bits) // 8
-                for vector, bits in self.in_loops(rf"{kind}\.global[\w:]*((?:\.v\d)?)\.[bfus](\d+)")
-            }
-            for kind in ("ld", "st")
-        }
+    def loops(self) -> list[str]:
+        """The PTX of every innermost loop: from a label to a branch back to it."""
+        lines = self.ptx.splitlines()
+        labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line[:3] == "$L_"}
+        branches = [re.search(r"\sbra(?:\.uni)?\s+(\$L_\w+);", line) for line in lines]
+        found = [(labels[b[1]], i) for i, b in enumerate(branches) if b and labels[b[1]] < i]
+        inner = [
+            (start, end)
+            for start, end in found
+            if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in found)
+        ]
+        return ["\n".join(lines[start:end]) for start, end in inner]
+
+
+def widths(kind: str, ptx: str) -> list[int]:
+    """The bytes that a thread loads ("ld") or stores ("st") at once, each number once."""
+    found = re.findall(rf"{kind}\.global[\w:]*((?:\.v\d)?)\.[bfus](\d+)", ptx)
+    return sorted({int(vector[2:] or 1) * int(bits) // 8 for vector, bits in found})
 
 
 class Launches:
@@ -71,26 +74,12 @@ def gpu_code(kernel: JITFunction, launch: tuple[tuple, dict], capability: int) -
     driver.set_active(AbsentGpu(capability))
     mocks = [MockTensor(x.dtype, [*x.shape]) if isinstance(x, torch.Tensor) else x for x in args]
     binary = kernel.warmup(*mocks, grid=(1,), **options)
+    if torch.cuda.is_available():
+        driver.reset_active()  # without a GPU there is none
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
-    return GpuCode(int(registers), int(stack) + int(local), innermost_loops(binary.asm["ptx"]))
-
-
-def innermost_loops(ptx: str) -> list[str]:
-    """The text between a label and a branch back to it, if it holds no other loop."""
-    lines = ptx.splitlines()
-    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if line[:3] == "$L_"}
-    found = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"\sbra(?:\.uni)?\s+(\$L_\w+);", line)
-        if branch and labels[branch[1]] < i:
-            found.append((labels[branch[1]], i))
-    return [
-        "\n".join(lines[a:b])
-        for a, b in found
-        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in found)
-    ]
+    return GpuCode(int(registers), int(stack) + int(local), binary.asm["ptx"])

@@ -5,11 +5,12 @@ python tests/jobs/triton_compiled.py
 
 import itertools
 import json
+import re
 import sys
 from unittest.mock import patch
 
 import torch
-from gpu_code import Launches, gpu_code
+from gpu_code import Launches, gpu_code, widths
 
 from kd.losses import triton_kernels
 from kd.losses.head import Head, padded_width
@@ -32,13 +33,14 @@ def main() -> None:
     for capability, (objective, vocab_size, options) in itertools.product(DTYPES, plain):
         dtype = DTYPES[capability]
         code = gpu_code(KERNEL, launch(objective, vocab_size, dtype, **options), capability)
+        loops = "\n".join(code.loops)
         found[f"sm_{capability}, {vocab_size} ids, {objective}, {options}"] = {
             "registers": code.registers,
             "spilled": code.spilled,
             "loops": len(code.loops),
-            "exchanges": len(code.in_loops(r"\b(?:bar|barrier|shfl|redux)\.")),
-            "load": sorted(code.widths["ld"]),
-            "store": sorted(code.widths["st"]),
+            "exchanges": len(re.findall(r"\b(?:bar|barrier|shfl|redux)\.", loops)),
+            "load": widths("ld", loops),
+            "store": widths("st", loops),
         }
     json.dump(found, sys.stdout)
 

@@ -2,9 +2,8 @@
 
 import importlib.util
 import json
-import re
-import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,57 +25,22 @@ def test_the_interpreted_kernels_agree_with_torch():
     assert len(found) == 2 * (4 + 4 * 2 * 2) and set(found.values()) == {0.0}
 
 
-def kernel_sources() -> dict:
-    """Both kernels with their largest blocks, as a call with int32 sizes specialises them."""
-    from triton.compiler import ASTSource
-
-    from kd.models import packed_kernels as k
-
-    tensors = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "weight": "*fp16"}
-    awq_blocks = {"ROWS": k.AWQ_ROWS, "WORDS": k.AWQ_WORDS}
-    gptq_blocks = {"MINUS_ONE": True, "ROWS": k.GPTQ_ROWS, "WORDS": k.GPTQ_WORDS}
-    cases = {
-        "awq": (k.awq_kernel, tensors | {"words": "i32", "group": "i32"}, awq_blocks),
-        "gptq": (
-            k.gptq_kernel,
-            tensors | {"g_idx": "*i32", "inputs": "i32", "words": "i32"},
-            gptq_blocks,
-        ),
-    }
-    sources = {}
-    for name, (kernel, types, blocks) in cases.items():
-        ordered = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-        aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, kind in enumerate(ordered.values())
-            if kind != "constexpr"
-        }
-        sources[name] = ASTSource(kernel, ordered, blocks, aligned)
-    return sources
-
-
 @needs_triton
 @pytest.mark.parametrize("capability", [75, 80, 90])
 @pytest.mark.parametrize("name", ["awq", "gptq"])
-def test_the_kernels_compile_without_spilled_registers(name, capability, tmp_path):
-    """Ahead of time: no GPU is asked."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import compiler
+def test_the_kernels_compiled_without_a_gpu_store_whole_vectors_and_spill_nothing(name, capability):
+    from gpu_code import Launches, gpu_code, widths
 
-    compiled = triton.compile(
-        kernel_sources()[name],
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4},
-    )
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    tool = f"{compiler.__file__.rpartition('/')[0]}/bin/cuobjdump"
-    usage = subprocess.run(
-        [tool, "-res-usage", str(tmp_path / "kernel.cubin")], capture_output=True, text=True
-    )
-    found = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage.stdout)}
-    assert found["STACK"] == found["LOCAL"] == 0, usage.stdout
-    assert "st.global.v4" in compiled.asm["ptx"] or "st.global.v2" in compiled.asm["ptx"]
+    from kd.models import packed_kernels
+
+    tensors = {"awq": awq_tensors(256, 512, 128), "gptq": gptq_tensors(256, 512, 128, True)}[name]
+    tensors = [tensor.to("meta") for tensor in tensors]
+    options = {"awq": (), "gptq": (True,)}[name]
+    kernel = getattr(packed_kernels, f"{name}_kernel")
+    with patch.object(packed_kernels, f"{name}_kernel", Launches()) as launches:
+        getattr(packed_kernels, f"dequantize_{name}")(*tensors, *options, torch.float16)
+    code = gpu_code(kernel, launches.calls[0], capability)
+    assert code.spilled == 0 and min(widths("st", code.ptx)) >= 8
 
 
 @pytest.mark.gpu
