@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -35,12 +36,22 @@ TRACKERS = [name for name in ("cgroup", "linuxproc") if can_track(name)]
 once = pytest.mark.parametrize("cluster", TRACKERS[:1], indirect=True)
 
 
+BUILD = """
+from kd.run.build_lock import use_build_locks
+use_build_locks()
+from deepspeed.comm.torch import build_shm_op
+build_shm_op()
+"""
+
+
 @pytest.fixture(scope="module")
 def clusters():
     """{tracker: cluster}."""
     reason = install()
     if reason:
         pytest.skip(reason)
+    # On a fresh machine, a job would reach its time limit while DeepSpeed compiles its operator.
+    succeed(sys.executable, "-c", BUILD, DS_ACCELERATOR="cpu")
     found = {tracker: Cluster(tracker) for tracker in TRACKERS}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs then, too
     try:
