@@ -6,6 +6,7 @@ B batch, T tokens, N target tokens, H hidden, V vocabulary.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -121,14 +122,22 @@ def student_phases(layout: Layout, tensors: list[StoredTensor]) -> dict[str, dic
 
 
 def generation_phase(layout: Layout, tensors: list[StoredTensor]) -> dict[str, float]:
-    """On-policy generation: the key-value cache of a batch; ZeRO-3 gathers the whole student."""
+    """On-policy generation: the key-value cache of a batch; ZeRO-3 gathers the whole student.
+
+    The first forward reads all prompts of the batch, which are longest if answers are short.
+    """
     row = on_policy_row_bytes(layout)
     workspace = 2**20 * layout.on_policy.generation_workspace_mb
-    size = min(on_policy_rows(layout) * row, max(row, workspace))
+    rows = min(on_policy_rows(layout), max(1, workspace // row))
+    prompts = replace(layout, micro=rows, packing=False)
+    dtype = getattr(torch, layout.half or layout.model.dtype)
     whole = sum(tensor.bytes for tensor in tensors)
     sharded = layout.stage == 3 and layout.processes > 1
     return {
-        "keys, values and scores of generated answers": size,
+        "keys, values and scores of generated answers": rows * row,
+        "activations of the prompts": activations(
+            layout.student, prompts, gradients=False, dtype=dtype
+        ).forward,
         "student gathered for generation": whole if sharded else 0.0,
     }
 

@@ -97,6 +97,11 @@ def own_file(module: str, folder: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def is_own(package: str, folder: Path) -> bool:
+    """Whether a package or module is one of the repository or of its tests."""
+    return own_file(package, folder) is not None or (ROOT / "tests" / package).is_dir()
+
+
 def reached(files: list[str]) -> tuple[set[str], set[str]]:
     """(modules of kd, names of other packages) that these files import, directly or not."""
     waiting, seen, modules, third = [ROOT / file for file in files], set(), set(), set()
@@ -109,7 +114,7 @@ def reached(files: list[str]) -> tuple[set[str], set[str]]:
             if own := own_file(name, file.parent):
                 waiting.append(own)
                 modules |= {name} if name.startswith("kd.") else set()
-            elif own_file(name.split(".")[0], file.parent) is None:
+            elif not is_own(name.split(".")[0], file.parent):
                 third.add(name.split(".")[0])
     return modules, third - sys.stdlib_module_names
 

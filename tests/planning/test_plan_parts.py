@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kd.models.heads import backbone_only, causal_lm
 from kd.models.load import lora_config, parameter_counts
 from kd.planning import memory, throughput
+from kd.planning.activations import LiveBytes
 from kd.planning.disk import disk_bytes
 from kd.planning.layout import GIB, Layout
 from kd.planning.memory import plan_training
@@ -111,6 +112,21 @@ def test_generation_counts_the_chosen_rows_and_gathers_a_sharded_student(layout)
     for zero, whole in ((ZERO2, 0.0), (ZERO3, sum(p.bytes for p in student_tensors(layout)))):
         phase = plan_training(replace(writing, zero=zero)).phases["the student's generation"]
         assert phase["student gathered for generation"] == whole
+
+
+def test_generation_takes_what_is_planned_for_its_cache_and_the_prompts(layout, models):
+    """Long prompts and short answers: the first forward takes most."""
+    rows = 4
+    model = AutoModelForCausalLM.from_pretrained(models / "student", attn_implementation="eager")
+    ids = torch.randint(300, (rows, LENGTH - 1), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    writing = replace(
+        layout, micro=rows, device="cpu", on_policy=OnPolicySettings(student_fraction=1.0)
+    )
+    phase = memory.generation_phase(writing, student_tensors(layout))
+    assert phase["activations of the prompts"] > sum(phase.values()) / 2
+    assert 0.8 < live.peak / sum(phase.values()) <= 1
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA], ids=["full", "lora"])
