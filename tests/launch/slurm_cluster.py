@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import psutil
-from processes import ROOT
+from processes import ROOT, succeed
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CONF = """ClusterName=test
@@ -67,6 +67,13 @@ PartitionName=spot Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 """  # noqa: E501
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
+
+def compile_operator() -> None:
+    """Compile what DeepSpeed needs on a CPU, before a job with a short time limit waits for it."""
+    build = "from kd.run.build_lock import use_build_locks; use_build_locks(); "
+    build += "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    succeed(sys.executable, "-c", build, DS_ACCELERATOR="cpu")
 
 
 def install() -> str | None:

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +20,7 @@ from one_run import check_same_run
 from one_run import flags as small_flags
 from processes import ROOT, logged_steps, succeed
 from short_answers import write_recipes
-from slurm_cluster import Cluster, can_track, environment, install, wait_for
+from slurm_cluster import Cluster, can_track, compile_operator, environment, install, wait_for
 from small import small_rows
 
 from kd.recipe import as_flags
@@ -36,22 +35,13 @@ TRACKERS = [name for name in ("cgroup", "linuxproc") if can_track(name)]
 once = pytest.mark.parametrize("cluster", TRACKERS[:1], indirect=True)
 
 
-BUILD = """
-from kd.run.build_lock import use_build_locks
-use_build_locks()
-from deepspeed.comm.torch import build_shm_op
-build_shm_op()
-"""
-
-
 @pytest.fixture(scope="module")
 def clusters():
     """{tracker: cluster}."""
     reason = install()
     if reason:
         pytest.skip(reason)
-    # On a fresh machine, a job would reach its time limit while DeepSpeed compiles its operator.
-    succeed(sys.executable, "-c", BUILD, DS_ACCELERATOR="cpu")
+    compile_operator()
     found = {tracker: Cluster(tracker) for tracker in TRACKERS}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs then, too
     try:
