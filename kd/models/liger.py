@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU of liger-kernel, one kernel each, in place of Transformers' on a GPU.
 
-The package is optional (`pip install -e .[fast]`). Its losses, head and rotary embedding are not
-used: the loss of kd.losses has no logits to replace.
+launch/setup.sh installs the package where there is a GPU (extra `fast`). Its losses, head and
+rotary embedding are not used: the loss of kd.losses has no logits to replace.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def lack(config: PretrainedConfig) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed (pip install -e .[fast])"
+        return "liger-kernel is not installed (run bash launch/setup.sh)"
     if config.model_type not in FAMILIES:
         return f"{config.model_type} is none of {', '.join(FAMILIES)}"
     if config.hidden_act not in ("silu", "swish"):
