@@ -2,12 +2,14 @@
 
 python benchmarks/loss.py --quick --json benchmarks/results/loss_cpu.json
 
-Forward and backward to the student's hidden states, with both heads frozen. The implementations
-alternate in one process and must agree; the best time of each counts. `limit_s` is the time of the
-three matrix products alone, with the faster of two tile sizes. Memory is the peak above the inputs;
-on a CPU each implementation is measured in a new process. TRL 1.16.0 is measured where it is
-installed (pip install --no-deps trl==1.16.0 is enough for its kernel), Liger 0.8.5 where it is
-installed and CUDA is available. Columns of a missing implementation are null.
+Forward and backward to the student's hidden states, with both heads frozen. As in published models,
+heads have a multiple of 512 rows; the peers, which know no other size of a vocabulary, get the
+first rows of them. The implementations alternate in one process and must agree; the best time of
+each counts. `limit_s` is the time of the three matrix products alone, aligned and with the faster
+of two tile sizes. Memory is the peak above the inputs; on a CPU each implementation is measured in
+a new process. TRL 1.16.0 is measured where it is installed (pip install --no-deps trl==1.16.0 is
+enough for its kernel), Liger 0.8.5 where it is installed and CUDA is available. Columns of a
+missing implementation are null.
 """
 
 import gc
@@ -18,7 +20,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
@@ -31,11 +33,12 @@ from torch.nn.functional import kl_div, log_softmax
 from kd.losses import fused
 from kd.losses.divergences import DIVERGENCES
 from kd.losses.fused import linear_distillation_loss
-from kd.losses.head import Head, TeacherOutputs
+from kd.losses.head import Head, TeacherOutputs, padded_width
 from kd.planning.machine import available_memory
 from kd.recipe import parse, setting
 from kd.settings.distillation import Objective
 
+HEAD_ROWS = 512  # heads have a multiple of these: 152 064 rows for 151 665 ids
 MIXTURE = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}
 WIDTHS = {"1.5B->0.5B": (1536, 896), "32B->14B": (5120, 5120)}  # teacher, student
 QUICK = [("1.5B->0.5B", 1024, "forward_kl"), ("1.5B->0.5B", 256, "jensen_shannon")]
@@ -75,13 +78,26 @@ class Cell:
 
 @dataclass
 class Inputs:
-    """Hidden states (N, H) and heads (V, H) whose logits have a standard deviation of 2."""
+    """Hidden states (N, H) and heads (V or more, H); logits have a standard deviation of 2."""
 
+    vocabulary: int
     hidden: Tensor
-    weight: Tensor
+    head: Tensor
     teacher_hidden: Tensor
-    teacher_weight: Tensor
+    teacher_head: Tensor
     labels: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head[: self.vocabulary]
+
+    @property
+    def teacher_weight(self) -> Tensor:
+        return self.teacher_head[: self.vocabulary]
+
+    def first(self, tokens: int) -> "Inputs":
+        cut = {k: vars(self)[k][:tokens] for k in ("hidden", "teacher_hidden", "labels")}
+        return replace(self, **cut)
 
 
 def main() -> None:
@@ -124,13 +140,7 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
     gradients: dict[str, Tensor] = {}
     for turn in range(-1, repeats):
         few = 2 if turn < 0 else cell.tokens  # the first, untimed run loads the libraries
-        part = Inputs(
-            inputs.hidden[:few],
-            inputs.weight,
-            inputs.teacher_hidden[:few],
-            inputs.teacher_weight,
-            inputs.labels[:few],
-        )
+        part = inputs.first(few)
         for name, run in runnable.items():
             seconds, gradient = timed(run, part, cell)
             if turn >= 0:
@@ -162,16 +172,18 @@ def measure(cell: Cell, repeats: int) -> dict[str, Any]:
 
 def make_inputs(cell: Cell) -> Inputs:
     device, dtype = device_and_dtype()
+    rows = -(-cell.vocabulary // HEAD_ROWS) * HEAD_ROWS
     torch.manual_seed(0)
 
     def normal(rows: int, width: int, scale: float) -> Tensor:
         return torch.empty(rows, width, dtype=dtype, device=device).normal_(std=scale)
 
     return Inputs(
+        cell.vocabulary,
         normal(cell.tokens, cell.student_width, 1.0),
-        normal(cell.vocabulary, cell.student_width, 2 * cell.student_width**-0.5),
+        normal(rows, cell.student_width, 2 * cell.student_width**-0.5),
         normal(cell.tokens, cell.teacher_width, 1.0),
-        normal(cell.vocabulary, cell.teacher_width, 2 * cell.teacher_width**-0.5),
+        normal(rows, cell.teacher_width, 2 * cell.teacher_width**-0.5),
         torch.randint(cell.vocabulary, (cell.tokens,), device=device),
     )
 
@@ -183,9 +195,9 @@ def device_and_dtype() -> tuple[str, torch.dtype]:
 def ours(inputs: Inputs, hidden: Tensor, cell: Cell) -> Tensor:
     fused.TILE = cell.tile
     objective = Objective(1.0, cell.divergence, loss_workspace_mb=cell.loss_workspace_mb)
-    teacher = TeacherOutputs(inputs.teacher_hidden, Head(inputs.teacher_weight))
+    teacher = TeacherOutputs(inputs.teacher_hidden, Head(inputs.teacher_head))
     loss, _ = linear_distillation_loss(
-        hidden, inputs.labels, Head(inputs.weight), objective, cell.vocabulary, teacher
+        hidden, inputs.labels, Head(inputs.head), objective, cell.vocabulary, teacher
     )
     return loss
 
@@ -296,7 +308,9 @@ def time_products(inputs: Inputs, tile: int) -> float:
     """Seconds of the three matrix products: two logits, and the gradient to the hidden states."""
     device, dtype = device_and_dtype()
     types = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
-    logits = torch.zeros(tile, len(inputs.weight), device=device)
+    width = padded_width(inputs.vocabulary)
+    head, teacher_head = inputs.head[:width], inputs.teacher_head[:width]
+    logits = torch.zeros(tile, width, device=device)
     gradient = torch.randn_like(logits).to(dtype)  # zeros would be multiplied faster on a GPU
     out = torch.empty(tile, inputs.hidden.shape[1], device=device)
     wait()
@@ -305,9 +319,9 @@ def time_products(inputs: Inputs, tile: int) -> float:
         n = min(tile, len(inputs.hidden) - first)
         hidden = inputs.hidden[first : first + n]
         teacher_hidden = inputs.teacher_hidden[first : first + n]
-        torch.mm(hidden, inputs.weight.T, out=logits[:n], **types)
-        torch.mm(teacher_hidden, inputs.teacher_weight.T, out=logits[:n], **types)
-        torch.mm(gradient[:n], inputs.weight, out=out[:n], **types)
+        torch.mm(hidden, head.T, out=logits[:n], **types)
+        torch.mm(teacher_hidden, teacher_head.T, out=logits[:n], **types)
+        torch.mm(gradient[:n], head, out=out[:n], **types)
     wait()
     return time.perf_counter() - start
 
@@ -331,8 +345,9 @@ def peak(name: str, cell: Cell) -> float | None:
 
 def peak_in_this_process(name: str, cell: Cell) -> float:
     inputs = make_inputs(cell)
-    few = Inputs(**{k: v if "weight" in k else v[:2] for k, v in vars(inputs).items()})
-    timed(IMPLEMENTATIONS[name], few, cell)  # loads the libraries and allocates their buffers
+    timed(
+        IMPLEMENTATIONS[name], inputs.first(2), cell
+    )  # loads the libraries and allocates their buffers
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
