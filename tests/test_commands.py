@@ -225,11 +225,11 @@ def test_launch_files_need_no_activation(profile):
     assert done.returncode == 0 and done.stdout.startswith(str(ROOT / ".venv/bin/accelerate"))
 
 
-# Not run here: what needs the hub, a server, the network or a user's data; what other tests run, in
-# the last line test_recipes_run and test_other_tokenizer.
+# Not run here: what needs a GPU, the hub, a server, the network or a user's data; what other tests
+# run, in the last line test_recipes_run and test_other_tokenizer.
 NOT_HERE = re.compile(
     r"recipes/(?!small/|quickstart/)|my_data|own_data|runs/a/|localhost|llama\.cpp|Qwen/"
-    r"|openlm-research/|HuggingFace|benchmarks/wheels\.py|benchmarks/readme\.py"
+    r"|openlm-research/|HuggingFace|benchmarks/wheels\.py|benchmarks/readme\.py|benchmarks/gpu\.sh"
     r"|^launch/tensorboard|^launch/quickstart|^tests/run|^bash launch/setup"
     r"|small/f_stages|small/g_start|small/g_distill|runs/small/cache"
 )
