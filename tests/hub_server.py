@@ -15,7 +15,7 @@ class HubServer:
     """`with HubServer({"someone/model": folder}) as hub:` serves at `hub.url`.
 
     `downloads` counts the files that were sent, as (name, file). Before a file is sent, `hold` is
-    called with its name; it returns when the file may go.
+    called with its address, such as someone/model/config.json; it returns when the file may go.
     """
 
     def __init__(self, models: dict[str, Path], hold: Callable[[str], None] = lambda file: None):
@@ -38,8 +38,9 @@ class HubServer:
                 parts = self.path.split("/resolve/")
                 if status == 200 and len(parts) == 2:
                     file = parts[1].split("/", 1)[1]
-                    hub.hold(file)
-                    hub.downloads[parts[0].strip("/"), file] += 1
+                    name = parts[0].strip("/")
+                    hub.hold(f"{name}/{file}")
+                    hub.downloads[name, file] += 1
                 self.answer(status, content, headers)
 
             def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:

@@ -231,7 +231,7 @@ NOT_HERE = re.compile(
     r"recipes/(?!small/|quickstart/)|my_data|own_data|runs/a/|localhost|llama\.cpp|Qwen/"
     r"|openlm-research/|HuggingFace|benchmarks/wheels\.py|benchmarks/readme\.py|benchmarks/gpu\.sh"
     r"|^launch/tensorboard|^launch/quickstart|^tests/run|^bash launch/setup"
-    r"|small/f_stages|small/g_start|small/g_distill|runs/small/cache"
+    r"|small/f_stages|small/g_start|small/g_distill|runs/small/cache|runs/rehearsal"
 )
 
 

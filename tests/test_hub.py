@@ -81,8 +81,8 @@ def test_a_cache_without_the_weights_is_told(repository, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("caches", ["shared", "of each rank"])
-def test_no_rank_dies_while_another_rank_downloads(models, tmp_path, caches):
+@pytest.mark.parametrize(("caches", "late"), [("shared", "teacher"), ("of each rank", "student")])
+def test_no_rank_dies_while_another_rank_downloads(models, tmp_path, caches, late):
     """The hub takes longer than the ranks may wait in a collective; with separate caches, for one.
 
     A rank's cache stands for that of its node.
@@ -104,7 +104,8 @@ def test_no_rank_dies_while_another_rank_downloads(models, tmp_path, caches):
             for name in served:
                 succeed("python", "-c", FETCH, name, **environment | {"HF_HOME": f"{tmp_path}/hf0"})
         hub.downloads.clear()
-        hub.hold = lambda file: time.sleep(2 * PATIENCE * file.endswith(".safetensors"))
+        held = f"someone/{late}/model.safetensors"
+        hub.hold = lambda file: time.sleep(2 * PATIENCE * (file == held))
         succeed(*TORCHRUN, script, "train/distill.py", *run, **environment)
     weights = {(name, "model.safetensors"): 1 for name in served}
     assert weights.items() <= hub.downloads.items() and set(hub.downloads.values()) == {1}

@@ -164,8 +164,9 @@ def test_three_stages_run_by_one_command_that_repeats_nothing():
     assert (SMALL / "f_on_policy" / "done.json").exists()
 
 
-@pytest.mark.parametrize("profile", ["2xt4", "2xa100", "h100"])
-def test_every_profile_rehearses_two_steps_on_two_cpu_processes(profile):
+@pytest.mark.parametrize("profile", ["2xa100", "h100"])
+def test_profile_rehearses_two_steps_on_two_cpu_processes(profile):
+    """tests/training/test_float16.py rehearses the third, 2xt4, in float16."""
     shutil.rmtree(SMALL / "d_distill_sft", ignore_errors=True)
     job = start(
         *(f"launch/{profile}.sh", "--cpu", "train/distill.py"),

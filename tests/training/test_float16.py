@@ -75,7 +75,7 @@ def test_float16_has_the_loss_and_gradient_norm_of_float32_to_three_digits(runs)
     _, found = runs
     half, exact = found["half"][1], found["exact"][1]
     first = skipped(half).index(False)
-    assert 0 < first < STEPS - 2
+    assert 0 < first < STEPS - 2 and "teacher (1/2 per process)" in found["half"][0]
     for ours, theirs in zip(half[: first + 1], exact, strict=False):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert half[first]["grad_norm"] == pytest.approx(exact[first]["grad_norm"], rel=1e-3)
