@@ -35,11 +35,11 @@ def check_attention(implementation: str) -> None:
 def use_present_kernels() -> None:
     """On a GPU older than Ampere, let `sdpa` repeat keys and values; elsewhere change nothing.
 
-    Every model that is loaded afterwards, and every plan, is affected: Transformers looks the
-    function up by name at each call. Its own function passes enable_gqa if there is no mask. For
-    that, PyTorch has only FlashAttention, which needs Ampere, and the math kernel, which computes
-    half-precision inputs in float32 and keeps (B, heads, T, T). With as many keys as queries there
-    is also the memory-efficient kernel.
+    Every model that is loaded afterwards is affected: Transformers looks the function up by name at
+    each call. Its own function passes enable_gqa if there is no mask. For that, PyTorch has only
+    FlashAttention, which needs Ampere, and the math kernel, which computes half-precision inputs in
+    float32 and keeps (B, heads, T, T). With as many keys as queries there is also the
+    memory-efficient kernel.
     """
     if torch.cuda.is_available() and not gpu_runs_flash_attention():
         AttentionInterface.register("sdpa", sdpa_with_repeated_keys)

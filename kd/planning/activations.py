@@ -87,6 +87,7 @@ def trace(
     packed: bool = False,
     autocast: torch.dtype | None = None,
     device: str = "cuda",
+    repeats_keys: bool = False,
 ) -> tuple[int, int, int]:
     """Bytes (kept for the backward, peak of the forward, peak of the backward)."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -95,7 +96,7 @@ def trace(
     if checkpointing and gradients:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    with FakeTensorMode(), attention_of(device):
+    with FakeTensorMode(), attention_of(device, repeats_keys):
         make_fake(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool) if packed else None
@@ -170,8 +171,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def attention_of(device: str) -> Iterator[None]:
+def attention_of(device: str, repeats_keys: bool) -> Iterator[None]:
     """Inside, attention saves what the kernels of `device` save; PyTorch can fake a CPU's own.
+
+    With `repeats_keys`, as many keys and values as queries, as kd.models.attention gives to the
+    kernels of older GPUs.
 
     Transformers cannot read values of fake position_ids, so it would materialize a causal mask as
     for packed rows; for packed rows the caller passes the mask.
@@ -180,6 +184,9 @@ def attention_of(device: str) -> Iterator[None]:
     find_documents = masking_utils.find_packed_sequence_indices
 
     def flash(query, key, value, attn_mask=None, *_, **__):
+        groups = query.shape[1] // key.shape[1]
+        if repeats_keys and groups > 1:
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
         return FlashAttention.apply(query, key, value, attn_mask)
 
     nn.functional.scaled_dot_product_attention = flash if device == "cuda" else original

@@ -77,6 +77,7 @@ def layout_of(recipe: Recipe, length: int, machine: Machine) -> Layout:
         optimizer=getattr(training.optim, "value", training.optim),
         packing=recipe.data.packing,
         device=machine.device,
+        repeats_keys=machine.repeats_keys,
         per_machine=machine.per_machine,
         on_policy=on_policy if recipe.generates_answers else None,
     )

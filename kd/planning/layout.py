@@ -33,6 +33,7 @@ class Layout:
     optimizer: str = "adamw_torch_fused"
     packing: bool = False
     device: str = "cuda"
+    repeats_keys: bool = False  # whether attention gets keys and values repeated for every query
     per_machine: int | None = None  # processes per machine; None: all of them
     teacher_processes: int | None = None  # that share one sharded teacher; None: all of them
     on_policy: OnPolicySettings | None = field(default=None, hash=False)

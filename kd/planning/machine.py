@@ -28,6 +28,11 @@ class Machine:
     flash_attention: bool = False  # whether flash-attn is installed and the device can run it
     file: MachineFile = MachineFile()
 
+    @property
+    def repeats_keys(self) -> bool:
+        """Whether it is a GPU older than Ampere; these also lack bfloat16 (kd.models.attention)."""
+        return self.device == "cuda" and not self.bfloat16
+
 
 def present_machine(training: TrainingSettings) -> Machine:
     """Collective: the machine of this run, with the smallest memory of all processes."""

@@ -65,6 +65,7 @@ def activations(
         "packed": layout.packing,
         "autocast": autocast,
         "device": layout.device,
+        "repeats_keys": layout.repeats_keys,
     }
     shape = (layout.micro, layout.max_length)
     return cached(

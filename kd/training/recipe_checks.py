@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kd.data.packing import check_packing
 from kd.distributed import broadcast, rank
-from kd.models.attention import check_attention, use_present_kernels
+from kd.models.attention import check_attention
 from kd.models.frozen import check_teacher, teacher_base
 from kd.models.layer_pairs import hidden_objective
 from kd.models.liger import check_liger
@@ -26,7 +26,6 @@ def check_recipe(recipe: Recipe) -> None:
     The parse has checked what the settings alone say, sources of rows included.
     """
     check_attention(recipe.model.attention)
-    use_present_kernels()  # the memory plan, which comes before the models, counts them
     names, live = [recipe.model_name], recipe.live_teacher
     if live:
         check_teacher(live, recipe.model)

@@ -120,7 +120,8 @@ def test_awq_teacher_of_experiment_d_has_the_bytes_of_its_format(tmp_path):
     assert sum(piece.bytes for piece in checkpoint_tensors(config, "auto")) == total
 
 
-def test_activations_of_a_block_equal_a_count_by_hand():
+@pytest.mark.parametrize(("key_heads", "repeats_keys"), [(4, False), (2, False), (2, True)])
+def test_activations_of_a_block_equal_a_count_by_hand(key_heads, repeats_keys):
     """Full float32 training with flash attention: what autograd saves per token of a block."""
     hidden, intermediate, heads, rows, length = 64, 160, 4, 3, 48
     config = Qwen2Config(
@@ -129,18 +130,25 @@ def test_activations_of_a_block_equal_a_count_by_hand():
         intermediate_size=intermediate,
         num_hidden_layers=7,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_heads,
     )
     # A norm saves its input, the normalized input before and after the weight, and 1 / rms.
     norms = 2 * (3 * hidden + 1)
-    attention = 4 * hidden + heads  # query, key, value, output, and one normalizer per head
+    # Query, output, key and value, and one normalizer per head.
+    saved_heads = heads if repeats_keys else key_heads
+    attention = 2 * hidden + 2 * saved_heads * (hidden // heads) + heads
     mlp = 4 * intermediate  # gate, its SiLU, up, their product
     expected = 4 * rows * length * (norms + attention + mlp)
 
     def kept(blocks: int, **options) -> float:
         shallow = truncated(config, blocks)
         return trace_activations(
-            shallow, lambda c: build(c, torch.float32), rows, length, **options
+            shallow,
+            lambda c: build(c, torch.float32),
+            rows,
+            length,
+            repeats_keys=repeats_keys,
+            **options,
         ).kept
 
     assert kept(8) - kept(7) == expected
