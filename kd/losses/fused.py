@@ -23,7 +23,7 @@ from kd.losses.segments import AlignedTeacherOutputs
 from kd.losses.sparse import SparseTeacherOutputs
 from kd.settings.distillation import Objective
 
-TILE = 256  # most tokens per tile on a CPU: larger products are hardly faster
+TILE = 512  # most tokens per tile on a CPU: larger products are hardly faster
 PIECE_BYTES = 2**25  # of a head that is converted to another dtype at one time
 # Gradients of logits, of 1e-9 where a student is close to its teacher, underflow float16. So rows
 # of a float16 gradient are multiplied by powers of two (kd.losses.elementwise), which the products
