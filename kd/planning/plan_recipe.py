@@ -129,7 +129,7 @@ def planned_machine(settings: PlanSettings, training: TrainingSettings) -> "Mach
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     if memory is None:
         raise ValueError("gpu_memory_gb: not given, and there is no GPU here; wanted GiB per GPU")
-    bfloat16 = file.preferences.precision != "float16"
+    bfloat16 = file.preferences.precision != "float16"  # preferred only where bfloat16 is missing
     return Machine(processes, "cuda", memory * GIB, None, per_machine, bfloat16, file=file)
 
 
